@@ -1,0 +1,133 @@
+"""Assignments that need no measurement beyond a damage table: uniform, greedy, exact knapsack.
+
+A damage table maps `(group name, format name)` to a predicted loss; the prediction for an
+assignment is the sum over groups. That sum is where all three stop: what an assignment really
+costs is measured by the search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from math import gcd
+
+import numpy as np
+
+from mpsearch.assignment import Assignment
+from mpsearch.errors import InfeasibleError
+from mpsearch.formats import FORMATS, Format
+from mpsearch.space import ResolvedSpace
+
+Damage = Mapping[tuple[str, str], float]
+
+
+def uniform(space: ResolvedSpace) -> dict[str, Assignment]:
+    """One assignment for each format of the space, by its name.
+
+    A group whose rules exclude the format gets its largest allowed one below it in size, or else
+    its smallest.
+    """
+    assignments = {}
+    for name in space.space.formats:
+        chosen = {}
+        for group in space.groups:
+            options = space.options[group.name]
+            size = FORMATS[name].stored_bytes(group)
+            below = [fmt for fmt in options if fmt.stored_bytes(group) <= size]
+            chosen[group.name] = (below[-1] if below else options[0]).name
+        assignments[name] = Assignment.of(chosen)
+    return assignments
+
+
+def greedy(space: ResolvedSpace, damage: Damage, budget_bytes: int) -> Assignment:
+    """Start from the largest formats; give up the bytes that cost least damage each, until it fits.
+
+    Raises:
+        InfeasibleError: the smallest formats do not fit either.
+    """
+    level = {group.name: len(space.options[group.name]) - 1 for group in space.groups}
+    total = space.stored_bytes(space.largest)
+
+    def step(name: str) -> tuple[float, int]:
+        """Damage per byte of going one format down, and the bytes it saves."""
+        high, low = space.options[name][level[name]], space.options[name][level[name] - 1]
+        group = by_name[name]
+        saved = high.stored_bytes(group) - low.stored_bytes(group)
+        return (damage[name, low.name] - damage[name, high.name]) / max(saved, 1), saved
+
+    by_name = {group.name: group for group in space.groups}
+    while total > budget_bytes:
+        open_groups = [name for name in level if level[name] > 0]
+        if not open_groups:
+            raise InfeasibleError(f"no assignment of this space fits {budget_bytes:,} bytes")
+        cheapest = min(open_groups, key=lambda name: step(name)[0])
+        total -= step(cheapest)[1]
+        level[cheapest] -= 1
+    return Assignment.of({name: space.options[name][index].name for name, index in level.items()})
+
+
+_MOST_CELLS = 2_000_000
+
+
+def knapsack(
+    space: ResolvedSpace, damage: Damage, budgets_bytes: Sequence[int]
+) -> list[Assignment]:
+    """The least total damage within each budget, by dynamic programming over bytes.
+
+    One table serves all budgets. Its unit is the greatest common divisor of all byte steps, which
+    makes it exact; where that gives over two million cells for the largest budget, steps are
+    rounded up to a coarser unit, so that the result still fits and is optimal up to the rounding.
+
+    Args:
+        damage: for every group and each of its formats; finite.
+        budgets_bytes: total stored bytes allowed, kept weights included.
+    Raises:
+        InfeasibleError: a budget below the smallest assignment.
+    Source: multiple-choice knapsack, Kellerer, Pferschy and Pisinger (2004), chapter 11.
+    """
+    floor = space.stored_bytes(space.smallest)
+    room = max(budgets_bytes, default=floor) - floor
+    if min(budgets_bytes, default=floor) < floor:
+        raise InfeasibleError(f"the smallest assignment takes {floor:,} bytes")
+    options = [space.options[group.name] for group in space.groups]
+    steps = [
+        [fmt.stored_bytes(group) - formats[0].stored_bytes(group) for fmt in formats]
+        for group, formats in zip(space.groups, options, strict=True)
+    ]
+    room = min(room, sum(max(group_steps) for group_steps in steps))
+    unit = max(reduce(gcd, (step for group_steps in steps for step in group_steps), 0), 1)
+    unit *= max(1, -(-room // (unit * _MOST_CELLS)))
+    cells = room // unit + 1
+
+    least = np.zeros(cells)  # least damage of the groups so far within each number of units
+    choices = np.zeros((len(options), cells), dtype=np.int8)
+    for index, (group, formats) in enumerate(zip(space.groups, options, strict=True)):
+        candidates = np.full((len(formats), cells), np.inf)
+        for option, fmt in enumerate(formats):
+            shift = -(-steps[index][option] // unit)
+            if shift < cells:
+                candidates[option, shift:] = least[: cells - shift] + damage[group.name, fmt.name]
+        choices[index] = candidates.argmin(axis=0)
+        least = candidates.min(axis=0)
+
+    return [
+        _walk_back(space, options, steps, choices, unit, (budget - floor) // unit)
+        for budget in budgets_bytes
+    ]
+
+
+def _walk_back(
+    space: ResolvedSpace,
+    options: Sequence[Sequence[Format]],
+    steps: Sequence[Sequence[int]],
+    choices: np.ndarray,
+    unit: int,
+    cell: int,
+) -> Assignment:
+    cell = min(cell, choices.shape[1] - 1)
+    chosen: dict[str, str] = {}
+    for index in reversed(range(len(options))):
+        option = int(choices[index, cell])
+        chosen[space.groups[index].name] = options[index][option].name
+        cell -= -(-steps[index][option] // unit)
+    return Assignment.of({group.name: chosen[group.name] for group in space.groups})

@@ -1,0 +1,44 @@
+"""An assignment: which format each group gets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment(Mapping[str, str]):
+    """Group name to format name, in model order; frozen, hashable, written as a JSON object."""
+
+    pairs: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, formats: Mapping[str, str]) -> Assignment:
+        return cls(tuple(formats.items()))
+
+    @cached_property
+    def _formats(self) -> dict[str, str]:
+        return dict(self.pairs)
+
+    def __getitem__(self, group: str) -> str:
+        return self._formats[group]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._formats)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __hash__(self) -> int:
+        return hash(self.pairs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Assignment) and self.pairs == other.pairs
+
+    @cached_property
+    def id(self) -> str:
+        """Eight hex digits of a digest of the content: the same in every run and on resume."""
+        return hashlib.sha256(json.dumps(self.pairs).encode()).hexdigest()[:8]

@@ -1,0 +1,83 @@
+"""Stored tensors to weights and back, with the containers' own code.
+
+Decoding runs the very functions that the target's loader runs, so a candidate is scored with the
+weights that its checkpoint will have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpsearch.errors import UsageError
+from mpsearch.formats import Format
+
+Stored = Mapping[str, Tensor]
+
+
+def quantization_args(fmt: Format) -> Any:
+    """compressed-tensors' description of a packed integer format."""
+    from compressed_tensors.quantization import QuantizationArgs
+
+    return QuantizationArgs(
+        num_bits=fmt.bits,
+        type="int",
+        strategy="group",
+        group_size=fmt.group_size,
+        symmetric=True,
+    )
+
+
+def pack(codes: Tensor, scale: Tensor, fmt: Format) -> dict[str, Tensor]:
+    """Tensors of a `pack-quantized` layer.
+
+    compressed-tensors' own `compress()` would quantize again from a float weight; this packs the
+    codes that were chosen.
+
+    Args:
+        codes: `(rows, columns)` int8, each in `[-2^(bits-1), 2^(bits-1) - 1]`.
+        scale: `(rows, groups)` bfloat16.
+    """
+    from compressed_tensors.compressors.pack_quantized import pack_to_int32
+
+    return {
+        "weight_packed": pack_to_int32(codes, fmt.bits).contiguous(),
+        "weight_scale": scale.contiguous(),
+        "weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
+    }
+
+
+@torch.no_grad()
+def decode(stored: Stored, fmt: Format) -> Tensor:
+    """The `(rows, columns)` bfloat16 weight that a loader makes of stored tensors."""
+    if not fmt.quantized:
+        return stored["weight"]
+    if fmt.container == "compressed-tensors":
+        from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+        from compressed_tensors.quantization import QuantizationScheme
+
+        scheme = QuantizationScheme(targets=["Linear"], weights=quantization_args(fmt))
+        return PackedQuantizationCompressor.decompress(dict(stored), scheme)["weight"]
+    functional = import_bitsandbytes().functional
+    if fmt.name == "int8":
+        weight = functional.int8_vectorwise_dequant(stored["weight"], stored["SCB"])
+        return weight.to(torch.bfloat16)
+    state = {name.removeprefix("weight."): t for name, t in stored.items() if name != "weight"}
+    device = stored["weight"].device
+    return functional.dequantize_4bit(
+        stored["weight"], functional.QuantState.from_dict(state, device=device)
+    )
+
+
+def import_bitsandbytes() -> Any:
+    """The library, or a `UsageError` that says how to get it."""
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UsageError(
+            "formats nf4 and int8 need bitsandbytes; pip install 'mpsearch[bitsandbytes]'"
+        ) from None
+    return bitsandbytes

@@ -1,0 +1,83 @@
+"""The one place that knows devices, memory and disk.
+
+CPU is what this project is tested on. The CUDA and MPS branches are not verified on such devices.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from mpsearch.budget import format_size
+from mpsearch.errors import ResourceError
+
+
+def pick_device() -> torch.device:
+    """CUDA, then Apple's MPS, then the CPU; `MPSEARCH_DEVICE` overrides."""
+    if wanted := os.environ.get("MPSEARCH_DEVICE"):
+        return torch.device(wanted)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it natively, else float32.
+
+    Weights have bf16 precision either way; this only decides the arithmetic.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.type == "cpu":
+        # Without these instructions bf16 products are emulated and slower than float32.
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if native else torch.float32
+    return torch.float32
+
+
+def available_memory_bytes(device: torch.device) -> int:
+    """Memory that a new allocation can use now: of the GPU, or of this machine or its container."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():  # counts reclaimable page cache, which sysconf does not
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        available = min(available, int(text) - int(used.read_text()))
+    return available
+
+
+def require_memory(needed_bytes: int, device: torch.device, what: str) -> None:
+    """Raise `ResourceError` before work starts if the device cannot hold it."""
+    if (available := available_memory_bytes(device)) < needed_bytes:
+        raise ResourceError(
+            f"{what} needs about {format_size(needed_bytes)} of memory and "
+            f"{format_size(available)} is available on {device.type}; close other programs or use "
+            "a smaller model"
+        )
+
+
+def require_disk(needed_bytes: int, folder: Path, what: str) -> None:
+    """Raise `ResourceError` before work starts if the file system cannot hold it."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if (free := shutil.disk_usage(existing).free) < needed_bytes:
+        raise ResourceError(
+            f"{what} needs about {format_size(needed_bytes)} of disk and {format_size(free)} is "
+            f"free at '{existing}'; free some space, or set MPSEARCH_HOME or -o to another disk"
+        )
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

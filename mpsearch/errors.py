@@ -1,0 +1,55 @@
+"""The exception tree. Every error a user can cause carries its exit code and one clear line.
+
+    MpsearchError              1    our fault, unless a branch below says otherwise
+    ├── UsageError             2    wrong usage, a bad file, a missing library
+    │   ├── SpaceError              a search-space file
+    │   ├── FactsError              a facts file
+    │   ├── ModelError              a model that cannot be had or cannot be searched
+    │   └── RunError                a run or export folder
+    ├── InfeasibleError        3    nothing can satisfy the wish
+    ├── CheckError             4    a check failed: NaN weights, a reference that knows nothing
+    └── ResourceError          5    memory or disk ran out; what is finished is kept
+
+Ctrl-C is Python's own KeyboardInterrupt and exits with 130.
+"""
+
+
+class MpsearchError(Exception):
+    """Base of all errors raised on purpose; the message is one line: what, value, allowed, fix."""
+
+    exit_code = 1
+
+
+class UsageError(MpsearchError):
+    exit_code = 2
+
+
+class SpaceError(UsageError):
+    pass
+
+
+class FactsError(UsageError):
+    pass
+
+
+class ModelError(UsageError):
+    pass
+
+
+class RunError(UsageError):
+    pass
+
+
+class InfeasibleError(MpsearchError):
+    exit_code = 3
+
+
+class CheckError(MpsearchError):
+    exit_code = 4
+
+
+class ResourceError(MpsearchError):
+    exit_code = 5
+
+
+EXIT_INTERRUPTED = 130

@@ -1,0 +1,139 @@
+"""How a weight is stored, to the byte.
+
+A format lists the tensors that a checkpoint holds for one layer; its size is theirs. Scales,
+zero-points and the small bookkeeping tensors that a loader needs are all counted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from math import ceil, prod
+from types import MappingProxyType
+
+from mpsearch.errors import UsageError
+from mpsearch.layers import Layer, LayerGroup
+
+ITEM_BYTES = MappingProxyType(
+    {"int64": 8, "int32": 4, "float32": 4, "bfloat16": 2, "int8": 1, "uint8": 1}
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def stored_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype] * prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one weight matrix is stored.
+
+    Attributes:
+        name: what space files and tables say.
+        bits: nominal width of a code. What a weight really costs is `bits_per_weight`.
+        container: the checkpoint format that holds it; `any` for unquantized weights.
+        tensors: `(rows, columns)` to the tensors stored, by the suffix after `<layer>.`.
+        group_size: columns that share a scale; None where the format has another rule.
+    """
+
+    name: str
+    bits: int
+    container: str
+    tensors: Callable[[int, int], dict[str, StoredTensor]] = field(repr=False, compare=False)
+    group_size: int | None = None
+
+    @property
+    def quantized(self) -> bool:
+        return self.container != "any"
+
+    def layer_bytes(self, layer: Layer) -> int:
+        stored = self.tensors(layer.rows, layer.columns)
+        return sum(tensor.stored_bytes for tensor in stored.values())
+
+    def stored_bytes(self, group: LayerGroup) -> int:
+        return sum(self.layer_bytes(layer) for layer in group.layers)
+
+    def bits_per_weight(self, group: LayerGroup) -> float:
+        return 8 * self.stored_bytes(group) / group.weights
+
+
+def _packed_integer(bits: int, group_size: int) -> Format:
+    """Symmetric integers of compressed-tensors' `pack-quantized`.
+
+    A row's codes are packed densely into 32-bit words; a bf16 scale a group; the shape as two
+    int64. Source: compressed_tensors/compressors/pack_quantized (0.20).
+    """
+
+    def tensors(rows: int, columns: int) -> dict[str, StoredTensor]:
+        return {
+            "weight_packed": StoredTensor("int32", (rows, ceil(columns * bits / 32))),
+            "weight_scale": StoredTensor("bfloat16", (rows, ceil(columns / group_size))),
+            "weight_shape": StoredTensor("int64", (2,)),
+        }
+
+    return Format(
+        f"int{bits}-g{group_size}", bits, "compressed-tensors", tensors, group_size=group_size
+    )
+
+
+def _bf16(rows: int, columns: int) -> dict[str, StoredTensor]:
+    return {"weight": StoredTensor("bfloat16", (rows, columns))}
+
+
+def _nf4(rows: int, columns: int) -> dict[str, StoredTensor]:
+    """Two codes a byte, an fp32 absmax for each 64 weights of the flattened matrix, the 16
+    levels, and the quantization state as JSON bytes. Source: bitsandbytes `QuantState.as_dict`.
+    """
+    block = 64
+    state = {"quant_type": "nf4", "blocksize": block, "dtype": "bfloat16", "shape": [rows, columns]}
+    return {
+        "weight": StoredTensor("uint8", (ceil(rows * columns / 2), 1)),
+        "weight.absmax": StoredTensor("float32", (ceil(rows * columns / block),)),
+        "weight.quant_map": StoredTensor("float32", (16,)),
+        "weight.quant_state.bitsandbytes__nf4": StoredTensor("uint8", (len(json.dumps(state)),)),
+    }
+
+
+def _int8(rows: int, columns: int) -> dict[str, StoredTensor]:
+    """LLM.int8 codes, an fp32 absmax a row, and a byte that names the memory layout."""
+    return {
+        "weight": StoredTensor("int8", (rows, columns)),
+        "SCB": StoredTensor("float32", (rows,)),
+        "weight_format": StoredTensor("uint8", ()),
+    }
+
+
+BF16 = Format("bf16", 16, "any", _bf16)
+
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        fmt.name: fmt
+        for fmt in (
+            *(_packed_integer(bits, 64) for bits in (2, 3, 4, 8)),
+            Format("nf4", 4, "bitsandbytes", _nf4),
+            Format("int8", 8, "bitsandbytes", _int8),
+            BF16,
+        )
+    }
+)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the closest known name, else the list of what is known."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+
+
+def get_format(name: str) -> Format:
+    """The format of that name. Raises `UsageError` with the nearest name."""
+    if name not in FORMATS:
+        raise UsageError(f"no format '{name}'{nearest(name, FORMATS)}")
+    return FORMATS[name]

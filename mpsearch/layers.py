@@ -1,0 +1,71 @@
+"""What may be quantized, and what must share a format."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight matrix.
+
+    Attributes:
+        name: module path inside the model, without the trailing `.weight`.
+        rows: output features.
+        columns: input features; quantization groups run along this axis.
+    """
+
+    name: str
+    rows: int
+    columns: int
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers that get one format together, because a runtime fuses them or the user ties them."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def name(self) -> str:
+        """`model.layers.0.self_attn.q_proj+k_proj+v_proj`, or the layer's own name."""
+        first, *rest = (layer.name for layer in self.layers)
+        return "+".join([first, *(name.rpartition(".")[2] for name in rest)])
+
+    @property
+    def weights(self) -> int:
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def depth(self) -> int | None:
+        """Index of the block: the first whole number among the name's components."""
+        found = re.search(r"\.(\d+)\.", self.name)
+        return int(found.group(1)) if found else None
+
+    @property
+    def kind(self) -> str:
+        """The name below its block: `self_attn.o_proj`; the same for every block."""
+        return re.sub(r"^.*?\.\d+\.", "", self.name)
+
+
+def group_layers(
+    layers: Sequence[Layer], ties: Iterable[Sequence[str]]
+) -> tuple[LayerGroup, ...]:
+    """Group siblings (same parent module) whose last names stand together in one tie.
+
+    Args:
+        layers: in model order; the groups keep the order of their first member.
+        ties: each a list of last name components, such as `("q_proj", "k_proj", "v_proj")`.
+    """
+    tie_of = {member: tuple(tie) for tie in ties for member in tie}
+    members: dict[tuple[str, object], list[Layer]] = {}
+    for layer in layers:
+        parent, _, last = layer.name.rpartition(".")
+        members.setdefault((parent, tie_of.get(last, last)), []).append(layer)
+    return tuple(LayerGroup(tuple(group)) for group in members.values())

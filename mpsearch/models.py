@@ -1,0 +1,257 @@
+"""Load a model and its tokenizer, find its layers, fingerprint it.
+
+The reference is the model in bf16, the precision in which checkpoints are published and in which
+unquantized weights are exported. Where the device is slow at bf16, arithmetic runs in float32 on
+the same bf16 values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.builtin import BUILTIN_NAME, builtin_folder
+from mpsearch.device import compute_dtype, pick_device, require_memory
+from mpsearch.errors import CheckError, ModelError
+from mpsearch.formats import ITEM_BYTES
+from mpsearch.layers import Layer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded causal language model; the reference that candidates are compared with.
+
+    Attributes:
+        name: as the user gave it.
+        folder: where its files are.
+        module: the transformers model, in evaluation mode, without gradients.
+        tokenizer: its fast tokenizer.
+        layers: the weight matrices that may be quantized, in model order.
+        originals: layer name to its weight as loaded `(rows, columns)`; never written to.
+        kept: every other stored tensor by state-dict name, shared ones once, as bf16 if floating.
+        fingerprint: hex digest over all names, shapes and bf16 values.
+    """
+
+    name: str
+    folder: Path
+    module: Any
+    tokenizer: Any
+    layers: tuple[Layer, ...]
+    originals: dict[str, Tensor]
+    kept: dict[str, Tensor]
+    fingerprint: str
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.originals.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic; see `mpsearch.device.compute_dtype`."""
+        return next(iter(self.originals.values())).dtype
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(
+            tensor.numel() * ITEM_BYTES[str(tensor.dtype).removeprefix("torch.")]
+            for tensor in self.kept.values()
+        )
+
+    def linear(self, layer: str) -> nn.Linear:
+        return self.module.get_submodule(layer)
+
+
+def load_model(name: str) -> Model:
+    """Load `builtin:smollm2-135m`, a local folder (one safetensors file or shards) or a hub id.
+
+    Raises:
+        ModelError: it cannot be had, is stored as pickle, or is already quantized.
+        CheckError: a weight is NaN or infinite.
+        ResourceError: memory or disk is too small.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = _locate(name)
+    weights_bytes = check_folder(folder, name)
+    device = pick_device()
+    dtype = compute_dtype(device)
+    # In bf16, and again in the computing dtype where that is another; room for one pass.
+    require_memory(int(weights_bytes * 1.3) + 500_000_000, device, f"loading '{name}'")
+    try:
+        module = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.bfloat16,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"model '{name}' does not load: {reason}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"model '{name}' has no fast tokenizer, which locating answers needs; "
+            "add its tokenizer.json"
+        )
+    return from_module(name, folder, module, tokenizer, device, dtype)
+
+
+def from_module(
+    name: str,
+    folder: Path,
+    module: Any,
+    tokenizer: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Model:
+    """Wrap a transformers model, whose weights are taken in bf16 precision.
+
+    Raises:
+        CheckError: a weight is NaN or infinite.
+        ModelError: nothing in it can be quantized.
+    """
+    module = module.to(torch.bfloat16).eval().requires_grad_(False)
+    for tensor_name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise CheckError(
+                f"model '{name}': '{tensor_name}' holds {bad} NaN or infinite of "
+                f"{tensor.numel()} values; the checkpoint is damaged, get it again"
+            )
+    layers = find_layers(module)
+    if not layers:
+        raise ModelError(f"model '{name}' has no linear layers that could be quantized")
+    searched = {f"{layer.name}.weight" for layer in layers}
+    kept: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for tensor_name, tensor in module.state_dict().items():
+        if tensor_name not in searched and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            kept[tensor_name] = tensor.detach().cpu()
+    fingerprint = _fingerprint(module)
+    module = module.to(device=device, dtype=dtype)
+    originals = {layer.name: module.get_submodule(layer.name).weight.data for layer in layers}
+    return Model(name, folder, module, tokenizer, layers, originals, kept, fingerprint)
+
+
+def find_layers(module: Any) -> tuple[Layer, ...]:
+    """All linears but the output head, in model order."""
+    head = module.get_output_embeddings()
+    return tuple(
+        Layer(name, child.out_features, child.in_features)
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear) and child is not head
+    )
+
+
+def _fingerprint(module: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _locate(name: str) -> Path:
+    """The folder of a model, downloading it from the hub if it is neither built in nor local."""
+    if name.startswith("builtin:"):
+        if name != BUILTIN_NAME:
+            raise ModelError(f"no built-in model '{name}'; the one there is: {BUILTIN_NAME}")
+        return builtin_folder()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"model '{name}' is neither a folder here nor a hub id (owner/name); check the path"
+        )
+    return _download(name)
+
+
+def _download(repo: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        # No pickle is ever fetched.
+        wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
+    except HFValidationError:
+        raise ModelError(f"model '{repo}' is neither a folder here nor a valid hub id") from None
+    except GatedRepoError:
+        raise ModelError(
+            f"model '{repo}' is gated: accept its terms on its hub page, then 'hf auth login' "
+            "or set HF_TOKEN"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"model '{repo}' does not exist on the hub, or is private; check the name, or log in "
+            "with 'hf auth login'"
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ModelError(
+            f"model '{repo}': the hub cannot be reached and it is not cached ({reason}); download "
+            f"it elsewhere and pass its folder, or use {BUILTIN_NAME}"
+        ) from None
+
+
+def check_folder(folder: Path, name: str) -> int:
+    """Bytes of the safetensors files, after refusing what cannot be a reference.
+
+    Raises:
+        ModelError: no config, weights only as pickle, none at all, a missing shard, or a
+            checkpoint that is already quantized.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"model '{name}': '{folder}' has no config.json; pass the folder that "
+            "save_pretrained or the hub wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model '{name}': config.json cannot be read ({error})") from None
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown method")
+        raise ModelError(
+            f"model '{name}' is already quantized ({method}); the reference must be unquantized: "
+            "pass the model it was made from"
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [folder / Path(shard).name for shard in shards]
+        if missing := [file.name for file in files if not file.exists()]:
+            raise ModelError(f"model '{name}': shard {missing[0]} is missing; download it again")
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+        if pickles:
+            raise ModelError(
+                f"model '{name}' is stored only as pickle ({pickles[0].name}), which can run code; "
+                "convert it with save_pretrained to safetensors"
+            )
+        raise ModelError(f"model '{name}': '{folder}' holds no .safetensors weights")
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,77 @@
+"""How codes are chosen: one file a library, one contract for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from mpsearch.errors import UsageError
+from mpsearch.formats import Format, nearest
+
+
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    """What calibration saw at a layer's input.
+
+    Attributes:
+        gram: `(columns, columns)` float32, the sum over tokens of `x x^T`.
+        tokens: how many.
+    """
+
+    gram: Tensor
+    tokens: int
+
+
+class Quantizer(Protocol):
+    """Chooses codes and scales for one weight matrix.
+
+    `quantize` gets the float32 weight `(rows, columns)`, the formats wanted, and input statistics
+    if `calibrated`; it returns, for each format name, the tensors that `Format.tensors` lists, on
+    the weight's device. The weight is not modified. The result depends on the arguments alone.
+    """
+
+    name: str
+    container: str
+    calibrated: bool
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Everything beside the arguments that decides the result, library version included."""
+        ...
+
+    def quantize(
+        self, weight: Tensor, formats: Sequence[Format], statistics: InputStatistics | None
+    ) -> dict[str, dict[str, Tensor]]: ...
+
+
+QUANTIZERS = ("rounding", "gptq", "bitsandbytes")
+DEFAULT_QUANTIZER = {"compressed-tensors": "rounding", "bitsandbytes": "bitsandbytes"}
+
+
+def get_quantizer(name: str, container: str) -> Quantizer:
+    """The quantizer of that name, for the formats of one container.
+
+    Raises:
+        UsageError: unknown, missing its library, or made for another container.
+    """
+    from mpsearch.quantizers.bitsandbytes import BitsAndBytes
+    from mpsearch.quantizers.gptq import Gptq
+    from mpsearch.quantizers.rounding import Rounding
+
+    quantizers: dict[str, type[Quantizer]] = {
+        "rounding": Rounding,
+        "gptq": Gptq,
+        "bitsandbytes": BitsAndBytes,
+    }
+    if name not in quantizers:
+        raise UsageError(f"no quantizer '{name}'{nearest(name, QUANTIZERS)}")
+    quantizer = quantizers[name]()
+    if quantizer.container != container:
+        raise UsageError(
+            f"quantizer '{name}' makes {quantizer.container} formats and the space's target is "
+            f"{container}; use {DEFAULT_QUANTIZER[container]}"
+        )
+    return quantizer

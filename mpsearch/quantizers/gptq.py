@@ -1,0 +1,102 @@
+"""GPTQ through gptqmodel, the successor of auto-gptq (Frantar et al., arXiv:2210.17323)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.codecs import pack
+from mpsearch.errors import UsageError
+from mpsearch.formats import Format
+from mpsearch.quantizers import InputStatistics
+
+
+class Gptq:
+    """Columns are quantized one after another, each one's error spread over those still to come.
+
+    All widths of a layer share its Hessian and its factorization. Scales are rounded to bf16
+    inside the column loop, so the errors that later columns absorb are those of the stored scales.
+    """
+
+    name = "gptq"
+    container = "compressed-tensors"
+    calibrated = True
+
+    def __init__(self) -> None:
+        # On two cores gptqmodel's worker pool crashes unless told its size.
+        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+        # Its first forward otherwise compiles for minutes.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        try:
+            import gptqmodel  # noqa: F401  (fails early, before any work)
+        except ImportError as error:
+            raise UsageError(
+                f"quantizer 'gptq' needs gptqmodel ({error}); "
+                "pip install --no-build-isolation 'mpsearch[gptq]'"
+            ) from None
+
+    @property
+    def settings(self) -> Mapping[str, str]:
+        return {"gptqmodel": version("gptqmodel")}
+
+    def quantize(
+        self, weight: Tensor, formats: Sequence[Format], statistics: InputStatistics | None
+    ) -> dict[str, dict[str, Tensor]]:
+        from gptqmodel.quantization.gptq import SharedHessianFactorCache
+
+        if statistics is None:
+            raise ValueError("GPTQ needs input statistics")
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
+        linear.weight.data = weight.float()
+        leader = _task(linear, formats[0])
+        leader.H = statistics.gram * (2 / statistics.tokens)
+        leader.nsamples = statistics.tokens
+        factors = SharedHessianFactorCache(generation=0, cohort="layer")
+        stored = {}
+        for fmt in formats:
+            task = _task(linear, fmt)
+            task.adopt_hessian_from(leader)
+            task.attach_shared_hessian_cache(factors)
+            dequantized, scale, *_ = task.quantize()
+            task.free()
+            stored[fmt.name] = _pack(dequantized.float(), scale, fmt)
+        return stored
+
+
+def _task(linear: nn.Linear, fmt: Format) -> Any:
+    from gptqmodel.looper.named_module import NamedModule
+    from gptqmodel.quantization import QuantizeConfig
+    from gptqmodel.quantization.gptq import GPTQ
+    from gptqmodel.quantization.quantizer import Quantizer
+
+    class StoredScales(Quantizer):  # type: ignore[misc]  # the library is untyped
+        """Scales as the checkpoint will hold them."""
+
+        def find_params(self, x: Tensor, weight: bool = False) -> None:
+            super().find_params(x, weight)
+            self.scale = self.scale.bfloat16().float()
+
+    class Task(GPTQ):  # type: ignore[misc]
+        def create_quantizer(self, name: str) -> StoredScales:
+            return StoredScales(qcfg=self.qcfg, name=name)
+
+    config = QuantizeConfig(bits=fmt.bits, group_size=fmt.group_size, sym=True, desc_act=False)
+    named = NamedModule(linear, name="layer", full_name="layer", layer_index=0)
+    task = Task(named, qcfg=config)
+    task.quantizer.configure(perchannel=True)
+    return task
+
+
+@torch.no_grad()
+def _pack(dequantized: Tensor, scale: Tensor, fmt: Format) -> dict[str, Tensor]:
+    """Codes from gptqmodel's dequantized weights; exact, since those are code times scale."""
+    group_size = fmt.group_size or dequantized.shape[1]
+    per_column = scale.repeat_interleave(group_size, dim=1)[:, : dequantized.shape[1]]
+    half = 2 ** (fmt.bits - 1)
+    codes = (dequantized / per_column).round().clamp(-half, half - 1).to(torch.int8)
+    return pack(codes, scale.to(torch.bfloat16), fmt)

@@ -1,0 +1,307 @@
+"""A search space: which formats each group may get, read from a strict YAML file.
+
+    version: 1
+    target: compressed-tensors           # the checkpoint's container
+    formats: [int2-g64, int4-g64, bf16]  # allowed everywhere
+    rules:                               # later rules win
+      - match: "*.down_proj"             # shell pattern on whole layer names
+        formats: [int4-g64]
+    tie: fused                           # or lists of siblings to tie beyond what runtimes fuse
+
+Every fault is one line that names the file, the line and the nearest valid word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Protocol
+
+import yaml
+
+from mpsearch.assignment import Assignment
+from mpsearch.errors import SpaceError
+from mpsearch.formats import FORMATS, Format, nearest
+from mpsearch.layers import Layer, LayerGroup, group_layers
+from mpsearch.targets import TARGETS, Target
+
+
+class HasLayers(Protocol):
+    """What a space is resolved against: a loaded model, or anything that lists its layers."""
+
+    @property
+    def layers(self) -> Sequence[Layer]: ...
+
+    @property
+    def kept_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Rule:
+    match: str
+    formats: tuple[str, ...]
+    line: int
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """A parsed space file, not yet bound to a model.
+
+    Attributes:
+        ties: sibling names tied by the user, each with its line; beyond `target.fused`.
+    """
+
+    target: Target
+    formats: tuple[str, ...]
+    rules: tuple[Rule, ...] = ()
+    ties: tuple[tuple[tuple[str, ...], int], ...] = ()
+    source: str = "the default space"
+
+    @classmethod
+    def load(cls, path: str | Path) -> SearchSpace:
+        """Parse a space file.
+
+        Raises:
+            SpaceError: the file cannot be read, or any fault in it, with its line.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise SpaceError(f"space file '{path}': {reason}") from None
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, source: str) -> SearchSpace:
+        return _parse(text, source)
+
+    def resolve(self, model: HasLayers) -> ResolvedSpace:
+        """Bind the space to a model's layers.
+
+        Raises:
+            SpaceError: a pattern or tie that matches nothing, or a group left without a format.
+        """
+        names = [layer.name for layer in model.layers]
+        last_names = {name.rpartition(".")[2] for name in names}
+        for rule in self.rules:
+            if not any(fnmatchcase(name, rule.match) for name in names):
+                raise self._fault(
+                    rule.line, f"pattern '{rule.match}' matches no layer{nearest(rule.match, names)}"
+                )
+        for tie, line in self.ties:
+            for member in tie:
+                if member not in last_names:
+                    raise self._fault(
+                        line, f"tie '{member}' matches no layer{nearest(member, last_names)}"
+                    )
+        ties = _union([*self.target.fused, *(tie for tie, _ in self.ties)])
+        groups = group_layers(model.layers, ties)
+        options = {group.name: self._options(group) for group in groups}
+        return ResolvedSpace(self, groups, options, model.kept_bytes)
+
+    def _options(self, group: LayerGroup) -> tuple[Format, ...]:
+        """Formats allowed for every layer of the group, smallest first."""
+        allowed = set(self.formats)
+        line = 1
+        for layer in group.layers:
+            of_layer: Iterable[str] = self.formats
+            for rule in self.rules:
+                if fnmatchcase(layer.name, rule.match):
+                    of_layer, line = rule.formats, rule.line
+            allowed &= set(of_layer)
+        if not allowed:
+            raise self._fault(
+                line,
+                f"the layers of '{group.name}' share one format, and these rules leave none in "
+                "common; give them the same formats",
+            )
+        return tuple(sorted((FORMATS[name] for name in allowed), key=lambda f: f.stored_bytes(group)))
+
+    def _fault(self, line: int, message: str) -> SpaceError:
+        return SpaceError(f"{self.source}, line {line}: {message}")
+
+
+@dataclass(frozen=True)
+class ResolvedSpace:
+    """A space bound to a model: the decisions of the search.
+
+    Attributes:
+        groups: the decisions, in model order.
+        options: group name to its allowed formats, smallest first.
+        kept_bytes: stored bytes of everything that is not searched (embeddings, norms, head).
+    """
+
+    space: SearchSpace
+    groups: tuple[LayerGroup, ...]
+    options: Mapping[str, tuple[Format, ...]]
+    kept_bytes: int
+
+    @property
+    def target(self) -> Target:
+        return self.space.target
+
+    @property
+    def weights(self) -> int:
+        """Weights whose bits are searched."""
+        return sum(group.weights for group in self.groups)
+
+    @property
+    def smallest(self) -> Assignment:
+        return Assignment.of({name: fmts[0].name for name, fmts in self.options.items()})
+
+    @property
+    def largest(self) -> Assignment:
+        return Assignment.of({name: fmts[-1].name for name, fmts in self.options.items()})
+
+    def stored_bytes(self, assignment: Mapping[str, str]) -> int:
+        """Tensor bytes of the exported checkpoint, kept weights included."""
+        searched = sum(
+            FORMATS[assignment[group.name]].stored_bytes(group) for group in self.groups
+        )
+        return self.kept_bytes + searched
+
+    def bits_per_weight(self, assignment: Mapping[str, str]) -> float:
+        """Stored bits of the searched weights, scales included, over their number."""
+        return 8 * (self.stored_bytes(assignment) - self.kept_bytes) / self.weights
+
+    def allows(self, assignment: Mapping[str, str]) -> bool:
+        return set(assignment) == set(self.options) and all(
+            assignment[name] in {fmt.name for fmt in fmts} for name, fmts in self.options.items()
+        )
+
+    def layer_formats(self, assignment: Mapping[str, str]) -> dict[str, Format]:
+        """Layer name to format, in model order."""
+        return {
+            layer.name: FORMATS[assignment[group.name]]
+            for group in self.groups
+            for layer in group.layers
+        }
+
+
+def _union(ties: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Merge ties that share a member."""
+    merged: list[tuple[str, ...]] = []
+    for tie in ties:
+        overlapping = [other for other in merged if set(other) & set(tie)]
+        merged = [other for other in merged if other not in overlapping]
+        merged.append(tuple(dict.fromkeys(name for part in (*overlapping, tie) for name in part)))
+    return merged
+
+
+# ------------------------------------------------------------------------------ strict YAML
+
+
+class _Reader:
+    """Reads a YAML node tree and keeps the line of everything it says no to."""
+
+    def __init__(self, source: str):
+        self.source = source
+
+    def fault(self, node: yaml.Node | None, message: str) -> SpaceError:
+        line = node.start_mark.line + 1 if node is not None else 1
+        return SpaceError(f"{self.source}, line {line}: {message}")
+
+    def mapping(self, node: yaml.Node, allowed: Sequence[str]) -> dict[str, yaml.Node]:
+        if not isinstance(node, yaml.MappingNode):
+            raise self.fault(node, f"expected keys ({', '.join(allowed)})")
+        found: dict[str, yaml.Node] = {}
+        for key_node, value in node.value:
+            key = self.text(key_node, "a key")
+            if key not in allowed:
+                raise self.fault(key_node, f"unknown key '{key}'{nearest(key, allowed)}")
+            if key in found:
+                raise self.fault(key_node, f"duplicate key '{key}'; keep one")
+            found[key] = value
+        return found
+
+    def sequence(self, node: yaml.Node, what: str) -> list[yaml.Node]:
+        if not isinstance(node, yaml.SequenceNode) or not node.value:
+            raise self.fault(node, f"{what} must be a list with at least one entry")
+        return list(node.value)
+
+    def text(self, node: yaml.Node, what: str) -> str:
+        if not isinstance(node, yaml.ScalarNode):
+            raise self.fault(node, f"{what} must be a plain word")
+        return str(node.value)
+
+    def formats(self, node: yaml.Node, target: Target) -> tuple[str, ...]:
+        held = {fmt.name for fmt in target.formats}
+        names: list[str] = []
+        for entry in self.sequence(node, "'formats'"):
+            name = self.text(entry, "a format")
+            if name not in FORMATS:
+                raise self.fault(entry, f"no format '{name}'{nearest(name, FORMATS)}")
+            if name not in held:
+                raise self.fault(
+                    entry,
+                    f"format '{name}' cannot be stored in a {target.name} checkpoint, which holds "
+                    f"{', '.join(sorted(held))}; keep one container a space",
+                )
+            if name in names:
+                raise self.fault(entry, f"format '{name}' stands twice; keep one")
+            names.append(name)
+        return tuple(names)
+
+
+def _parse(text: str, source: str) -> SearchSpace:
+    reader = _Reader(source)
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = mark.line + 1 if mark else 1
+        raise SpaceError(f"{source}, line {line}: not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise SpaceError(f"{source}: not YAML: {str(error).splitlines()[0]}") from None
+    if root is None:
+        raise SpaceError(f"{source}: the file is empty; start from search_spaces/")
+    keys = reader.mapping(root, ("version", "target", "formats", "rules", "tie"))
+    for required in ("version", "target", "formats"):
+        if required not in keys:
+            raise reader.fault(root, f"key '{required}' is missing")
+    if (version := reader.text(keys["version"], "'version'")) != "1":
+        raise reader.fault(keys["version"], f"version '{version}' is not known; use 1")
+    target_name = reader.text(keys["target"], "'target'")
+    if target_name not in TARGETS:
+        raise reader.fault(
+            keys["target"], f"no target '{target_name}'{nearest(target_name, TARGETS)}"
+        )
+    target = TARGETS[target_name]
+    formats = reader.formats(keys["formats"], target)
+    rules = []
+    for node in reader.sequence(keys["rules"], "'rules'") if "rules" in keys else ():
+        rule = reader.mapping(node, ("match", "formats"))
+        if set(rule) != {"match", "formats"}:
+            raise reader.fault(node, "a rule needs 'match' and 'formats'")
+        rules.append(
+            Rule(
+                reader.text(rule["match"], "'match'"),
+                reader.formats(rule["formats"], target),
+                rule["match"].start_mark.line + 1,
+            )
+        )
+        if not set(rules[-1].formats) <= set(formats):
+            extra = sorted(set(rules[-1].formats) - set(formats))
+            raise reader.fault(
+                rule["formats"], f"rule allows {', '.join(extra)}, which 'formats' above does not list"
+            )
+    quantized = [name for name in formats if FORMATS[name].quantized]
+    if len(quantized) > 1 and not target.mixes:
+        raise reader.fault(
+            keys["formats"],
+            f"one {target.name} checkpoint holds one quantized format, and this space has "
+            f"{' and '.join(quantized)}; keep one, beside bf16",
+        )
+    ties = []
+    tie_node = keys.get("tie")
+    if isinstance(tie_node, yaml.SequenceNode):
+        for node in tie_node.value:
+            members = tuple(
+                reader.text(member, "a tied name") for member in reader.sequence(node, "a tie")
+            )
+            ties.append((members, node.start_mark.line + 1))
+    elif tie_node is not None and reader.text(tie_node, "'tie'") != "fused":
+        raise reader.fault(tie_node, "'tie' is either the word fused or a list of lists of names")
+    return SearchSpace(target, formats, tuple(rules), tuple(ties), source)
