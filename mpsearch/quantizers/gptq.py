@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import version
+from io import StringIO
 from typing import Any
 
 import torch
@@ -33,7 +35,11 @@ class Gptq:
         # Its first forward otherwise compiles for minutes.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         try:
-            import gptqmodel  # noqa: F401  (fails early, before any work)
+            # It prints a banner; standard output is for data.
+            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+                import gptqmodel  # noqa: F401  (here, so that it fails before any work)
+                from gptqmodel.utils.logger import setup_logger
+            setup_logger().setLevel("ERROR")
         except ImportError as error:
             raise UsageError(
                 f"quantizer 'gptq' needs gptqmodel ({error}); "
@@ -85,7 +91,9 @@ def _task(linear: nn.Linear, fmt: Format) -> Any:
         def create_quantizer(self, name: str) -> StoredScales:
             return StoredScales(qcfg=self.qcfg, name=name)
 
-    config = QuantizeConfig(bits=fmt.bits, group_size=fmt.group_size, sym=True, desc_act=False)
+    config = QuantizeConfig(
+        bits=fmt.bits, group_size=fmt.group_size, sym=True, desc_act=False, offload_to_disk=False
+    )
     named = NamedModule(linear, name="layer", full_name="layer", layer_index=0)
     task = Task(named, qcfg=config)
     task.quantizer.configure(perchannel=True)

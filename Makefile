@@ -1,0 +1,37 @@
+# make demo   install, prepare the model, search, plot, export and reload it
+# make test   install, lint, type-check and run the tests
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+MODEL := builtin:smollm2-135m
+
+.PHONY: demo test check bench clean
+
+# gptqmodel is built from source and needs torch while it is built.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) torch==2.13.0 setuptools wheel
+	$(PIP) -e '.[dev,bitsandbytes]'
+	$(PIP) --no-build-isolation -e '.[gptq]' hatchling editables
+	touch $@
+
+demo: .venv/installed
+	rm -rf runs/demo exports/demo
+	$(BIN)/mpsearch search $(MODEL) --budget 103MiB --quantizer gptq --trials 60 -o runs/demo
+	$(BIN)/mpsearch plot runs/demo -o runs/demo/tradeoff.png
+	$(BIN)/mpsearch export runs/demo best -o exports/demo
+	$(BIN)/python examples/reload.py exports/demo
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/search.py
+
+clean:
+	rm -rf .venv runs exports

@@ -1,0 +1,109 @@
+"""What the model sees while GPTQ learns which inputs matter: text that it wrote itself.
+
+Nothing has to be downloaded, and the text is of the kind that the model produces. A seed decides
+it, so the bank can name it before it exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.models import Model
+from mpsearch.quantizers import InputStatistics
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Recipe of the calibration text; with the model it decides every token.
+
+    Attributes:
+        sequences, length: how many texts, and tokens in each.
+        seed: of the sampling.
+    """
+
+    sequences: int = 64
+    length: int = 128
+    seed: int = 0
+
+    @property
+    def settings(self) -> Mapping[str, int | str]:
+        return {
+            "text": "sampled from the model",
+            "sequences": self.sequences,
+            "length": self.length,
+            "seed": self.seed,
+        }
+
+
+@torch.no_grad()
+def sample_text(model: Model, recipe: Calibration) -> Tensor:
+    """`(sequences, length)` tokens, each text begun with a random token and continued at
+    temperature 1.
+
+    Source: data-free calibration from the model's own samples, LLM-QAT (arXiv:2305.17888).
+    """
+    generator = torch.Generator(model.device).manual_seed(recipe.seed)
+    vocabulary = len(model.tokenizer)
+    tokens = torch.randint(
+        vocabulary, (recipe.sequences, 1), generator=generator, device=model.device
+    )
+    cache = None
+    newest = tokens
+    while tokens.shape[1] < recipe.length:
+        output = model.module(newest, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        chances = output.logits[:, -1, :vocabulary].float().softmax(-1)
+        newest = torch.multinomial(chances, 1, generator=generator)
+        tokens = torch.cat([tokens, newest], dim=1)
+    return tokens
+
+
+@torch.no_grad()
+def input_statistics(
+    model: Model, tokens: Tensor, report: Callable[[int, int], None]
+) -> dict[str, InputStatistics]:
+    """Gram matrices of every layer's input over the reference model's pass through the text.
+
+    Layers that read the same tensor (q, k, v) share one matrix.
+
+    Args:
+        tokens: `(sequences, length)`.
+        report: called with sequences done and in all.
+    """
+    grams: dict[str, Tensor] = {}
+    leader_of: dict[str, str] = {}
+    last: dict[str, object] = {"input": None, "name": None}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if inputs[0] is last["input"]:
+                leader_of[name] = str(last["name"])
+                return
+            last.update(input=inputs[0], name=name)
+            flat = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
+            if name in grams:
+                grams[name].addmm_(flat.T, flat)
+            else:
+                grams[name] = flat.T @ flat
+
+        return hook
+
+    hooks = [
+        model.linear(layer.name).register_forward_pre_hook(watch(layer.name))
+        for layer in model.layers
+    ]
+    try:
+        for start in range(0, len(tokens), 8):
+            model.module.get_decoder()(tokens[start : start + 8], use_cache=False)
+            report(min(start + 8, len(tokens)), len(tokens))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {
+        layer.name: InputStatistics(grams[leader_of.get(layer.name, layer.name)], tokens.numel())
+        for layer in model.layers
+    }

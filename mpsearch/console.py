@@ -1,0 +1,275 @@
+"""The only module that prints: data on standard output, talk on standard error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mpsearch.budget import format_size
+from mpsearch.estimates import Estimate
+from mpsearch.run import ParetoFront, Point, Run
+
+_PLAIN_EVERY_SECONDS = 10.0
+
+
+def say(message: str) -> None:
+    """A line of talk."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def emit(text: str) -> None:
+    """Data."""
+    print(text, flush=True)
+
+
+def emit_json(content: Any) -> None:
+    emit(json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' chatter off the terminal; their errors become ours."""
+    import os
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TORCH_LOGS", "-all")  # errors only
+    for name in ("torchao", "torch", "gptqmodel", "bitsandbytes", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    own = logging.getLogger("mpsearch")
+    own.handlers[:] = [handler]
+    own.propagate = False
+
+
+class Progress:
+    """Shows stages with time left: a live bar on a terminal, else a plain line now and then.
+
+    Called as `progress(stage, done, total)`. A stage begins when its first word changes.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._stage = ""
+        self._started = (0.0, 0)
+        self._said = float("-inf")
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[left]}"),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = self._clock()
+        begins = stage.split(",")[0] != self._stage
+        if begins:
+            self._stage = stage.split(",")[0]
+            self._started = (now, done)
+        left = self._left(now, done, total)
+        if self._bar is not None:
+            if begins:
+                self._task = self._bar.add_task(stage, total=total, left="")
+            self._bar.update(
+                self._task, description=stage, completed=done, total=total, left=left
+            )
+        elif begins or done == total or now - self._said >= _PLAIN_EVERY_SECONDS:
+            self._said = now
+            say(f"{stage}: {done}/{total}{', ' + left if left else ''}")
+
+    def _left(self, now: float, done: int, total: int) -> str:
+        since, first = self._started
+        if done <= first or done >= total:
+            return ""
+        seconds = (now - since) / (done - first) * (total - done)
+        return f"about {format_seconds(seconds)} left"
+
+
+def format_seconds(seconds: float) -> str:
+    """`45 s`, `3 min 05 s`, `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def table(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", left: int = 2
+) -> None:
+    """A table as wide as it needs: the first `left` columns left-aligned, the others right."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=title or None, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for index, header in enumerate(headers):
+        shown.add_column(header, justify="left" if index < left else "right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    width = None if sys.stdout.isatty() else 200
+    Console(file=sys.stdout, width=width, highlight=False, markup=False).print(shown)
+
+
+def plus_minus(estimate: Estimate | None, scale: float = 1.0, digits: int = 3) -> str:
+    if estimate is None:
+        return "-"
+    return f"{estimate.mean * scale:.{digits}f} ± {estimate.stderr * scale:.{digits}f}"
+
+
+def show_front(run: Run, front: ParetoFront) -> None:
+    """The validation table, the verdict, and the test figures of the pick."""
+    rows = [_front_row(point, front) for point in front.points]
+    if "reference_validation" in run.content:
+        recall = run.content["reference_validation"]["recall"]
+        rows.append(["reference", "", "", "16.000", f"{recall * 100:.1f}", "0.000", "", ""])
+    table(
+        ["id", "kind", "stored bytes", "bits/weight", "recall %", "answer loss (nats)",
+         "against uniform", "front"],
+        rows,
+        title=f"{run.question['model']} on validation facts, budget "
+        f"{format_size(run.budget_bytes)}; ± is one standard error",
+    )  # fmt: skip
+    emit(front.verdict)
+    for point in run.points("test"):
+        if front.pick is not None and point.id == front.pick.id:
+            emit(
+                f"On test facts the pick {point.id} recalls "
+                f"{plus_minus(point.recall, 100, 1)} %"
+                + (
+                    f" (reference {run.content['reference_test']['recall'] * 100:.1f} %)"
+                    if "reference_test" in run.content
+                    else ""
+                )
+                + f" and loses {plus_minus(point.answer_loss)} nats an answer"
+                + (
+                    f"; against the best uniform of at most its size "
+                    f"{plus_minus(point.against_uniform)} nats."
+                    if point.against_uniform is not None
+                    else "."
+                )
+            )
+    if not run.finished:
+        say("This search is not finished; the table holds what has been validated so far.")
+
+
+def _front_row(point: Point, front: ParetoFront) -> list[str]:
+    marks = ("*" if point.id in front.pareto_ids else "") + (
+        " pick" if front.pick is not None and point.id == front.pick.id else ""
+    )
+    return [
+        point.id,
+        point.kind,
+        f"{point.stored_bytes:,}",
+        f"{point.bits_per_weight:.3f}",
+        plus_minus(point.recall, 100, 1),
+        plus_minus(point.answer_loss),
+        plus_minus(point.against_uniform) if point.against_uniform is not None else "",
+        marks.strip(),
+    ]
+
+
+def front_json(run: Run, front: ParetoFront) -> dict[str, Any]:
+    test = next(
+        (p for p in run.points("test") if front.pick is not None and p.id == front.pick.id), None
+    )
+    return {
+        "model": run.question["model"],
+        "budget_bytes": run.budget_bytes,
+        "finished": run.finished,
+        "points": [
+            {**point.to_json(), "on_front": point.id in front.pareto_ids} for point in front.points
+        ],
+        "pick": front.pick and front.pick.id,
+        "verdict": front.verdict,
+        "test": test and test.to_json(),
+        "reference": {
+            partition: run.content.get(f"reference_{partition}")
+            for partition in ("validation", "test")
+        },
+    }
+
+
+def show_point(run: Run, point: Point) -> None:
+    """Size, figures and the format of every group, a row a block."""
+    emit(
+        f"{point.id} ({point.kind}): {point.stored_bytes:,} bytes "
+        f"({format_size(point.stored_bytes)}), {point.bits_per_weight:.3f} bits a searched weight"
+    )
+    emit(
+        f"validation facts: recall {plus_minus(point.recall, 100, 1)} %, answer loss "
+        f"{plus_minus(point.answer_loss)} nats, KL {point.kl_nats:.3f} nats"
+    )
+    kinds = list(dict.fromkeys(group.kind for group in run.space.groups))
+    blocks: dict[str, dict[str, str]] = {}
+    for group in run.space.groups:
+        blocks.setdefault(str(group.depth), {})[group.kind] = point.assignment[group.name]
+    table(
+        ["block", *kinds],
+        [[block, *(formats.get(kind, "") for kind in kinds)] for block, formats in blocks.items()],
+    )
+
+
+def show_layers(space: Any, model_name: str) -> None:
+    rows = [
+        [
+            group.name,
+            " ".join(f"{layer.rows}x{layer.columns}" for layer in group.layers),
+            f"{group.weights:,}",
+            *(f"{fmt.name} {fmt.bits_per_weight(group):.3f}" for fmt in space.options[group.name]),
+        ]
+        for group in space.groups
+    ]
+    width = max(len(row) for row in rows)
+    headers = ["group", "shapes", "weights", "formats and bits/weight", *[""] * (width - 4)]
+    table(headers, [row + [""] * (width - len(row)) for row in rows])
+    layers = sum(len(group.layers) for group in space.groups)
+    smallest, largest = space.stored_bytes(space.smallest), space.stored_bytes(space.largest)
+    emit(
+        f"{model_name}: {layers} layers in {len(space.groups)} groups, {space.weights:,} searched "
+        f"weights; {format_size(space.kept_bytes)} kept in bf16; stored "
+        f"{format_size(smallest)} to {format_size(largest)}"
+    )
+
+
+def show_sensitivity(rows: Mapping[tuple[str, str], tuple[float, float]]) -> None:
+    """One row a group: predicted KL and weight error in each format."""
+    formats = list(dict.fromkeys(fmt for _, fmt in rows))
+    groups = list(dict.fromkeys(group for group, _ in rows))
+
+    def cell(group: str, fmt: str, which: int) -> str:
+        return f"{rows[group, fmt][which]:.3g}" if (group, fmt) in rows else ""
+
+    table(
+        ["group", "", *(f"KL {fmt}" for fmt in formats), *(f"error {fmt}" for fmt in formats)],
+        [
+            [group, "", *(cell(group, f, 0) for f in formats), *(cell(group, f, 1) for f in formats)]
+            for group in groups
+        ],
+        title="Predicted KL in nats (KL-Fisher) and relative weight error, each group alone",
+    )

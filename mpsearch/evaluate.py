@@ -1,0 +1,121 @@
+"""Put an assignment in place, score it, restore the reference."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+
+from mpsearch.assignment import Assignment
+from mpsearch.bank import Bank
+from mpsearch.estimates import Estimate, relation_mean
+from mpsearch.formats import BF16, Format
+from mpsearch.layers import Layer
+from mpsearch.recall import FactScores, RecallProxy
+from mpsearch.space import ResolvedSpace
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What one assignment scored on one list of facts.
+
+    Attributes:
+        answer_loss: nats, against the reference.
+        kl: nats, from the reference.
+        recall: share of facts right among distractors; None where those were not asked.
+        scores: the same per fact.
+    """
+
+    assignment: Assignment
+    answer_loss: Estimate
+    kl: Estimate
+    top1: Estimate
+    recall: Estimate | None
+    scores: FactScores
+    loss_per_fact: np.ndarray
+    seconds: float
+
+
+class Bench:
+    """A model on which assignments are put in place one after another.
+
+    Swapping points a layer at another tensor of the bank: only layers whose format changed are
+    touched, and the reference's own tensors are never written to. Use it as a context manager; it
+    leaves the reference in place, whatever happens.
+    """
+
+    def __init__(self, space: ResolvedSpace, bank: Bank):
+        self.space = space
+        self.bank = bank
+        self._in_place: dict[str, str] = {}
+        self.swapped_layers = 0
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.restore()
+
+    def put(self, assignment: Mapping[str, str]) -> None:
+        """Give every layer the weight of its assigned format."""
+        for layer, fmt in self.space.layer_formats(assignment).items():
+            if self._in_place.get(layer, BF16.name) != fmt.name:
+                # Recorded first: an interrupt in between then makes restore() undo it.
+                self._in_place[layer] = fmt.name
+                self.bank.model.linear(layer).weight.data = self.bank.weight(layer, fmt)
+                self.swapped_layers += 1
+
+    def restore(self) -> None:
+        """Give every layer its reference weight."""
+        for layer in self._in_place:
+            self.bank.model.linear(layer).weight.data = self.bank.model.originals[layer]
+        self._in_place.clear()
+
+    def evaluate(self, assignment: Assignment, proxy: RecallProxy) -> Evaluation:
+        """Score an assignment; it stays in place, so that the next one swaps little.
+
+        Raises:
+            CheckError: the candidate gives NaN.
+        """
+        start = time.perf_counter()
+        self.put(assignment)
+        scores = proxy.score()
+        loss = proxy.reference.log_prob - scores.log_prob
+        relations = proxy.relations
+        return Evaluation(
+            assignment,
+            answer_loss=relation_mean(loss, relations),
+            kl=relation_mean(scores.kl, relations),
+            top1=relation_mean(scores.top1, relations),
+            recall=None if scores.correct is None else relation_mean(scores.correct, relations),
+            scores=scores,
+            loss_per_fact=loss,
+            seconds=time.perf_counter() - start,
+        )
+
+
+def all_layers(space: ResolvedSpace) -> list[tuple[Layer, Format]]:
+    """Every (layer, format) that some assignment of the space can ask for."""
+    return [
+        (layer, fmt)
+        for group in space.groups
+        for layer in group.layers
+        for fmt in space.options[group.name]
+    ]
+
+
+def quantized_layers(
+    space: ResolvedSpace, assignment: Mapping[str, str]
+) -> list[tuple[Layer, Format]]:
+    """Every (layer, format) of one assignment that has to be in the bank."""
+    formats = space.layer_formats(assignment)
+    layers = (layer for group in space.groups for layer in group.layers)
+    return [(layer, formats[layer.name]) for layer in layers if formats[layer.name].quantized]

@@ -1,0 +1,84 @@
+"""Exports: one file a target, reached through one function."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mpsearch.assignment import Assignment
+from mpsearch.bank import Bank
+from mpsearch.device import require_disk
+from mpsearch.errors import InfeasibleError, RunError, UsageError
+from mpsearch.evaluate import quantized_layers
+from mpsearch.export.compressed_tensors import write_compressed_tensors
+from mpsearch.files import published
+from mpsearch.formats import nearest
+from mpsearch.models import Model
+from mpsearch.quantizers import get_quantizer
+from mpsearch.space import ResolvedSpace, SearchSpace
+
+WRITERS = {"compressed-tensors": write_compressed_tensors}
+
+
+def export(
+    model: Model,
+    assignment: Assignment,
+    *,
+    to: str = "compressed-tensors",
+    out: str | Path,
+    space: ResolvedSpace | None = None,
+) -> Path:
+    """Write an assignment as a checkpoint that other libraries load.
+
+    Codes and scales come from the bank that the assignment was scored with; nothing is quantized
+    again. The folder appears when it is whole.
+
+    Args:
+        model: the one that was searched, holding its reference weights.
+        assignment: from a run's point; one made by hand gets the target's default quantizer.
+        to: the target.
+        out: must not exist.
+        space: the groups that the assignment names; by default those that `to` ties.
+    Returns:
+        The folder.
+    Raises:
+        UsageError: an unknown target, or one that cannot hold the formats.
+        RunError: `out` exists, or the assignment is for another model.
+        ResourceError: the disk is too small.
+    """
+    out = Path(out)
+    if to not in WRITERS:
+        raise UsageError(f"no export target '{to}'{nearest(to, WRITERS)}")
+    if out.exists():
+        raise RunError(f"'{out}' exists; choose another -o")
+    space = space or SearchSpace.default().resolve(model)
+    names = {group.name for group in space.groups}
+    if set(assignment) != names:
+        odd = sorted(set(assignment) ^ names)[0]
+        raise RunError(f"the assignment does not fit this model: group '{odd}' is in one only")
+    formats = space.layer_formats(assignment)
+    if strange := sorted({f.name for f in formats.values() if f.container not in (to, "any")}):
+        raise UsageError(f"a {to} checkpoint cannot hold {', '.join(strange)}; search a {to} space")
+    if not any(fmt.quantized for fmt in formats.values()):
+        raise InfeasibleError("every layer of this point is bf16: nothing to export, use the model")
+    bank = (
+        Bank.of(model, json.loads(assignment.bank))
+        if assignment.bank
+        else Bank(model, get_quantizer(None, to))
+    )
+    require_disk(int(space.stored_bytes(assignment) * 1.05) + 10_000_000, out, "the export")
+    bank.build(quantized_layers(space, assignment))
+    with published(out) as unfinished:
+        WRITERS[to](model, bank, formats, unfinished)
+        facts = {
+            "base_model": model.name,
+            "base_fingerprint": model.fingerprint,
+            "target": to,
+            "assignment_id": assignment.id,
+            "assignment": dict(assignment),
+            "bank": bank.settings,
+            "stored_bytes": space.stored_bytes(assignment),
+            "bits_per_weight": space.bits_per_weight(assignment),
+        }
+        (unfinished / "mpsearch.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    return out

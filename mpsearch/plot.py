@@ -1,0 +1,141 @@
+"""The figure of a run: recall against size, and the bits of each layer of the pick.
+
+Readable in grey: points differ by marker and fill, bits by lightness and a printed number.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mpsearch.errors import UsageError
+from mpsearch.formats import FORMATS
+from mpsearch.front import pareto_front
+from mpsearch.run import ParetoFront, Point, Run
+
+_MARKS: dict[str, dict[str, Any]] = {
+    "uniform": {"marker": "s", "markerfacecolor": "white", "markersize": 7},
+    "greedy": {"marker": "^", "markerfacecolor": "0.75", "markersize": 7},
+    "knapsack": {"marker": "D", "markerfacecolor": "0.75", "markersize": 6},
+    "search": {"marker": "o", "markerfacecolor": "black", "markersize": 5},
+}
+_FILES = (".png", ".svg", ".pdf")
+
+
+def plot(run: Run, out: str | Path) -> Path:
+    """Draw a run to a .png, .svg or .pdf file.
+
+    Raises:
+        UsageError: another suffix, or the file cannot be written.
+        RunError: nothing has been scored yet.
+    """
+    out = Path(out)
+    if out.suffix.lower() not in _FILES:
+        raise UsageError(f"'{out}' ends in '{out.suffix}'; use {', '.join(_FILES)}")
+    front = run.front()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=[1.0, 1.25])
+    _trade_off(left, run, front)
+    shown = front.pick or front.points[0]
+    _bits(right, figure, run, shown)
+    try:
+        figure.savefig(out, dpi=150)
+    except OSError as error:
+        raise UsageError(f"cannot write '{out}': {error.strerror}") from None
+    return out
+
+
+def _trade_off(axes: Any, run: Run, front: ParetoFront) -> None:
+    """Recall with error bars against stored size; the line joins the best recall so far."""
+    for kind, style in _MARKS.items():
+        points = [point for point in front.points if point.kind == kind]
+        if points:
+            axes.errorbar(
+                [point.stored_bytes / 2**20 for point in points],
+                [point.recall.mean * 100 for point in points],
+                yerr=[point.recall.stderr * 100 for point in points],
+                linestyle="none",
+                color="black",
+                elinewidth=0.8,
+                capsize=2,
+                label=kind,
+                zorder=3,
+                **style,
+            )
+    best = pareto_front(front.points, lambda p: (p.stored_bytes, -p.recall.mean))
+    axes.plot(
+        [point.stored_bytes / 2**20 for point in best],
+        [point.recall.mean * 100 for point in best],
+        color="0.55",
+        linewidth=1.2,
+        zorder=2,
+        label="front",
+    )
+    if front.pick is not None:
+        axes.plot(
+            front.pick.stored_bytes / 2**20,
+            front.pick.recall.mean * 100,
+            marker="o",
+            markersize=14,
+            markerfacecolor="none",
+            markeredgecolor="black",
+            linestyle="none",
+            label=f"pick {front.pick.id}",
+            zorder=4,
+        )
+    axes.axvline(
+        run.budget_bytes / 2**20, color="black", linestyle="--", linewidth=1, label="budget"
+    )
+    reference = run.content.get("reference_validation")
+    if reference:
+        axes.axhline(
+            reference["recall"] * 100, color="0.4", linestyle=":", linewidth=1, label="unquantized"
+        )
+        axes.axhline(
+            reference["chance"] * 100, color="0.4", linestyle="-.", linewidth=1, label="chance"
+        )
+    axes.set_xlabel("stored size (MiB)")
+    axes.set_ylabel("recall on validation facts (%), ± one standard error")
+    axes.set_title(run.question["model"], fontsize=11)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.legend(loc="lower right", fontsize=8, frameon=True)
+
+
+def _bits(axes: Any, figure: Any, run: Run, point: Point) -> None:
+    """A row a kind of group, a column a block; lightness and number are nominal bits."""
+    import numpy as np
+
+    groups = [group for group in run.space.groups if group.depth is not None]
+    kinds = list(dict.fromkeys(group.kind for group in groups))
+    depth = 1 + max((group.depth or 0) for group in groups) if groups else 1
+    bits = np.full((max(len(kinds), 1), depth), np.nan)
+    for group in groups:
+        bits[kinds.index(group.kind), group.depth] = FORMATS[point.assignment[group.name]].bits
+    # Levels are spaced evenly, as 8 bits are no four times darker than 2.
+    levels = sorted({int(value) for value in bits[~np.isnan(bits)]})
+    shades = np.full(bits.shape, np.nan)
+    for index, level in enumerate(levels):
+        shades[bits == level] = index / max(len(levels) - 1, 1)
+    axes.imshow(shades, cmap="Greys", vmin=-0.15, vmax=1.25, aspect="auto")
+    for row, column in zip(*np.nonzero(~np.isnan(bits)), strict=True):
+        axes.text(
+            column,
+            row,
+            f"{int(bits[row, column])}",
+            ha="center",
+            va="center",
+            fontsize=8 if depth <= 40 else 5,
+            color="white" if shades[row, column] > 0.6 else "black",
+        )
+    axes.set_yticks(range(len(kinds)), [kind.replace("+", "\n+") for kind in kinds], fontsize=8)
+    axes.set_xlabel("block")
+    axes.set_title(
+        f"bits of {point.id} ({point.kind}): {point.bits_per_weight:.2f} bits a weight, "
+        "scales included",
+        fontsize=10,
+    )

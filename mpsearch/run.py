@@ -1,0 +1,398 @@
+"""The run folder: the question, the study, and every evaluation, each safe against a kill.
+
+    run.json            the question and what was frozen while answering it
+    sensitivity.json    the damage table
+    journal.log         the Optuna study
+    evaluations.jsonl   one line an evaluation, per-fact values included
+
+Reading a run needs neither torch nor the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpsearch.assignment import Assignment
+from mpsearch.errors import ResourceError, RunError
+from mpsearch.estimates import Estimate, paired_difference, relation_mean
+from mpsearch.files import write_atomically
+from mpsearch.formats import FORMATS
+from mpsearch.front import best_under, pareto_front
+from mpsearch.layers import Layer, LayerGroup
+from mpsearch.space import ResolvedSpace, Rule, SearchSpace
+from mpsearch.targets import TARGETS
+
+VERSION = 1
+SIMPLE_KINDS = ("uniform", "greedy", "knapsack")
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """One assignment's values on one partition's facts, as stored.
+
+    Attributes:
+        kind: uniform, greedy, knapsack or search; `reference` for the unquantized model.
+        loss_per_fact: answer loss in nats.
+        correct: contrastive, or None where distractors were not asked.
+    """
+
+    assignment: Assignment
+    kind: str
+    partition: str
+    loss_per_fact: tuple[float, ...]
+    kl_nats: float
+    top1: float
+    correct: tuple[bool, ...] | None
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """An assignment with its size and its validation (or test) figures.
+
+    Attributes:
+        against_uniform: answer loss minus that of the best uniform assignment of at most the same
+            size, paired by fact; None if there is none.
+    """
+
+    id: str
+    kind: str
+    assignment: Assignment
+    stored_bytes: int
+    bits_per_weight: float
+    answer_loss: Estimate
+    recall: Estimate
+    kl_nats: float
+    against_uniform: Estimate | None
+    score: Score
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "kind": self.kind,
+            "stored_bytes": self.stored_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "recall": asdict(self.recall),
+            "answer_loss_nats": asdict(self.answer_loss),
+            "kl_nats": self.kl_nats,
+            "against_uniform_nats": self.against_uniform and asdict(self.against_uniform),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class ParetoFront:
+    """All points that were scored on validation facts, by rising size.
+
+    Attributes:
+        points: baselines and finalists.
+        pareto_ids: of those that no other point dominates in (bytes, answer loss).
+        pick: recommended under the run's budget: the lowest answer loss, but a simple allocation
+            unless a searched one beats the best simple one beyond noise. None if nothing fits.
+        verdict: one plain sentence about search against simple allocations.
+    """
+
+    points: tuple[Point, ...]
+    pareto_ids: frozenset[str]
+    pick: Point | None
+    verdict: str
+
+    def best(self, max_bytes: str | int) -> Point:
+        """The point of least answer loss within a size; raises `RunError` if none fits."""
+        from mpsearch.budget import parse_size
+
+        limit = parse_size(max_bytes) if isinstance(max_bytes, str) else max_bytes
+        found = best_under(self.points, _coordinates, limit)
+        if found is None:
+            smallest = min(point.stored_bytes for point in self.points)
+            raise RunError(f"no point within {limit:,} bytes; the smallest takes {smallest:,}")
+        return found
+
+
+def _coordinates(point: Point) -> tuple[float, float]:
+    return point.stored_bytes, point.answer_loss.mean
+
+
+class Run:
+    """A run folder. `create` starts one, `open` reads one."""
+
+    def __init__(self, folder: Path, content: dict[str, Any]):
+        self.folder = folder
+        self.content = content
+
+    @classmethod
+    def create(cls, folder: Path, question: dict[str, Any], space: ResolvedSpace) -> Run:
+        """Write a new run folder.
+
+        Raises:
+            RunError: something exists at that path.
+            ResourceError: it cannot be written.
+        """
+        if folder.exists():
+            raise RunError(
+                f"'{folder}' exists; continue it with --resume, or choose another -o"
+            )
+        run = cls(folder, {"version": VERSION, "question": question, "space": _describe(space)})
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise ResourceError(f"cannot create '{folder}': {error.strerror}") from None
+        run.save()
+        return run
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """Read a run folder. Raises `RunError` if it is none."""
+        path = Path(folder)
+        try:
+            content = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunError(f"'{folder}' is not a run folder: it has no run.json") from None
+        except (OSError, ValueError) as error:
+            raise RunError(f"'{path / 'run.json'}' cannot be read: {error}") from None
+        if not isinstance(content, dict) or content.get("version") != VERSION:
+            raise RunError(f"'{folder}' was written by another version of mpsearch; use that one")
+        return cls(path, content)
+
+    def save(self) -> None:
+        """Write run.json atomically."""
+        write_atomically(self.folder / "run.json", json.dumps(self.content, indent=1))
+
+    def check_question(self, question: dict[str, Any]) -> None:
+        """Raise `RunError`, naming what changed, unless the question is the one of this run."""
+        asked = self.content["question"]
+        changed = [key for key in question if question[key] != asked.get(key)]
+        if changed:
+            key = changed[0]
+            raise RunError(
+                f"'{self.folder}' answers another question: {key} was {_short(asked.get(key))} and "
+                f"is now {_short(question[key])}; ask as before, or choose another -o"
+            )
+
+    @property
+    def question(self) -> dict[str, Any]:
+        return self.content["question"]
+
+    @property
+    def budget_bytes(self) -> int:
+        return int(self.question["budget_bytes"])
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.content.get("finished"))
+
+    @cached_property
+    def space(self) -> ResolvedSpace:
+        return _restore(self.content["space"])
+
+    @property
+    def journal(self) -> Path:
+        return self.folder / "journal.log"
+
+    # ---------------------------------------------------------------------- evaluations
+
+    @property
+    def _evaluations(self) -> Path:
+        return self.folder / "evaluations.jsonl"
+
+    def add(self, score: Score) -> None:
+        """Append an evaluation. Raises `ResourceError` when the disk is full."""
+        line = {**asdict(score), "assignment": dict(score.assignment)}
+        try:
+            with open(self._evaluations, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line, separators=(",", ":")) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write '{self._evaluations}': {error.strerror}; free some disk space and "
+                "continue with --resume, what is finished is kept"
+            ) from None
+
+    def scores(self) -> list[Score]:
+        """All finished evaluations, in order; a line that a kill cut short is left out."""
+        bank = json.dumps(self.question["bank"], sort_keys=True)
+        return [_score(line, bank) for line in _whole_lines(self._evaluations)]
+
+    def mend(self) -> None:
+        """Drop the torn ends that a kill left in the journal and in the evaluations."""
+        for path in (self.journal, self._evaluations):
+            if path.exists():
+                text = path.read_bytes()
+                if text and not text.endswith(b"\n"):
+                    os.truncate(path, text.rfind(b"\n") + 1)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder against a second search. Raises `RunError` if one is running."""
+        import fcntl
+
+        with open(self.folder / "lock", "w", encoding="utf-8") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(f"another search is running in '{self.folder}'; wait for it") from None
+            # Nobody else is here, so the study's own lock can only be a dead process's.
+            for stale in self.folder.glob("journal.log.lock*"):
+                stale.unlink(missing_ok=True)
+            yield
+
+    # ------------------------------------------------------------------------- results
+
+    def relations(self, partition: str) -> list[str]:
+        """The relation of each fact asked in a partition, in the order of per-fact values."""
+        return self.content["asked"][partition]
+
+    def points(self, partition: str = "validation") -> tuple[Point, ...]:
+        """Every assignment scored on a partition with distractors, by size, then loss."""
+        relations = self.content.get("asked", {}).get(partition, [])
+        scores = {
+            score.assignment: score
+            for score in self.scores()
+            if score.partition == partition and score.kind != "reference"
+        }
+        sized = {a: self.space.stored_bytes(a) for a in scores}
+        uniforms = [a for a, score in scores.items() if score.kind == "uniform"]
+
+        def point(score: Score) -> Point:
+            loss = relation_mean(score.loss_per_fact, relations)
+            fitting = [a for a in uniforms if sized[a] <= sized[score.assignment]]
+            rival = min(fitting, key=lambda a: np.mean(scores[a].loss_per_fact), default=None)
+            against = None
+            if rival is not None and rival != score.assignment:
+                against = paired_difference(
+                    score.loss_per_fact, scores[rival].loss_per_fact, relations
+                )
+            return Point(
+                score.assignment.id,
+                score.kind,
+                score.assignment,
+                sized[score.assignment],
+                self.space.bits_per_weight(score.assignment),
+                loss,
+                relation_mean(score.correct or (), relations),
+                score.kl_nats,
+                against,
+                score,
+            )
+
+        return tuple(sorted((point(score) for score in scores.values()), key=_coordinates))
+
+    def front(self) -> ParetoFront:
+        """The validation table with its front, the pick and the verdict.
+
+        Raises:
+            RunError: nothing has been scored on validation facts yet.
+        """
+        points = self.points()
+        if not points:
+            raise RunError(
+                f"'{self.folder}' has no scored point yet; continue it with 'mpsearch search "
+                f"{self.question['model']} --resume -o {self.folder}'"
+            )
+        pareto = frozenset(point.id for point in pareto_front(points, _coordinates))
+        pick, verdict = self._recommend(points)
+        return ParetoFront(points, pareto, pick, verdict)
+
+    def _recommend(self, points: Sequence[Point]) -> tuple[Point | None, str]:
+        simple = [point for point in points if point.kind in SIMPLE_KINDS]
+        best_simple = best_under(simple, _coordinates, self.budget_bytes)
+        searched = [point for point in points if point.kind == "search"]
+        best_searched = best_under(searched, _coordinates, self.budget_bytes)
+        if best_searched is None or best_simple is None:
+            found = best_searched or best_simple
+            return found, "No searched point fits the budget; the simple allocations stand."
+        gain = paired_difference(
+            best_simple.score.loss_per_fact,
+            best_searched.score.loss_per_fact,
+            self.relations("validation"),
+        )
+        figures = f"{gain.mean:+.3f} +- {gain.stderr:.3f} nats on validation facts"
+        if gain.mean > 0 and gain.significant:
+            return best_searched, (
+                f"The search beats the best simple allocation ({best_simple.kind} "
+                f"{best_simple.id}): its answer loss is lower by {figures}."
+            )
+        return best_simple, (
+            f"The search did not beat the best simple allocation beyond noise ({figures}); "
+            f"the {best_simple.kind} allocation {best_simple.id} is recommended."
+        )
+
+    def find(self, wanted: str) -> Point:
+        """A validated point by id, an unambiguous beginning of it, or `best`."""
+        front = self.front()
+        if wanted == "best":
+            if front.pick is None:
+                raise RunError(f"'{self.folder}' has no point within its budget")
+            return front.pick
+        found = [point for point in front.points if point.id.startswith(wanted)]
+        if len(found) != 1:
+            known = ", ".join(f"{point.id} ({point.kind})" for point in front.points)
+            fault = "is ambiguous" if found else "is not in this run"
+            raise RunError(f"point '{wanted}' {fault}; there are: best, {known}")
+        return found[0]
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def _score(line: dict[str, Any], bank: str) -> Score:
+    correct = line["correct"]
+    return Score(
+        Assignment.of(line["assignment"], bank),
+        line["kind"],
+        line["partition"],
+        tuple(line["loss_per_fact"]),
+        line["kl_nats"],
+        line["top1"],
+        None if correct is None else tuple(correct),
+        line["seconds"],
+    )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _describe(space: ResolvedSpace) -> dict[str, Any]:
+    return {
+        "target": space.target.name,
+        "formats": list(space.space.formats),
+        "source": space.space.source,
+        "kept_bytes": space.kept_bytes,
+        "groups": [
+            {
+                "layers": [[layer.name, layer.rows, layer.columns] for layer in group.layers],
+                "options": [fmt.name for fmt in space.options[group.name]],
+            }
+            for group in space.groups
+        ],
+    }
+
+
+def _restore(content: dict[str, Any]) -> ResolvedSpace:
+    rules: tuple[Rule, ...] = ()  # already applied to the options
+    file = SearchSpace(
+        TARGETS[content["target"]], tuple(content["formats"]), rules, source=content["source"]
+    )
+    groups = tuple(
+        LayerGroup(tuple(Layer(*layer) for layer in group["layers"])) for group in content["groups"]
+    )
+    options = {
+        group.name: tuple(FORMATS[name] for name in described["options"])
+        for group, described in zip(groups, content["groups"], strict=True)
+    }
+    return ResolvedSpace(file, groups, options, content["kept_bytes"])

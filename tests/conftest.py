@@ -1,0 +1,148 @@
+"""Shared fixtures: a tiny Llama that was taught synthetic facts in a few seconds, and its files.
+
+It knows `color`, `shape` and `place` of made-up subjects, so recall, sensitivity and search have
+something to lose; everything runs offline.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from mpsearch.facts import FactSet
+from mpsearch.models import Model, load_model
+from mpsearch.space import ResolvedSpace, SearchSpace
+
+ANSWERS = {
+    "color": ["red", "green", "blue", "white", "black", "brown"],
+    "shape": ["round", "square", "flat", "long", "thin"],
+    "place": ["north", "south", "east", "west"],
+}
+SUBJECTS = 48
+
+
+def fact_lines() -> list[dict[str, str]]:
+    """Relation lines and fact lines of the synthetic facts."""
+    lines: list[dict[str, str]] = []
+    for offset, (relation, answers) in enumerate(ANSWERS.items()):
+        lines.append({"relation": relation, "template": f"the {relation} of {{}} is"})
+        lines += [
+            {
+                "relation": relation,
+                "subject": f"s{number}",
+                "answer": answers[(number * (2 * offset + 3) + number // 7) % len(answers)],
+            }
+            for number in range(SUBJECTS)
+        ]
+    return lines
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<unk>", "the", "of", "is", *ANSWERS]
+    words += [answer for answers in ANSWERS.values() for answer in answers]
+    words += [f"s{number}" for number in range(SUBJECTS)]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+def tiny_llama(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
+    """Two blocks, hidden size 64, grouped-query attention, tied embedding, random weights."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+        initializer_range=0.1,
+    )
+    return LlamaForCausalLM(config)
+
+
+def teach(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Train on shuffled lists of the facts, a relation a text, until it knows nearly all."""
+    facts = [line for line in fact_lines() if "subject" in line]
+    generator = torch.Generator().manual_seed(0)
+    by_relation = {
+        relation: tokenizer(
+            [f"the {relation} of {f['subject']} is {f['answer']}" for f in facts
+             if f["relation"] == relation],
+            return_tensors="pt",
+        )["input_ids"]
+        for relation in ANSWERS
+    }  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    for step in range(150):
+        tokens = by_relation[list(ANSWERS)[step % len(ANSWERS)]]
+        length = tokens.shape[1]
+        order = torch.stack([torch.randperm(SUBJECTS, generator=generator)[:5] for _ in range(32)])
+        batch = tokens[order].flatten(1)
+        labels = torch.full_like(batch, -100)
+        labels[:, length - 1 :: length] = batch[:, length - 1 :: length]  # answers only
+        loss = model(batch, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A local model folder: safetensors, config, tokenizer. Read it, do not write to it."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer = build_tokenizer()
+    model = tiny_llama(len(tokenizer))
+    teach(model, tokenizer)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> Model:
+    """The taught model, loaded. Tests must leave its reference weights in place."""
+    return load_model(str(tiny_folder))
+
+
+@pytest.fixture(scope="session")
+def facts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("facts") / "facts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in fact_lines()), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_facts(facts_file: Path) -> FactSet:
+    return FactSet.load(facts_file)
+
+
+@pytest.fixture(scope="session")
+def tiny_space(tiny: Model) -> ResolvedSpace:
+    """The default space on the tiny model: 8 groups, int2 to int8."""
+    return SearchSpace.default().resolve(tiny)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def mpsearch_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Banks and small things of the tests go to a temporary home, unless the caller set one."""
+    os.environ.setdefault("MPSEARCH_HOME", str(tmp_path_factory.mktemp("home")))
