@@ -17,7 +17,9 @@ model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 
 about = json.loads((folder / "mpsearch.json").read_text())
-print(f"{about['base_model']} at {about['bits_per_weight']:.2f} bits a weight, loaded from {folder}")
+print(
+    f"{about['base_model']} at {about['bits_per_weight']:.2f} bits a weight, loaded from {folder}"
+)
 
 examples = "The capital of Norway is Oslo\nThe capital of Japan is Tokyo\n"
 for question in ("The capital of France is", "The capital of Egypt is", "The capital of Poland is"):

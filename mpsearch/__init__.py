@@ -1,11 +1,11 @@
 """mpsearch: how many bits each layer of a language model should get.
 
-    import mpsearch as mps
-    model = mps.load_model("builtin:smollm2-135m")
-    space = mps.SearchSpace.load("search_spaces/compressed_tensors.yaml").resolve(model)
-    run = mps.search(model, space, budget="104 MiB", trials=100, seed=0, out="runs/smollm2")
-    pick = run.front().best(max_bytes="104 MiB")
-    mps.export(model, pick.assignment, to="compressed-tensors", out="exports/smollm2-mixed")
+import mpsearch as mps
+model = mps.load_model("builtin:smollm2-135m")
+space = mps.SearchSpace.load("search_spaces/compressed_tensors.yaml").resolve(model)
+run = mps.search(model, space, budget="104 MiB", trials=100, seed=0, out="runs/smollm2")
+pick = run.front().best(max_bytes="104 MiB")
+mps.export(model, pick.assignment, to="compressed-tensors", out="exports/smollm2-mixed")
 """
 
 from __future__ import annotations
@@ -41,8 +41,6 @@ _HOME = {
     "search": "search",
 }
 __all__ = ["__version__", *_HOME]
-
-
 
 
 class _Package(ModuleType):

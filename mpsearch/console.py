@@ -93,9 +93,7 @@ class Progress:
         if self._bar is not None:
             if begins:
                 self._task = self._bar.add_task(stage, total=total, left="")
-            self._bar.update(
-                self._task, description=stage, completed=done, total=total, left=left
-            )
+            self._bar.update(self._task, description=stage, completed=done, total=total, left=left)
         elif begins or done == total or now - self._said >= _PLAIN_EVERY_SECONDS:
             self._said = now
             say(f"{stage}: {done}/{total}{', ' + left if left else ''}")
@@ -268,7 +266,12 @@ def show_sensitivity(rows: Mapping[tuple[str, str], tuple[float, float]]) -> Non
     table(
         ["group", "", *(f"KL {fmt}" for fmt in formats), *(f"error {fmt}" for fmt in formats)],
         [
-            [group, "", *(cell(group, f, 0) for f in formats), *(cell(group, f, 1) for f in formats)]
+            [
+                group,
+                "",
+                *(cell(group, f, 0) for f in formats),
+                *(cell(group, f, 1) for f in formats),
+            ]
             for group in groups
         ],
         title="Predicted KL in nats (KL-Fisher) and relative weight error, each group alone",

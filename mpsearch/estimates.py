@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Estimate:
         return low > 0 or high < 0
 
 
-def relation_mean(values: Sequence[float], relations: Sequence[str]) -> Estimate:
+def relation_mean(values: Sequence[float] | NDArray[Any], relations: Sequence[str]) -> Estimate:
     """Mean over relations of the means within them.
 
     The standard error takes facts as independent draws within fixed relations:
@@ -55,8 +57,6 @@ def relation_mean(values: Sequence[float], relations: Sequence[str]) -> Estimate
     return Estimate(float(np.mean([g.mean() for g in groups])), sqrt(squared) / len(groups))
 
 
-def paired_difference(
-    a: Sequence[float], b: Sequence[float], relations: Sequence[str]
-) -> Estimate:
+def paired_difference(a: Sequence[float], b: Sequence[float], relations: Sequence[str]) -> Estimate:
     """Mean of `a - b` over the same facts; far tighter than the difference of two means."""
     return relation_mean(np.asarray(a, dtype=float) - np.asarray(b, dtype=float), relations)

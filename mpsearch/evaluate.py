@@ -6,8 +6,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank
@@ -35,7 +36,7 @@ class Evaluation:
     top1: Estimate
     recall: Estimate | None
     scores: FactScores
-    loss_per_fact: np.ndarray
+    loss_per_fact: NDArray[Any]
     seconds: float
 
 

@@ -47,7 +47,7 @@ class Row:
     _children: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
 
     def missing(self, sequence: TokenSequence) -> int:
-        """Nodes that adding the sequence would add. Its last token is only predicted, never read."""
+        """Nodes that adding the sequence would add; its last token is predicted, never fed."""
         node = -1
         inputs = sequence.tokens[:-1]
         for depth, token in enumerate(inputs):
@@ -137,11 +137,10 @@ class Pass:
         """`(read nodes, vocab)` float32 logits of one row, only at the nodes that are read."""
         module: Any = self.model.module
         hidden = module.get_decoder()(**row.inputs, use_cache=False).last_hidden_state[0]
-        return module.get_output_embeddings()(hidden[row.read_nodes]).float()
+        logits: Tensor = module.get_output_embeddings()(hidden[row.read_nodes])
+        return logits.float()
 
-    def run(
-        self, visit: Callable[[int, Tensor], None] | None = None
-    ) -> Tensor:
+    def run(self, visit: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Log-probability of each sequence's continuation, summed over its tokens.
 
         Args:

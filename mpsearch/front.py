@@ -34,7 +34,9 @@ def pareto_front(
     return front
 
 
-def hypervolume(coordinates: Iterable[tuple[float, float]], reference: tuple[float, float]) -> float:
+def hypervolume(
+    coordinates: Iterable[tuple[float, float]], reference: tuple[float, float]
+) -> float:
     """Area that the points dominate below the reference point."""
     area, loss_edge = 0.0, reference[1]
     inside = [p for p in coordinates if p[0] < reference[0] and p[1] < reference[1]]

@@ -54,9 +54,7 @@ class LayerGroup:
         return re.sub(r"^.*?\.\d+\.", "", self.name)
 
 
-def group_layers(
-    layers: Sequence[Layer], ties: Iterable[Sequence[str]]
-) -> tuple[LayerGroup, ...]:
+def group_layers(layers: Sequence[Layer], ties: Iterable[Sequence[str]]) -> tuple[LayerGroup, ...]:
     """Group siblings (same parent module) whose last names stand together in one tie.
 
     Args:

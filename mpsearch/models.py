@@ -67,7 +67,8 @@ class Model:
         )
 
     def linear(self, layer: str) -> nn.Linear:
-        return self.module.get_submodule(layer)
+        linear: nn.Linear = self.module.get_submodule(layer)
+        return linear
 
 
 def load_model(name: str) -> Model:

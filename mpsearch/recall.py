@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mpsearch.errors import CheckError
@@ -39,10 +41,10 @@ class FactScores:
         correct: `(facts,)` bool, contrastive; None where distractors were not asked.
     """
 
-    log_prob: np.ndarray
-    kl: np.ndarray
-    top1: np.ndarray
-    correct: np.ndarray | None
+    log_prob: NDArray[Any]
+    kl: NDArray[Any]
+    top1: NDArray[Any]
+    correct: NDArray[Any] | None
 
 
 class RecallProxy:
@@ -77,8 +79,9 @@ class RecallProxy:
             self._answers_of.append(
                 list(range(len(sequences), len(sequences) + 1 + len(distractors)))
             )
-            for answer in (fact.answer, *distractors):
-                sequences.append(encode(model.tokenizer, context, answer))
+            sequences += [
+                encode(model.tokenizer, context, answer) for answer in (fact.answer, *distractors)
+            ]
         self._lengths = np.array([len(s.tokens) - s.start for s in sequences])
         self._contrast = contrast
         self._tokenizer = model.tokenizer
@@ -124,7 +127,9 @@ class RecallProxy:
                 "NaN or infinite; the weights in place are broken"
             )
         if reference is None:
-            self._reference_first = torch.stack([lp for _, lp in sorted(firsts, key=lambda f: f[0])])
+            self._reference_first = torch.stack(
+                [lp for _, lp in sorted(firsts, key=lambda f: f[0])]
+            )
         top1 = [
             _is_prefix(self._tokenizer.decode([int(token)]), fact)
             for token, fact in zip(first_tokens, self.facts, strict=True)

@@ -137,9 +137,7 @@ class Run:
             ResourceError: it cannot be written.
         """
         if folder.exists():
-            raise RunError(
-                f"'{folder}' exists; continue it with --resume, or choose another -o"
-            )
+            raise RunError(f"'{folder}' exists; continue it with --resume, or choose another -o")
         run = cls(folder, {"version": VERSION, "question": question, "space": _describe(space)})
         try:
             folder.mkdir(parents=True)
@@ -179,7 +177,8 @@ class Run:
 
     @property
     def question(self) -> dict[str, Any]:
-        return self.content["question"]
+        question: dict[str, Any] = self.content["question"]
+        return question
 
     @property
     def budget_bytes(self) -> int:
@@ -239,7 +238,9 @@ class Run:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise RunError(f"another search is running in '{self.folder}'; wait for it") from None
+                raise RunError(
+                    f"another search is running in '{self.folder}'; wait for it"
+                ) from None
             # Nobody else is here, so the study's own lock can only be a dead process's.
             for stale in self.folder.glob("journal.log.lock*"):
                 stale.unlink(missing_ok=True)
@@ -249,7 +250,8 @@ class Run:
 
     def relations(self, partition: str) -> list[str]:
         """The relation of each fact asked in a partition, in the order of per-fact values."""
-        return self.content["asked"][partition]
+        relations: list[str] = self.content["asked"][partition]
+        return relations
 
     def points(self, partition: str = "validation") -> tuple[Point, ...]:
         """Every assignment scored on a partition with distractors, by size, then loss."""

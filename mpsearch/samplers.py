@@ -2,11 +2,12 @@
 
 A proposal takes a parent near the front, raises a few groups by one level, and lowers others until
 it fits the budget again: every trial is feasible, and every trial spends the same bytes in another
-way. All state is read from the study, so a resumed search goes on as if it had never stopped, and
-several workers can share one study.
+way. Of many such children one is chosen by a model of the loss that starts from the damage table
+and is corrected by every trial. All state is read from the study, so a resumed search goes on as if
+it had never stopped, and several workers can share one study.
 
-Sources: level switch mutation, EvoPress (arXiv:2410.14649); the predictor only weighs moves,
-measurements decide.
+Sources: level switch mutation, EvoPress (arXiv:2410.14649); choice by posterior sampling, Thompson
+(1933); a draw from a Gaussian process by Matheron's rule (Wilson et al., arXiv:2002.09309).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
@@ -26,8 +28,12 @@ from mpsearch.formats import nearest
 from mpsearch.space import ResolvedSpace
 
 SAMPLERS = ("level-switch", "nsga2", "tpe")
-_LOOSE = 0.25  # share of proposals at another size than the budget, to cover the front
+_LOOSE = 0.1  # share of proposals at another size than the budget, to cover the front
+_CHILDREN = 64  # of which one is proposed
 _ATTEMPTS = 200
+_NEAR = 2.5  # trials up to this multiple of the best loss teach the model
+_DOUBT = 0.7  # prior standard deviation of a predicted damage, as a share of it
+_MISFIT = 0.03  # of the additive model, as a share of the best loss
 _RAISED = (0.4, 0.3, 0.2, 0.1)  # chances of raising one to four groups
 _ELITE = 0.5  # chance that the best parent is taken, then the next, and so on
 
@@ -120,7 +126,7 @@ class LevelSwitchSampler(BaseSampler):
             for name, formats in zip(self._names, self._formats, strict=True)
         )
 
-    def _levels(self, trial: FrozenTrial) -> np.ndarray:
+    def _levels(self, trial: FrozenTrial) -> NDArray[Any]:
         return np.array(
             [
                 formats.index(trial.params[name])
@@ -128,33 +134,72 @@ class LevelSwitchSampler(BaseSampler):
             ]
         )
 
-    def _size(self, levels: np.ndarray) -> int:
+    def _size(self, levels: NDArray[Any]) -> int:
         return self._kept_bytes + int(self._bytes[np.arange(len(levels)), levels].sum())
 
     def _propose(
         self, rng: np.random.Generator, done: list[FrozenTrial], seen: set[bytes]
-    ) -> np.ndarray:
-        """A feasible assignment that no trial has had, or the last attempt where all are taken."""
+    ) -> NDArray[Any]:
+        """A feasible assignment that no trial has had; an old one only where none is left."""
         known = [(t.values[0], t.values[1], self._levels(t)) for t in done]
-        smallest = np.zeros(len(self._names), dtype=int)
+        smallest: NDArray[Any] = np.zeros(len(self._names), dtype=int)
+        limit = self._budget_bytes
+        if rng.random() < _LOOSE:
+            floor = self._size(smallest)
+            limit = int(floor + (self._budget_bytes - floor) * rng.uniform(0.3, 1.0))
+        fitting = sorted(
+            (k for k in known if k[1] <= limit), key=lambda k: (k[0], k[1], k[2].tobytes())
+        )
+        children: dict[bytes, NDArray[Any]] = {}
         child = smallest
         for _ in range(_ATTEMPTS):
-            limit = self._budget_bytes
-            if rng.random() < _LOOSE:
-                floor = self._size(smallest)
-                limit = int(floor + (self._budget_bytes - floor) * rng.uniform(0.3, 1.0))
-            fitting = sorted(
-                (k for k in known if k[1] <= limit), key=lambda k: (k[0], k[1], k[2].tobytes())
-            )
             parent = smallest
             if fitting:
                 parent = fitting[min(int(rng.geometric(_ELITE)) - 1, len(fitting) - 1)][2]
             child = self._switch(rng, parent, limit)
             if child.tobytes() not in seen:
+                children[child.tobytes()] = child
+            if len(children) == _CHILDREN:
                 break
-        return child
+        if not fitting or not children:
+            return next(iter(children.values()), child)
+        near = [k for k in fitting if k[0] <= _NEAR * max(fitting[0][0], 0.0) + 1e-9]
+        drawn = self._draw_losses(rng, near)
+        groups = np.arange(len(self._names))
+        return min(children.values(), key=lambda levels: float(drawn[groups, levels].sum()))
 
-    def _switch(self, rng: np.random.Generator, parent: np.ndarray, limit: int) -> np.ndarray:
+    def _draw_losses(
+        self, rng: np.random.Generator, known: list[tuple[float, float, NDArray[Any]]]
+    ) -> NDArray[Any]:
+        """One draw of every (group, level)'s loss from its posterior, `(groups, levels)` in nats.
+
+        The loss of an assignment is modelled as a sum over groups. A group's prior mean is its
+        predicted damage times one factor for all, which the trials fix; its standard deviation is
+        a share of that mean. The draw is a prior draw corrected by the residuals that it leaves on
+        the trials (Matheron's rule).
+        """
+        groups = np.arange(len(self._names))
+        losses = np.array([loss for loss, _, _ in known])
+        levels = np.array([levels for _, _, levels in known])
+        predicted = self._damage[groups, levels].sum(1)
+        factor = float(np.median(losses / np.maximum(predicted, 1e-12)))
+        spread = _DOUBT * abs(factor) * self._damage
+        noise = _MISFIT * max(float(losses.min()), 1e-6)
+
+        draw = factor * self._damage + spread * rng.standard_normal(spread.shape)
+        observed = draw[groups, levels].sum(1) + noise * rng.standard_normal(len(losses))
+        variance = spread**2
+        # Two trials share the doubt of the groups in which they agree.
+        agree = levels[:, None, :] == levels[None, :, :]
+        gram = (agree * variance[groups, levels][:, None, :]).sum(-1) + noise**2 * np.eye(
+            len(losses)
+        )
+        pull = np.linalg.solve(gram, losses - observed)
+        for trial, weight in zip(levels, pull, strict=True):
+            draw[groups, trial] += variance[groups, trial] * weight
+        return draw
+
+    def _switch(self, rng: np.random.Generator, parent: NDArray[Any], limit: int) -> NDArray[Any]:
         """Raise a few groups, lower others until it fits, then spend what is left."""
         levels = parent.copy()
         raised = rng.choice(len(_RAISED), p=_RAISED) + 1
@@ -177,7 +222,7 @@ class LevelSwitchSampler(BaseSampler):
                 return levels
             levels[group] += 1
 
-    def _steps(self, levels: np.ndarray, direction: int) -> tuple[np.ndarray, np.ndarray]:
+    def _steps(self, levels: NDArray[Any], direction: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Change of damage and of bytes if each group went one level in a direction."""
         groups = np.arange(len(levels))
         other = np.clip(levels + direction, 0, self._top)
@@ -185,7 +230,7 @@ class LevelSwitchSampler(BaseSampler):
         return damage, self._bytes[groups, other] - self._bytes[groups, levels]
 
     def _draw(
-        self, rng: np.random.Generator, levels: np.ndarray, direction: int, allowed: np.ndarray
+        self, rng: np.random.Generator, levels: NDArray[Any], direction: int, allowed: NDArray[Any]
     ) -> int | None:
         """A group that can move, half the time any, else likelier the better the predictor's trade.
 

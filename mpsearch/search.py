@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,28 +24,29 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 from mpsearch.allocate import greedy, knapsack, uniform
+from mpsearch.asked import MOST_FACTS, asked_facts, balanced, freeze_facts, known_facts
 from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank, Report, silent
 from mpsearch.budget import check_reachable, format_size, parse_size
 from mpsearch.calibration import Calibration
 from mpsearch.device import require_disk, require_memory
 from mpsearch.errors import CheckError, UsageError
-from mpsearch.estimates import relation_mean
 from mpsearch.evaluate import Bench, all_layers
-from mpsearch.facts import Fact, FactSet
+from mpsearch.facts import FactSet
 from mpsearch.front import pareto_front
 from mpsearch.models import Model
 from mpsearch.quantizers import get_quantizer
-from mpsearch.recall import SHOTS, RecallProxy, known_relations
-from mpsearch.run import Run, Score
+from mpsearch.recall import SHOTS
+from mpsearch.run import Run
 from mpsearch.samplers import distributions, make_sampler
+from mpsearch.scorer import Scorer
 from mpsearch.sensitivity import Sensitivity, measure_sensitivity
 from mpsearch.space import ResolvedSpace, SearchSpace
 
 log = logging.getLogger(__name__)
 
 TRIALS = 150
-FACTS = {"search": 300, "validation": 200, "test": 500}
+_SENSITIVITY_FACTS = 150
 _FINALISTS = 4
 _SPREAD = (0.2, 0.4, 0.6, 0.8)  # of the feasible range, for the knapsack's further first points
 
@@ -68,7 +69,7 @@ class Wish:
     seed: int = 0
     sampler: str = "level-switch"
     quantizer: str | None = None
-    search_facts: int = FACTS["search"]
+    search_facts: int = MOST_FACTS["search"]
 
     @property
     def budget_bytes(self) -> int:
@@ -86,7 +87,7 @@ def search(
     seed: int = 0,
     sampler: str = "level-switch",
     quantizer: str | None = None,
-    search_facts: int = FACTS["search"],
+    search_facts: int = MOST_FACTS["search"],
     facts: FactSet | None = None,
     resume: bool = False,
     report: Report = silent,
@@ -133,7 +134,8 @@ class _Search:
             "fingerprint": self.model.fingerprint,
             "target": self.space.target.name,
             "formats": {
-                group: [fmt.name for fmt in formats] for group, formats in self.space.options.items()
+                group: [fmt.name for fmt in formats]
+                for group, formats in self.space.options.items()
             },
             "facts": self.facts.digest,
             "search_facts": self.wish.search_facts,
@@ -157,7 +159,9 @@ class _Search:
             run.content["finished"] = False
             run.save()
             self.bank.build(all_layers(self.space), self.report)
-            self._freeze_facts(run)
+            self.report("asking the reference", 0, 1)
+            freeze_facts(run, self.model, self.facts, self.wish.search_facts)
+            self.report("asking the reference", 1, 1)
             damage = self._sensitivity(run).fisher_nats
             with Bench(self.space, self.bank) as bench:
                 work = _Work(self, run, bench)
@@ -175,34 +179,6 @@ class _Search:
         require_memory(6 * weights + 1_000_000_000, self.model.device, "the search")
         require_disk(50_000_000, out, "the run folder")
 
-    def _freeze_facts(self, run: Run) -> None:
-        """Decide on search facts which relations and facts count as known, once."""
-        if "asked" in run.content:
-            return
-        self.report("asking the reference", 0, 1)
-        relations, known = known_facts(self.model, self.facts, self.wish.search_facts)
-        asked = {"search": known}
-        for partition in ("validation", "test"):
-            asked[partition] = _balanced(self.facts.part(partition, relations), FACTS[partition])
-            if len(asked[partition]) < 2:
-                raise UsageError(
-                    f"facts '{self.facts.source}': {len(asked[partition])} of the known relations' "
-                    f"facts fall into the {partition} partition, at least 2 are needed; add facts"
-                )
-        run.content["asked"] = {name: [f.relation for f in facts] for name, facts in asked.items()}
-        run.content["subjects"] = {
-            name: [fact.subject for fact in facts] for name, facts in asked.items()
-        }
-        unknown = [name for name in self.facts.relations if name not in relations]
-        run.content["unknown_relations"] = unknown
-        run.save()
-        self.report("asking the reference", 1, 1)
-
-    def asked(self, run: Run, partition: str) -> tuple[Fact, ...]:
-        by_key = {(fact.relation, fact.subject): fact for fact in self.facts.facts}
-        keys = zip(run.relations(partition), run.content["subjects"][partition], strict=True)
-        return tuple(by_key[key] for key in keys)
-
     def _sensitivity(self, run: Run) -> Sensitivity:
         path = run.folder / "sensitivity.json"
         if path.exists():
@@ -211,31 +187,12 @@ class _Search:
             self.space,
             self.bank,
             self.facts,
-            self.asked(run, "search"),
+            tuple(balanced(asked_facts(run, self.facts, "search"), _SENSITIVITY_FACTS)),
             seed=self.wish.seed,
             report=self.report,
         )
         table.save(path)
         return table
-
-
-def known_facts(
-    model: Model, facts: FactSet, most: int
-) -> tuple[tuple[str, ...], list[Fact]]:
-    """Relations that the reference knows, and at most `most` search facts that it gets right.
-
-    Raises:
-        CheckError: it knows no relation.
-        UsageError: no fact falls into the search partition.
-    """
-    candidates = _balanced(facts.part("search"), most * 3 // 2)
-    if not candidates:
-        raise UsageError(f"facts '{facts.source}': none is in the search partition; add facts")
-    gate = RecallProxy(model, facts, candidates, contrast=True)
-    relations = known_relations(gate)
-    correct = gate.reference.correct
-    right = [] if correct is None else [f for f, ok in zip(gate.facts, correct, strict=True) if ok]
-    return relations, _balanced([f for f in right if f.relation in relations], most)
 
 
 def sensitivity_of(
@@ -249,7 +206,7 @@ def sensitivity_of(
     """The damage table on its own: builds the bank, asks the reference, measures."""
     bank = Bank(model, get_quantizer(quantizer, space.target.name), Calibration(seed=seed))
     bank.build(all_layers(space), report)
-    known = known_facts(model, facts, FACTS["search"])[1]
+    known = balanced(known_facts(model, facts, MOST_FACTS["search"])[1], _SENSITIVITY_FACTS)
     return measure_sensitivity(space, bank, facts, tuple(known), seed=seed, report=report)
 
 
@@ -262,7 +219,7 @@ def check_wish(space: ResolvedSpace, wish: Wish) -> None:
     """
     if wish.trials < 0 or wish.search_facts < 2:
         raise UsageError(
-            f"trials {wish.trials} and search facts {wish.search_facts}: at least 0 and 2 are needed"
+            f"trials {wish.trials}, search facts {wish.search_facts}: at least 0 and 2 are needed"
         )
     smallest, largest = space.stored_bytes(space.smallest), space.stored_bytes(space.largest)
     kept = format_size(space.kept_bytes)
@@ -283,12 +240,11 @@ def check_wish(space: ResolvedSpace, wish: Wish) -> None:
 
 
 class _Work:
-    """The evaluations of one search: a study, proxies built when first needed, and a cache."""
+    """The study of one search: baselines, proposals, finalists, test."""
 
     def __init__(self, search: _Search, run: Run, bench: Bench):
-        self.search, self.run, self.bench = search, run, bench
-        self._proxies: dict[str, RecallProxy] = {}
-        self._cache = {(s.partition, s.assignment): s for s in run.scores()}
+        self.search, self.run = search, run
+        self.scorer = Scorer(search.model, search.facts, run, bench)
         storage = JournalStorage(JournalFileBackend(str(run.journal)))
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.study: Study = optuna.create_study(
@@ -300,38 +256,6 @@ class _Work:
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self.study.tell(trial.number, state=TrialState.FAIL)  # a killed process left it
 
-    def score(self, assignment: Assignment, kind: str, partition: str) -> Score:
-        """An evaluation, from the cache where it has been made before."""
-        if (found := self._cache.get((partition, assignment))) is not None:
-            return found
-        evaluation = self._evaluate(assignment, partition)
-        score = Score(
-            assignment,
-            kind,
-            partition,
-            tuple(float(loss) for loss in evaluation.loss_per_fact),
-            evaluation.kl.mean,
-            evaluation.top1.mean,
-            None
-            if evaluation.scores.correct is None
-            else tuple(bool(right) for right in evaluation.scores.correct),
-            evaluation.seconds,
-        )
-        self.run.add(score)
-        self._cache[partition, assignment] = score
-        return score
-
-    def _evaluate(self, assignment: Assignment, partition: str) -> Any:
-        if partition not in self._proxies:
-            self.bench.restore()
-            self._proxies[partition] = RecallProxy(
-                self.search.model,
-                self.search.facts,
-                self.search.asked(self.run, partition),
-                contrast=partition != "search",
-            )
-        return self.bench.evaluate(assignment, self._proxies[partition])
-
     def trial(self, kind: str, fixed: Assignment | None = None) -> None:
         """One trial of the study, proposed by its sampler unless fixed."""
         if fixed is not None:
@@ -342,15 +266,13 @@ class _Work:
         trial.set_user_attr("kind", kind)
         trial.set_user_attr("stored_bytes", stored_bytes)
         try:
-            score = self.score(assignment, kind, "search")
+            score = self.scorer.score(assignment, kind, "search")
         except CheckError as error:
             trial.set_user_attr("refused", str(error))
             self.study.tell(trial, state=TrialState.FAIL)
             log.warning("assignment %s is refused: %s", assignment.id, error)
             return
-        relations = self.run.relations("search")
-        loss = _mean_over_relations(score.loss_per_fact, relations)
-        self.study.tell(trial, [loss, float(stored_bytes)])
+        self.study.tell(trial, [self.scorer.loss(score), float(stored_bytes)])
 
     def baselines(self, damage: dict[tuple[str, str], float]) -> None:
         """Every simple allocation: scored on search facts for the study, on validation facts for
@@ -384,7 +306,7 @@ class _Work:
 
     def _score_or_warn(self, assignment: Assignment, kind: str, partition: str) -> None:
         try:
-            self.score(assignment, kind, partition)
+            self.scorer.score(assignment, kind, partition)
         except CheckError as error:
             log.warning("%s assignment %s is left out: %s", kind, assignment.id, error)
 
@@ -435,7 +357,9 @@ class _Work:
         and the searched part of the front below it.
         """
         searched = {
-            s.assignment for s in self.run.scores() if s.partition == "search" and s.kind == "search"
+            s.assignment
+            for s in self.run.scores()
+            if s.partition == "search" and s.kind == "search"
         }
         ranked = self._ranked()
         front = pareto_front(ranked, lambda entry: (entry[1], entry[0]))
@@ -461,45 +385,10 @@ class _Work:
         for point in (front.pick, rival):
             if point is not None:
                 self.search.report("test facts", 0, 1)
-                self.score(point.assignment, point.kind, "test")
+                self.scorer.score(point.assignment, point.kind, "test")
         for partition in ("validation", "test"):
-            self._reference(partition)
+            self.scorer.record_reference(partition)
         self.search.report("test facts", 1, 1)
-
-    def _reference(self, partition: str) -> None:
-        """Record the reference's own recall beside the candidates'."""
-        key = f"reference_{partition}"
-        if key in self.run.content or partition not in self._proxies:
-            return
-        proxy = self._proxies[partition]
-        correct = proxy.reference.correct
-        self.run.content[key] = {
-            "recall": _mean_over_relations(
-                correct if correct is not None else (), proxy.relations
-            ),
-            "top1": _mean_over_relations(proxy.reference.top1, proxy.relations),
-            "chance": proxy.chance,
-        }
-        self.run.save()
-
-
-def _mean_over_relations(values: Iterable[float], relations: Sequence[str]) -> float:
-    return relation_mean(np.asarray(list(values), dtype=float), relations).mean
-
-
-def _balanced(facts: Sequence[Fact], most: int) -> list[Fact]:
-    """At most `most` facts, taken in turn from the relations, grouped by relation."""
-    queues: dict[str, list[Fact]] = {}
-    for fact in facts:
-        queues.setdefault(fact.relation, []).append(fact)
-    taken: dict[str, int] = dict.fromkeys(queues, 0)
-    left = most
-    while left > 0 and any(taken[r] < len(queue) for r, queue in queues.items()):
-        for relation, queue in queues.items():
-            if left > 0 and taken[relation] < len(queue):
-                taken[relation] += 1
-                left -= 1
-    return [fact for relation, queue in queues.items() for fact in queue[: taken[relation]]]
 
 
 def _spread_out(entries: Sequence[Assignment], most: int) -> list[Assignment]:

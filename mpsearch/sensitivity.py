@@ -119,7 +119,9 @@ def measure_sensitivity(
     damage = {key: value / (2 * _DRAWS * len(facts)) for key, value in squared.items()}
     if not all(value < float("inf") for value in damage.values()):
         broken = next(key for key, value in damage.items() if not value < float("inf"))
-        raise CheckError(f"the gradient of '{broken[0]}' is NaN or infinite; cannot score {broken[1]}")
+        raise CheckError(
+            f"the gradient of '{broken[0]}' is NaN or infinite; cannot score {broken[1]}"
+        )
     provenance = {
         "model": model.name,
         "fingerprint": model.fingerprint,
@@ -167,11 +169,12 @@ def _add_squares(
 ) -> None:
     """Add each (group, format)'s squared directional derivatives, one a draw."""
     for group in space.groups:
-        derivatives: Tensor | int = 0
+        of_layers = []
         for layer in group.layers:
             drawn = torch.stack([g.float().flatten() for g in gradients[layer.name]])
-            derivatives = derivatives + _errors(group, layer.name, space, bank) @ drawn.T
-        for fmt, row in zip(space.options[group.name], derivatives, strict=True):  # type: ignore[call-overload]
+            of_layers.append(_errors(group, layer.name, space, bank) @ drawn.T)
+        derivatives = torch.stack(of_layers).sum(0)  # (formats, draws)
+        for fmt, row in zip(space.options[group.name], derivatives, strict=True):
             squared[group.name, fmt.name] += float(row.double().square().sum())
 
 

@@ -94,7 +94,8 @@ class SearchSpace:
         for rule in self.rules:
             if not any(fnmatchcase(name, rule.match) for name in names):
                 raise self._fault(
-                    rule.line, f"pattern '{rule.match}' matches no layer{nearest(rule.match, names)}"
+                    rule.line,
+                    f"pattern '{rule.match}' matches no layer{nearest(rule.match, names)}",
                 )
         for tie, line in self.ties:
             for member in tie:
@@ -123,7 +124,9 @@ class SearchSpace:
                 f"the layers of '{group.name}' share one format, and these rules leave none in "
                 "common; give them the same formats",
             )
-        return tuple(sorted((FORMATS[name] for name in allowed), key=lambda f: f.stored_bytes(group)))
+        return tuple(
+            sorted((FORMATS[name] for name in allowed), key=lambda f: f.stored_bytes(group))
+        )
 
     def _fault(self, line: int, message: str) -> SpaceError:
         return SpaceError(f"{self.source}, line {line}: {message}")
@@ -163,9 +166,7 @@ class ResolvedSpace:
 
     def stored_bytes(self, assignment: Mapping[str, str]) -> int:
         """Tensor bytes of the exported checkpoint, kept weights included."""
-        searched = sum(
-            FORMATS[assignment[group.name]].stored_bytes(group) for group in self.groups
-        )
+        searched = sum(FORMATS[assignment[group.name]].stored_bytes(group) for group in self.groups)
         return self.kept_bytes + searched
 
     def bits_per_weight(self, assignment: Mapping[str, str]) -> float:
@@ -291,7 +292,8 @@ def _parse(text: str, source: str) -> SearchSpace:
         if not set(rules[-1].formats) <= set(formats):
             extra = sorted(set(rules[-1].formats) - set(formats))
             raise reader.fault(
-                rule["formats"], f"rule allows {', '.join(extra)}, which 'formats' above does not list"
+                rule["formats"],
+                f"rule allows {', '.join(extra)}, which 'formats' above does not list",
             )
     quantized = [name for name in formats if FORMATS[name].quantized]
     if len(quantized) > 1 and not target.mixes:

@@ -67,4 +67,5 @@ def quantization_config(model: Model, formats: Mapping[str, Format]) -> dict[str
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=heads + [layer for layer, fmt in formats.items() if not fmt.quantized],
     )
-    return config.model_dump(mode="json", exclude_none=True)
+    dumped: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
+    return dumped

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from mpsearch.errors import FactsError
 
@@ -162,7 +163,9 @@ def _parse(lines: Iterable[tuple[str, int, str]]) -> tuple[Fact, ...]:
         where = f"{source}, line {number}"
         relation, template = entry["relation"], entry.get("template")
         if template is not None and template.count("{}") != 1:
-            raise FactsError(f"{where}: template '{template}' needs exactly one {{}} for the subject")
+            raise FactsError(
+                f"{where}: template '{template}' needs exactly one {{}} for the subject"
+            )
         if "subject" not in entry:
             if template is None:
                 raise FactsError(f"{where}: neither a fact ('subject') nor a 'template'")
@@ -170,7 +173,9 @@ def _parse(lines: Iterable[tuple[str, int, str]]) -> tuple[Fact, ...]:
             continue
         template = template or templates.get(relation)
         if template is None:
-            raise FactsError(f"{where}: no template for relation '{relation}' on or above this line")
+            raise FactsError(
+                f"{where}: no template for relation '{relation}' on or above this line"
+            )
         if not entry.get("answer", "").strip():
             raise FactsError(f"{where}: fact about '{entry['subject']}' has no answer")
         fact = Fact(
@@ -191,7 +196,7 @@ def _parse(lines: Iterable[tuple[str, int, str]]) -> tuple[Fact, ...]:
     return tuple(sorted(facts, key=lambda fact: fact.relation))
 
 
-def _entries(lines: Iterable[tuple[str, int, str]]) -> Iterator[tuple[str, int, dict]]:
+def _entries(lines: Iterable[tuple[str, int, str]]) -> Iterator[tuple[str, int, dict[str, Any]]]:
     for source, number, line in lines:
         if not line.strip():
             continue
@@ -203,9 +208,13 @@ def _entries(lines: Iterable[tuple[str, int, str]]) -> Iterator[tuple[str, int, 
         if not isinstance(entry, dict):
             raise FactsError(f"{where}: expected an object with relation, subject and answer")
         if unknown := sorted(set(entry) - _KEYS):
-            raise FactsError(f"{where}: unknown key '{unknown[0]}'; known: {', '.join(sorted(_KEYS))}")
+            raise FactsError(
+                f"{where}: unknown key '{unknown[0]}'; known: {', '.join(sorted(_KEYS))}"
+            )
         for key, value in entry.items():
-            strings: Sequence = value if key == "aliases" and isinstance(value, list) else [value]
+            strings: Sequence[Any] = (
+                value if key == "aliases" and isinstance(value, list) else [value]
+            )
             if not all(isinstance(item, str) for item in strings):
                 raise FactsError(f"{where}: '{key}' must be text, not {type(value).__name__}")
         if isinstance(entry.get("aliases"), str):

@@ -85,7 +85,7 @@ def _task(linear: nn.Linear, fmt: Format) -> Any:
 
         def find_params(self, x: Tensor, weight: bool = False) -> None:
             super().find_params(x, weight)
-            self.scale = self.scale.bfloat16().float()
+            self.scale: Tensor = self.scale.bfloat16().float()
 
     class Task(GPTQ):  # type: ignore[misc]
         def create_quantizer(self, name: str) -> StoredScales:

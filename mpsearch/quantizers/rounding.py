@@ -38,7 +38,7 @@ class Rounding:
         from compressed_tensors.quantization.utils import calculate_qparams
 
         args = quantization_args(fmt)
-        grouped = weight.unflatten(1, (-1, fmt.group_size))
+        grouped = weight.reshape(len(weight), -1, fmt.group_size or weight.shape[1])
         scale, zero_point = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
         # An all-zero group gets the smallest scale that bf16 holds without becoming zero.
         scale = scale.clamp(min=torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)

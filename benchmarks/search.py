@@ -1,0 +1,188 @@
+"""Uniform, greedy, knapsack and search at the same stored bytes, scored on test facts.
+
+Protocol: one model, one bank, one space. Sizes: uniform 3-bit plus 8 %, half-way to uniform 4-bit,
+uniform 4-bit. At each size and seed a whole search runs (its seed decides the sensitivity draws
+and the proposals); then the best uniform that fits, greedy, knapsack and the searched point with
+the lowest validation loss are scored on all test facts of the relations that the reference knows.
+The searched point is taken whether or not it beat the simple ones, so losses show. Test facts
+decide nothing. Bias left: all searches share the calibration text of seed 0.
+
+    python benchmarks/search.py [--trials 100] [--seeds 3] [--quantizer gptq] [--out FILE]
+
+Writes one JSON: `rows` of size, budget, rival, seed, stored bytes, answer loss, its standard
+error, KL, recall, paired difference to the knapsack; `cost` of an evaluation beside its linear
+layers alone on the same tokens. A row that is there already is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mpsearch as mps
+from mpsearch.allocate import uniform
+from mpsearch.assignment import Assignment
+from mpsearch.bank import Bank
+from mpsearch.console import Progress, quiet_libraries, say
+from mpsearch.device import peak_memory_bytes
+from mpsearch.estimates import paired_difference
+from mpsearch.evaluate import Bench, Evaluation
+from mpsearch.files import write_atomically
+from mpsearch.run import Run
+
+MODEL = "builtin:smollm2-135m"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quantizer", default="gptq")
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/search.json"))
+    args = parser.parse_args()
+    quiet_libraries()
+    model = mps.load_model(MODEL)
+    space = mps.SearchSpace.default().resolve(model)
+    sizes = {name: space.stored_bytes(a) for name, a in uniform(space).items()}
+    low, high = sizes["int3-g64"], sizes["int4-g64"]
+    budgets = {
+        "uniform 3-bit + 8 %": int(low * 1.08),
+        "half-way to 4-bit": (low + high) // 2,
+        "uniform 4-bit": high,
+    }
+    result = _load(args.out)
+    result["conditions"] = {
+        "model": MODEL,
+        "fingerprint": model.fingerprint,
+        "quantizer": args.quantizer,
+        "trials": args.trials,
+        "dtype": str(model.dtype),
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("mpsearch", "torch", "optuna")},
+    }
+    for seed in range(args.seeds):
+        for size, budget_bytes in budgets.items():
+            if any(row["size"] == size and row["seed"] == seed for row in result["rows"]):
+                continue
+            say(f"{size}, seed {seed}")
+            folder = args.runs / f"{size.replace(' ', '-')}-{seed}"
+            start = time.monotonic()
+            with Progress() as report:
+                run = mps.search(
+                    model,
+                    space,
+                    budget=budget_bytes,
+                    out=folder,
+                    trials=args.trials,
+                    seed=seed,
+                    quantizer=args.quantizer,
+                    resume=folder.exists(),
+                    report=report,
+                )
+            seconds = time.monotonic() - start
+            result["rows"] += _rows(run, model, space, size, seed, seconds)
+            result["peak_memory_bytes"] = peak_memory_bytes()
+            _save(args.out, result)
+    if "cost" not in result:
+        result["cost"] = _cost(run, model, space)
+        _save(args.out, result)
+
+
+def _rows(
+    run: Run, model: mps.Model, space: Any, size: str, seed: int, seconds: float
+) -> list[dict[str, Any]]:
+    """Score the rivals of one finished run on all test facts of its known relations."""
+    facts = mps.FactSet.builtin()
+    known = set(run.relations("search"))
+    rivals = _rivals(run)
+    bank = Bank.of(model, json.loads(rivals["knapsack"].bank))
+    proxy = mps.RecallProxy(model, facts, facts.part("test", known), contrast=True)
+    with Bench(space, bank) as bench:
+        scored = {name: bench.evaluate(a, proxy) for name, a in rivals.items()}
+
+    def row(name: str, evaluation: Evaluation) -> dict[str, Any]:
+        against = paired_difference(
+            evaluation.loss_per_fact, scored["knapsack"].loss_per_fact, proxy.relations
+        )
+        recall = evaluation.recall
+        return {
+            "size": size,
+            "budget_bytes": run.budget_bytes,
+            "rival": name,
+            "seed": seed,
+            "stored_bytes": space.stored_bytes(evaluation.assignment),
+            "answer_loss": evaluation.answer_loss.mean,
+            "stderr": evaluation.answer_loss.stderr,
+            "kl": evaluation.kl.mean,
+            "recall": recall.mean if recall else None,
+            "recall_stderr": recall.stderr if recall else None,
+            "against_knapsack": against.mean,
+            "against_knapsack_stderr": against.stderr,
+            "test_facts": len(proxy.facts),
+            "search_seconds": seconds if name == "search" else None,
+        }
+
+    return [row(name, evaluation) for name, evaluation in scored.items()]
+
+
+def _rivals(run: Run) -> dict[str, Assignment]:
+    """The best of each kind within the run's budget, by validation loss."""
+    rivals: dict[str, Assignment] = {}
+    points = sorted(run.points(), key=lambda point: point.answer_loss.mean)
+    for point in points:
+        if point.stored_bytes <= run.budget_bytes:
+            rivals.setdefault(point.kind, point.assignment)
+    return rivals
+
+
+@torch.inference_mode()
+def _cost(run: Run, model: mps.Model, space: Any) -> dict[str, float]:
+    """Seconds of an evaluation, and of its linear layers alone on as many tokens, in turn."""
+    facts = mps.FactSet.builtin()
+    by_key = {(fact.relation, fact.subject): fact for fact in facts.facts}
+    keys = zip(run.relations("search"), run.content["subjects"]["search"], strict=True)
+    proxy = mps.RecallProxy(model, facts, [by_key[key] for key in keys], contrast=False)
+    candidates = list(_rivals(run).values())
+    bank = Bank.of(model, json.loads(candidates[0].bank))
+    inputs = {
+        layer.columns: torch.randn(proxy.tokens, layer.columns, device=model.device).to(model.dtype)
+        for layer in model.layers
+    }
+    whole, linears = [], []
+    with Bench(space, bank) as bench:
+        for turn in range(9):
+            whole.append(bench.evaluate(candidates[turn % len(candidates)], proxy).seconds)
+            start = time.perf_counter()
+            for layer in model.layers:
+                torch.nn.functional.linear(inputs[layer.columns], model.originals[layer.name])
+            linears.append(time.perf_counter() - start)
+    return {
+        "tokens": proxy.tokens,
+        "facts": len(proxy.facts),
+        "evaluation_seconds": statistics.median(whole),
+        "linears_alone_seconds": statistics.median(linears),
+        "ratio": statistics.median(a / b for a, b in zip(whole, linears, strict=True)),
+    }
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if path.exists():
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    return {"rows": []}
+
+
+def _save(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

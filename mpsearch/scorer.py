@@ -1,0 +1,78 @@
+"""Scores assignments on a run's partitions: proxies when first needed, repeats from the cache."""
+
+from __future__ import annotations
+
+from mpsearch.asked import asked_facts
+from mpsearch.assignment import Assignment
+from mpsearch.estimates import relation_mean
+from mpsearch.evaluate import Bench
+from mpsearch.facts import FactSet
+from mpsearch.models import Model
+from mpsearch.recall import RecallProxy
+from mpsearch.run import Run, Score
+
+
+class Scorer:
+    """Every evaluation of a run goes through here and into its folder.
+
+    Args:
+        bench: puts candidates in place; a proxy is built on the reference, which it restores.
+    """
+
+    def __init__(self, model: Model, facts: FactSet, run: Run, bench: Bench):
+        self._model, self._facts, self._run, self._bench = model, facts, run, bench
+        self._proxies: dict[str, RecallProxy] = {}
+        self._cache = {(s.partition, s.assignment): s for s in run.scores()}
+
+    def score(self, assignment: Assignment, kind: str, partition: str) -> Score:
+        """An evaluation, from the cache where it has been made before.
+
+        Raises:
+            CheckError: the candidate gives NaN.
+        """
+        if (found := self._cache.get((partition, assignment))) is not None:
+            return found
+        evaluation = self._bench.evaluate(assignment, self._proxy(partition))
+        correct = evaluation.scores.correct
+        score = Score(
+            assignment,
+            kind,
+            partition,
+            tuple(float(loss) for loss in evaluation.loss_per_fact),
+            evaluation.kl.mean,
+            evaluation.top1.mean,
+            None if correct is None else tuple(bool(right) for right in correct),
+            evaluation.seconds,
+        )
+        self._run.add(score)
+        self._cache[partition, assignment] = score
+        return score
+
+    def loss(self, score: Score) -> float:
+        """Answer loss of a score, in nats."""
+        return relation_mean(score.loss_per_fact, self._run.relations(score.partition)).mean
+
+    def record_reference(self, partition: str) -> None:
+        """Write the reference's own recall beside the candidates', once."""
+        key = f"reference_{partition}"
+        if key in self._run.content:
+            return
+        proxy = self._proxy(partition)
+        correct = proxy.reference.correct
+        self._run.content[key] = {
+            "recall": None if correct is None else relation_mean(correct, proxy.relations).mean,
+            "top1": relation_mean(proxy.reference.top1, proxy.relations).mean,
+            "chance": proxy.chance,
+        }
+        self._run.save()
+
+    def _proxy(self, partition: str) -> RecallProxy:
+        if partition not in self._proxies:
+            self._bench.restore()
+            self._proxies[partition] = RecallProxy(
+                self._model,
+                self._facts,
+                asked_facts(self._run, self._facts, partition),
+                contrast=partition != "search",
+            )
+        return self._proxies[partition]

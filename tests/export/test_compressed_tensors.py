@@ -1,0 +1,153 @@
+"""The exported checkpoint, reloaded by transformers in a fresh process, is the candidate."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import mpsearch as mps
+from mpsearch.assignment import Assignment
+from mpsearch.bank import Bank
+from mpsearch.errors import InfeasibleError, ResourceError, RunError, UsageError
+from mpsearch.evaluate import Bench, quantized_layers
+from mpsearch.models import Model, load_model
+from mpsearch.quantizers import get_quantizer
+from mpsearch.space import ResolvedSpace, SearchSpace
+
+RELOAD = """
+import sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+folder, tokens, out = sys.argv[1], eval(sys.argv[2]), sys.argv[3]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+with torch.inference_mode():
+    logits = model(torch.tensor([tokens])).logits
+weights = {
+    name: module.weight.detach().clone().contiguous()
+    for name, module in model.named_modules()
+    if isinstance(module, torch.nn.Linear) and name != "lm_head"
+}
+assert "mpsearch" not in sys.modules
+save_file({"logits": logits.contiguous(), **weights}, out)
+"""
+
+
+def mixed(space: ResolvedSpace, formats: Sequence[str]) -> Assignment:
+    """Every format in turn, so that all widths and kinds of layer meet."""
+    return Assignment.of(
+        {group.name: formats[i % len(formats)] for i, group in enumerate(space.groups)}
+    )
+
+
+def reload(folder: Path, tokens: list[int], out: Path) -> dict[str, torch.Tensor]:
+    subprocess.run(
+        [sys.executable, "-c", RELOAD, str(folder), repr(tokens), str(out)],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    return load_file(out)
+
+
+def check_export(
+    model: Model, space: ResolvedSpace, assignment: Assignment, tokens: list[int], tmp_path: Path
+) -> None:
+    folder = mps.export(model, assignment, out=tmp_path / "export", space=space)
+    bank = Bank(model, get_quantizer(None, "compressed-tensors"))
+    with Bench(space, bank) as bench, torch.inference_mode():
+        bench.put(assignment)
+        logits = model.module(torch.tensor([tokens])).logits
+        weights = {
+            layer.name: model.linear(layer.name).weight.detach().clone() for layer in model.layers
+        }
+    loaded = reload(folder, tokens, tmp_path / "reloaded.safetensors")
+    for name, weight in weights.items():
+        assert torch.equal(loaded[name], weight.to(torch.bfloat16)), name
+    if model.dtype == torch.bfloat16:
+        assert torch.equal(loaded["logits"], logits)
+    else:  # the candidate was scored in float32 arithmetic on the same weights
+        assert torch.allclose(loaded["logits"].float(), logits.float(), atol=0.5, rtol=0.05)
+
+    with safe_open(folder / "model.safetensors", framework="pt") as stored:
+        tensors = [stored.get_tensor(name) for name in stored.keys()]  # noqa: SIM118
+    assert sum(t.nbytes for t in tensors) == space.stored_bytes(assignment)
+    about = json.loads((folder / "mpsearch.json").read_text())
+    assert about["stored_bytes"] == space.stored_bytes(assignment)
+
+
+def test_every_width_reloads_bit_equal_in_a_fresh_process(
+    tiny: Model, tiny_space: ResolvedSpace, tmp_path: Path
+) -> None:
+    assignment = mixed(tiny_space, ["int2-g64", "int3-g64", "int4-g64", "int8-g64"])
+    check_export(tiny, tiny_space, assignment, [2, 5, 3, 23, 4], tmp_path)
+
+
+def test_layers_kept_in_bf16_reload_bit_equal(tiny: Model, tmp_path: Path) -> None:
+    space = SearchSpace.parse(
+        "version: 1\ntarget: compressed-tensors\nformats: [int4-g64, bf16]\n", "test"
+    ).resolve(tiny)
+    check_export(tiny, space, mixed(space, ["bf16", "int4-g64"]), [2, 5, 3, 23, 4], tmp_path)
+
+
+def test_the_built_in_model_reloads_bit_equal_in_a_fresh_process(tmp_path: Path) -> None:
+    model = load_model("builtin:smollm2-135m")
+    space = SearchSpace.default().resolve(model)
+    tokens = model.tokenizer("The capital of France is Paris. The capital of Italy is")["input_ids"]
+    assignment = mixed(space, ["int4-g64", "int3-g64", "int8-g64", "int4-g64", "int2-g64"])
+    check_export(model, space, assignment, tokens, tmp_path)
+
+
+def test_codes_are_the_banks_own(tiny: Model, tiny_space: ResolvedSpace, tmp_path: Path) -> None:
+    assignment = mixed(tiny_space, ["int3-g64", "int8-g64"])
+    folder = mps.export(tiny, assignment, out=tmp_path / "export")
+    bank = Bank(tiny, get_quantizer(None, "compressed-tensors"))
+    stored = load_file(folder / "model.safetensors")
+    for layer, fmt in quantized_layers(tiny_space, assignment):
+        for suffix, tensor in bank.stored(layer.name, fmt).items():
+            assert torch.equal(stored[f"{layer.name}.{suffix}"], tensor)
+
+
+def test_an_existing_folder_is_never_written_into(
+    tiny: Model, tiny_space: ResolvedSpace, tmp_path: Path
+) -> None:
+    (tmp_path / "export").mkdir()
+    with pytest.raises(RunError, match="exists"):
+        mps.export(tiny, tiny_space.smallest, out=tmp_path / "export")
+    assert list((tmp_path / "export").iterdir()) == []
+
+
+def test_wrong_targets_and_assignments_are_refused(
+    tiny: Model, tiny_space: ResolvedSpace, tmp_path: Path
+) -> None:
+    out = tmp_path / "export"
+    with pytest.raises(UsageError, match="compressed-tensors"):
+        mps.export(tiny, tiny_space.smallest, to="compressed-tensor", out=out)
+    with pytest.raises(RunError, match="does not fit"):
+        mps.export(tiny, Assignment.of({"elsewhere": "int4-g64"}), out=out)
+    nf4 = Assignment.of({group.name: "nf4" for group in tiny_space.groups})
+    with pytest.raises(UsageError, match="cannot hold nf4"):
+        mps.export(tiny, nf4, out=out)
+    unquantized = Assignment.of({group.name: "bf16" for group in tiny_space.groups})
+    with pytest.raises(InfeasibleError, match="nothing to export"):
+        mps.export(tiny, unquantized, out=out)
+    assert not out.exists()
+
+
+def test_a_full_disk_leaves_nothing_that_looks_finished(
+    tiny: Model, tiny_space: ResolvedSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mpsearch.export.compressed_tensors.save_file", full)
+    with pytest.raises((OSError, ResourceError)):
+        mps.export(tiny, tiny_space.smallest, out=tmp_path / "export")
+    assert list(tmp_path.iterdir()) == []

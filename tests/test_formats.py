@@ -1,0 +1,198 @@
+"""Formats: sizes to the byte, by hand, against real tensors and against the libraries' packers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpsearch.errors import UsageError
+from mpsearch.formats import (
+    BF16,
+    FORMATS,
+    ITEM_BYTES,
+    Format,
+    StoredTensor,
+    get_format,
+    nearest,
+)
+from mpsearch.layers import Layer, LayerGroup
+
+PACKED = ("int2-g64", "int3-g64", "int4-g64", "int8-g64")
+SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (5, 65), (7, 96), (1, 1), (3, 127))
+sides = st.integers(1, 400)
+
+
+def size(name: str, rows: int, columns: int) -> int:
+    return FORMATS[name].layer_bytes(Layer("a.b", rows, columns))
+
+
+@pytest.mark.parametrize(
+    ("name", "stored_bytes"),
+    [
+        # words a row x 4 bytes + 9 bf16 scales a row + the shape as two int64
+        ("int2-g64", 576 * 36 * 4 + 576 * 9 * 2 + 16),
+        ("int3-g64", 576 * 54 * 4 + 576 * 9 * 2 + 16),
+        ("int4-g64", 576 * 72 * 4 + 576 * 9 * 2 + 16),
+        ("int8-g64", 576 * 144 * 4 + 576 * 9 * 2 + 16),
+        # half a byte a weight + an fp32 absmax for each 64 + 16 fp32 levels + the state as JSON
+        (
+            "nf4",
+            165_888
+            + 5_184 * 4
+            + 64
+            + len(
+                '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [576, 576]}'
+            ),
+        ),
+        ("int8", 576 * 576 + 576 * 4 + 1),
+        ("bf16", 576 * 576 * 2),
+    ],
+)
+def test_size_of_a_576_square_by_hand(name: str, stored_bytes: int) -> None:
+    assert size(name, 576, 576) == stored_bytes
+
+
+def test_int4_g64_of_a_576_square_is_176272_bytes() -> None:
+    assert size("int4-g64", 576, 576) == 176_272
+
+
+def test_columns_that_fill_no_word_and_no_group_are_rounded_up_in_each_row() -> None:
+    assert size("int4-g64", 5, 65) == 5 * 9 * 4 + 5 * 2 * 2 + 16  # 260 bits are 9 words; 2 groups
+    assert size("int3-g64", 5, 65) == 5 * 7 * 4 + 5 * 2 * 2 + 16  # 195 bits are 7 words
+
+
+def test_nf4_is_rounded_up_once_over_the_flattened_matrix() -> None:
+    state = '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [3, 43]}'
+    assert size("nf4", 3, 43) == 65 + 3 * 4 + 64 + len(state)  # 129 weights, 3 blocks
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@given(rows=sides, columns=sides)
+@settings(deadline=None, max_examples=25)
+def test_size_is_that_of_real_tensors(name: str, rows: int, columns: int) -> None:
+    tensors = {
+        suffix: torch.empty(stored.shape, dtype=getattr(torch, stored.dtype))
+        for suffix, stored in FORMATS[name].tensors(rows, columns).items()
+    }
+    assert size(name, rows, columns) == sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+@pytest.mark.parametrize("dtype", ITEM_BYTES)
+def test_item_bytes_are_torchs(dtype: str) -> None:
+    assert ITEM_BYTES[dtype] == getattr(torch, dtype).itemsize
+
+
+def test_a_scalar_is_one_item() -> None:
+    assert StoredTensor("uint8", ()).stored_bytes == 1
+    assert StoredTensor("float32", (3, 5)).stored_bytes == 60
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_shapes_are_those_of_compressed_tensors(name: str) -> None:
+    from compressed_tensors.compressors.pack_quantized import pack_to_int32
+
+    fmt = FORMATS[name]
+    for rows, columns in SHAPES:
+        packed = pack_to_int32(torch.zeros(rows, columns, dtype=torch.int8), fmt.bits)
+        stored = fmt.tensors(rows, columns)["weight_packed"]
+        assert (stored.dtype, stored.shape) == ("int32", tuple(packed.shape))
+        assert packed.dtype is torch.int32
+
+
+def test_nf4_tensors_are_those_of_bitsandbytes() -> None:
+    functional = pytest.importorskip("bitsandbytes").functional
+    for rows, columns in SHAPES:
+        codes, state = functional.quantize_4bit(
+            torch.ones(rows, columns, dtype=torch.bfloat16),
+            quant_type="nf4",
+            blocksize=64,
+            compress_statistics=False,
+        )
+        real = {"weight": codes}
+        real |= {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+        described = FORMATS["nf4"].tensors(rows, columns)
+        assert {key: tuple(tensor.shape) for key, tensor in real.items()} == {
+            key: stored.shape for key, stored in described.items()
+        }
+        assert {key: str(tensor.dtype) for key, tensor in real.items()} == {
+            key: f"torch.{stored.dtype}" for key, stored in described.items()
+        }
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@given(rows=sides, columns=sides)
+@settings(deadline=None, max_examples=25)
+def test_codes_take_at_least_their_nominal_bits(name: str, rows: int, columns: int) -> None:
+    group = LayerGroup((Layer("a.b", rows, columns),))
+    fmt = FORMATS[name]
+    assert fmt.bits_per_weight(group) >= fmt.bits
+    assert 8 * fmt.stored_bytes(group) == pytest.approx(fmt.bits_per_weight(group) * group.weights)
+    assert (fmt.bits_per_weight(group) == fmt.bits) is (not fmt.quantized)
+
+
+@given(rows=sides, columns=sides)
+@settings(deadline=None, max_examples=50)
+def test_more_bits_or_a_larger_layer_never_take_fewer_bytes(rows: int, columns: int) -> None:
+    sizes = [size(name, rows, columns) for name in PACKED]
+    assert sizes == sorted(sizes)
+    for name in FORMATS:
+        assert size(name, rows + 1, columns) > size(name, rows, columns)
+        assert size(name, rows, columns + 1) >= size(name, rows, columns)
+
+
+def test_int4_g64_costs_four_and_a_quarter_bits_and_the_shape() -> None:
+    group = LayerGroup((Layer("a.b", 576, 576),))
+    assert FORMATS["int4-g64"].bits_per_weight(group) == 4.25 + 128 / 576**2
+
+
+def test_a_group_is_the_sum_of_its_layers() -> None:
+    query, key = Layer("a.q", 576, 576), Layer("a.k", 192, 576)
+    for fmt in FORMATS.values():
+        assert fmt.stored_bytes(LayerGroup((query, key))) == (
+            fmt.layer_bytes(query) + fmt.layer_bytes(key)
+        )
+
+
+def test_the_formats_are_these() -> None:
+    assert {
+        name: (fmt.bits, fmt.container, fmt.group_size, fmt.quantized)
+        for name, fmt in FORMATS.items()
+    } == {
+        "int2-g64": (2, "compressed-tensors", 64, True),
+        "int3-g64": (3, "compressed-tensors", 64, True),
+        "int4-g64": (4, "compressed-tensors", 64, True),
+        "int8-g64": (8, "compressed-tensors", 64, True),
+        "nf4": (4, "bitsandbytes", None, True),
+        "int8": (8, "bitsandbytes", None, True),
+        "bf16": (16, "any", None, False),
+    }
+    assert all(fmt.name == name for name, fmt in FORMATS.items())
+    assert FORMATS["bf16"] is BF16
+
+
+def test_the_table_of_formats_cannot_be_changed() -> None:
+    with pytest.raises(TypeError):
+        FORMATS["int1"] = BF16  # type: ignore[index]
+
+
+def test_formats_are_equal_by_what_they_say_and_hashable() -> None:
+    twin = Format("bf16", 16, "any", lambda rows, columns: {})
+    assert twin == BF16
+    assert len({twin, BF16}) == 1
+    assert len(set(FORMATS.values())) == len(FORMATS)
+
+
+def test_get_format_finds_by_name() -> None:
+    assert all(get_format(name) is fmt for name, fmt in FORMATS.items())
+
+
+def test_an_unknown_format_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UsageError, match=r"^no format 'int4g64'; did you mean 'int4-g64'\?$"):
+        get_format("int4g64")
+
+
+def test_a_name_near_nothing_is_answered_with_all_that_is_known() -> None:
+    assert nearest("zzz", ["one", "two"]) == "; known: one, two"
+    assert nearest("onw", iter(["one", "two"])) == "; did you mean 'one'?"

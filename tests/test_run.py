@@ -1,0 +1,367 @@
+"""The run folder: a hand-made one read without torch, its front and paired differences, its faults."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpsearch.assignment import Assignment
+from mpsearch.errors import ResourceError, RunError
+from mpsearch.run import Point, Run, Score
+
+FIRST, SECOND = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
+FORMATS = ["int2-g64", "int4-g64", "int8-g64"]
+KEPT_BYTES = 1000
+# One 64x64 layer: codes, one bf16 scale a row, two int64 of shape.
+LAYER_BYTES = {"int2-g64": 1024 + 128 + 16, "int4-g64": 2048 + 128 + 16, "int8-g64": 4096 + 128 + 16}
+RELATIONS = ["a", "a", "a", "b"]
+BANK = {"quantizer": "rounding"}
+Row = tuple[str, str, str, list[float]]  # kind, the two formats, loss a fact
+
+ROWS: list[Row] = [
+    ("uniform", "int2-g64", "int2-g64", [1.0, 2.0, 3.0, 4.0]),
+    ("uniform", "int4-g64", "int4-g64", [0.5, 0.25, 0.75, 1.5]),
+    ("uniform", "int8-g64", "int8-g64", [0.0, 0.01, 0.02, 0.03]),
+    ("greedy", "int8-g64", "int2-g64", [1.0, 1.0, 1.0, 2.0]),
+    ("search", "int2-g64", "int8-g64", [0.1, 0.05, 0.15, 0.2]),
+]
+
+
+def size(row: Row) -> int:
+    return KEPT_BYTES + LAYER_BYTES[row[1]] + LAYER_BYTES[row[2]]
+
+
+def loss(row: Row) -> float:
+    """Mean within a relation, then over relations."""
+    return (sum(row[3][:3]) / 3 + row[3][3]) / 2
+
+
+def identity(row: Row) -> str:
+    return Assignment.of({FIRST: row[1], SECOND: row[2]}).id
+
+
+def line(row: Row, partition: str = "validation", right: list[bool] | None = None) -> str:
+    content = {
+        "assignment": {FIRST: row[1], SECOND: row[2]},
+        "kind": row[0],
+        "partition": partition,
+        "loss_per_fact": row[3],
+        "kl_nats": 0.5,
+        "top1": 0.75,
+        "correct": right or [True, True, False, True],
+        "seconds": 0.01,
+    }
+    return json.dumps(content) + "\n"
+
+
+def write_run(folder: Path, rows: list[Row], budget_bytes: int = 7000) -> Run:
+    """A run folder written by hand, as a search would leave it."""
+    folder.mkdir()
+    content: dict[str, Any] = {
+        "version": 1,
+        "question": {"model": "made-up", "budget_bytes": budget_bytes, "bank": BANK},
+        "space": {
+            "target": "compressed-tensors",
+            "formats": FORMATS,
+            "source": "by hand",
+            "kept_bytes": KEPT_BYTES,
+            "groups": [
+                {"layers": [[name, 64, 64]], "options": FORMATS} for name in (FIRST, SECOND)
+            ],
+        },
+        "asked": {"search": RELATIONS, "validation": RELATIONS, "test": RELATIONS},
+        "finished": True,
+    }
+    (folder / "run.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "evaluations.jsonl").write_text("".join(map(line, rows)), encoding="utf-8")
+    return Run.open(folder)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return write_run(tmp_path / "run", ROWS)
+
+
+def by_kind(run: Run) -> dict[tuple[str, ...], Point]:
+    return {tuple(point.assignment.values()): point for point in run.front().points}
+
+
+def test_reading_a_run_and_its_front_imports_neither_torch_nor_optuna(run: Run) -> None:
+    code = (
+        "import sys; from mpsearch.run import Run; front = Run.open(sys.argv[1]).front(); "
+        "print(len(front.points)); "
+        "assert not {'torch', 'optuna', 'transformers'} & set(sys.modules), 'heavy import'"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run.folder)],
+        capture_output=True,
+        text=True,
+        cwd=run.folder,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "5"), done.stderr
+
+
+def test_points_are_sorted_by_size_and_have_sizes_to_the_byte(run: Run) -> None:
+    points = run.points()
+    expected = sorted(ROWS, key=lambda row: (size(row), loss(row)))
+    assert [point.id for point in points] == [identity(row) for row in expected]
+    assert [point.stored_bytes for point in points] == [size(row) for row in expected]
+    searched = 2 * 64 * 64
+    for point in points:
+        assert point.bits_per_weight == 8 * (point.stored_bytes - KEPT_BYTES) / searched
+
+
+def test_answer_loss_is_a_mean_over_relations_of_means_within(run: Run) -> None:
+    points = {point.id: point for point in run.points()}
+    for row in ROWS:
+        assert points[identity(row)].answer_loss.mean == pytest.approx(loss(row), abs=1e-12)
+        recall = points[identity(row)].recall.mean
+        assert recall == pytest.approx((2 / 3 + 1) / 2, abs=1e-12)
+
+
+def test_the_front_is_what_brute_force_finds(run: Run) -> None:
+    expected = {
+        identity(row)
+        for row in ROWS
+        if not any(
+            size(o) <= size(row) and loss(o) <= loss(row) and (size(o), loss(o)) != (size(row), loss(row))
+            for o in ROWS
+        )
+    }  # fmt: skip
+    assert run.front().pareto_ids == expected
+    assert identity(ROWS[3]) not in expected  # the greedy row is dominated on purpose
+
+
+def test_against_uniform_is_the_paired_difference_to_the_best_uniform_of_at_most_the_size(
+    run: Run,
+) -> None:
+    point = by_kind(run)["int2-g64", "int8-g64"]
+    rival = ROWS[1][3]  # int4 everywhere: smaller, and better than int2
+    differences = [a - b for a, b in zip(ROWS[4][3], rival, strict=True)]
+    within = differences[:3]
+    mean = (sum(within) / 3 + differences[3]) / 2
+    variance = sum((d - sum(within) / 3) ** 2 for d in within) / 2
+    # The relation with one fact borrows the other's variance.
+    stderr = sqrt(variance / 3 + variance) / 2
+    assert point.against_uniform is not None
+    assert point.against_uniform.mean == pytest.approx(mean, abs=1e-12)
+    assert point.against_uniform.stderr == pytest.approx(stderr, abs=1e-12)
+
+
+def test_the_rival_is_chosen_by_the_same_loss_that_the_table_shows(tmp_path: Path) -> None:
+    # By plain mean over facts int2 wins (0.75 < 0.9), by relation int4 does (1.5 > 0.6).
+    rows: list[Row] = [
+        ("uniform", "int2-g64", "int2-g64", [0.0, 0.0, 0.0, 3.0]),
+        ("uniform", "int4-g64", "int4-g64", [1.2, 1.2, 1.2, 0.0]),
+        ("search", "int2-g64", "int8-g64", [0.0, 0.0, 0.0, 0.0]),
+    ]
+    point = by_kind(write_run(tmp_path / "run", rows))["int2-g64", "int8-g64"]
+    assert point.against_uniform is not None
+    assert point.against_uniform.mean == pytest.approx(-0.6, abs=1e-12)
+
+
+def test_the_smallest_uniform_has_no_rival(run: Run) -> None:
+    assert by_kind(run)["int2-g64", "int2-g64"].against_uniform is None
+
+
+def test_a_search_that_wins_beyond_noise_is_picked_and_the_verdict_says_by_how_much(
+    run: Run,
+) -> None:
+    front = run.front()
+    assert front.pick is not None
+    assert front.pick.id == identity(ROWS[4])
+    gain = loss(ROWS[1]) - loss(ROWS[4])
+    assert front.verdict.startswith("The search beats the best simple allocation (uniform")
+    assert f"{gain:+.3f}" in front.verdict
+
+
+def test_a_search_that_wins_within_noise_leaves_the_simple_allocation_as_pick(
+    tmp_path: Path,
+) -> None:
+    noisy: Row = ("search", "int2-g64", "int8-g64", [-2.0, 2.5, 0.0, 1.0])
+    front = write_run(tmp_path / "run", [*ROWS[:4], noisy]).front()
+    assert loss(noisy) < loss(ROWS[1])  # it is lower, only not surely so
+    assert front.pick is not None
+    assert front.pick.id == identity(ROWS[1])
+    assert "did not beat the best simple allocation" in front.verdict
+    assert identity(ROWS[1]) in front.verdict
+
+
+def test_nothing_above_the_budget_is_picked(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ROWS, budget_bytes=size(ROWS[0]))
+    pick = run.front().pick
+    assert pick is not None
+    assert pick.id == identity(ROWS[0])
+
+
+def test_a_run_without_a_point_in_its_budget_has_no_pick(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ROWS, budget_bytes=1)
+    assert run.front().pick is None
+    with pytest.raises(RunError, match="no point within its budget"):
+        run.find("best")
+
+
+def test_the_verdict_does_not_deny_a_searched_point_that_alone_fits(tmp_path: Path) -> None:
+    rows = [ROWS[2], ROWS[4]]  # the only simple point is larger than the budget
+    front = write_run(tmp_path / "run", rows, budget_bytes=7000).front()
+    assert front.pick is not None
+    assert front.pick.id == identity(ROWS[4])
+    assert "No searched point fits" not in front.verdict
+
+
+def test_best_takes_the_least_loss_within_a_size_or_names_the_smallest(run: Run) -> None:
+    front = run.front()
+    assert front.best(max_bytes=size(ROWS[1])).id == identity(ROWS[1])
+    assert front.best(max_bytes="1 MiB").id == identity(ROWS[2])
+    with pytest.raises(RunError, match=f"{size(ROWS[0]):,}"):
+        front.best(max_bytes=10)
+
+
+def test_find_takes_best_an_id_and_an_unambiguous_beginning(run: Run) -> None:
+    pick = run.front().pick
+    assert pick is not None
+    assert run.find("best").id == pick.id
+    for point in run.points():
+        assert run.find(point.id).id == point.id
+        assert run.find(point.id[:6]).id == point.id
+
+
+def test_find_refuses_an_ambiguous_and_an_unknown_beginning_and_lists_what_there_is(
+    tmp_path: Path,
+) -> None:
+    rows: list[Row] = [("search", a, b, [0.0] * 4) for a, b in product(FORMATS, FORMATS)]
+    run = write_run(tmp_path / "run", rows)
+    ids = [identity(row) for row in rows]
+    first = next(i[0] for i in ids if sum(other[0] == i[0] for other in ids) > 1)
+    with pytest.raises(RunError, match=f"'{first}' is ambiguous") as caught:
+        run.find(first)
+    assert all(i in str(caught.value) for i in ids)
+    with pytest.raises(RunError, match="'nothing' is not in this run") as caught:
+        run.find("nothing")
+    assert all(i in str(caught.value) for i in ids)
+
+
+def test_scores_carry_the_bank_settings_that_an_export_needs(run: Run) -> None:
+    assert {json.dumps(BANK)} == {score.assignment.bank for score in run.scores()}
+
+
+def test_open_refuses_another_version_and_what_is_no_run(run: Run, tmp_path: Path) -> None:
+    content = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
+    for other in (2, 0, None, "1"):
+        changed = json.dumps({**content, "version": other})
+        (run.folder / "run.json").write_text(changed, encoding="utf-8")
+        with pytest.raises(RunError, match="another version"):
+            Run.open(run.folder)
+    (run.folder / "run.json").write_text("[1, 2]", encoding="utf-8")
+    with pytest.raises(RunError, match="another version"):
+        Run.open(run.folder)
+    (run.folder / "run.json").write_text('{"version": 1', encoding="utf-8")
+    with pytest.raises(RunError, match="cannot be read"):
+        Run.open(run.folder)
+    with pytest.raises(RunError, match="not a run folder"):
+        Run.open(tmp_path)
+
+
+def test_a_run_without_validated_points_says_that_nothing_is_scored(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [])
+    with pytest.raises(RunError, match="no scored point yet"):
+        run.front()
+
+
+def test_another_question_is_refused_and_named(run: Run) -> None:
+    run.check_question(run.question)
+    with pytest.raises(RunError, match="budget_bytes was 7000 and is now 8000"):
+        run.check_question({**run.question, "budget_bytes": 8000})
+
+
+def test_a_torn_last_line_is_left_out_and_mend_drops_it(run: Run) -> None:
+    evaluations = run.folder / "evaluations.jsonl"
+    whole = evaluations.read_bytes()
+    run.journal.write_text('{"op": 1}\n{"op"', encoding="utf-8")
+    evaluations.write_bytes(whole + line(ROWS[0], "test").encode()[:37])
+    assert len(run.scores()) == len(ROWS)
+    run.mend()
+    assert evaluations.read_bytes() == whole
+    assert run.journal.read_text(encoding="utf-8") == '{"op": 1}\n'
+    run.mend()
+    assert evaluations.read_bytes() == whole
+
+
+def test_mend_empties_a_file_that_holds_only_a_torn_line(run: Run) -> None:
+    (run.folder / "evaluations.jsonl").write_text('{"assig', encoding="utf-8")
+    run.mend()
+    assert run.scores() == []
+
+
+def a_score(row: Row) -> Score:
+    assignment = Assignment.of({FIRST: row[1], SECOND: row[2]})
+    return Score(assignment, row[0], "search", tuple(row[3]), 0.5, 0.75, None, 0.01)
+
+
+def test_what_is_added_is_read_back_exactly(run: Run) -> None:
+    score = a_score(("search", "int4-g64", "int8-g64", [0.1, 1 / 3, 2e-17, -0.0]))
+    run.add(score)
+    back = Run.open(run.folder).scores()[-1]
+    assert (back.assignment, back.kind, back.partition) == (score.assignment, "search", "search")
+    assert back.loss_per_fact == score.loss_per_fact
+    assert back.correct is None
+
+
+def test_a_full_disk_is_a_resource_error_and_keeps_what_was_finished(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (run.folder / "run.json").read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ResourceError, match="No space left") as caught:
+            run.add(a_score(ROWS[4]))
+        assert "--resume" in str(caught.value)
+        run.content["finished"] = False
+        with pytest.raises(ResourceError, match="No space left"):
+            run.save()
+    assert (run.folder / "run.json").read_bytes() == before
+    assert not list(run.folder.glob(".*unfinished"))
+    reopened = Run.open(run.folder)
+    assert [s.kind for s in reopened.scores()][: len(ROWS)] == [row[0] for row in ROWS]
+    assert reopened.front().pareto_ids == run.front().pareto_ids
+
+
+def test_a_second_holder_of_the_folder_is_refused_until_the_first_lets_go(run: Run) -> None:
+    other = Run.open(run.folder)
+    with run.locked():
+        with pytest.raises(RunError, match="another search is running"), other.locked():
+            pass
+    stale = run.folder / "journal.log.lock"
+    stale.write_text("", encoding="utf-8")
+    with other.locked():
+        assert not stale.exists()
+
+
+def test_create_refuses_whatever_is_there(run: Run, tmp_path: Path) -> None:
+    a_file = tmp_path / "file"
+    a_file.write_text("mine", encoding="utf-8")
+    for path in (run.folder, a_file):
+        with pytest.raises(RunError, match="--resume"):
+            Run.create(path, run.question, run.space)
+    assert a_file.read_text(encoding="utf-8") == "mine"
+
+
+def test_create_then_open_restores_the_space(run: Run, tmp_path: Path) -> None:
+    made = Run.create(tmp_path / "deep" / "new", run.question, run.space)
+    back = Run.open(made.folder)
+    assert [group.name for group in back.space.groups] == [FIRST, SECOND]
+    assert back.space.stored_bytes({FIRST: "int2-g64", SECOND: "int8-g64"}) == size(ROWS[4])
+    assert not back.finished

@@ -1,0 +1,347 @@
+"""The sampler on synthetic studies: feasible, new, thrifty, better than chance, stateless."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import optuna
+import pytest
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import TrialState
+
+import mpsearch.samplers
+from mpsearch.assignment import Assignment
+from mpsearch.errors import UsageError
+from mpsearch.formats import FORMATS
+from mpsearch.layers import Layer
+from mpsearch.samplers import SAMPLERS, LevelSwitchSampler, distributions, make_sampler
+from mpsearch.space import ResolvedSpace, SearchSpace
+from mpsearch.targets import TARGETS
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+Damage = dict[tuple[str, str], float]
+KEPT_BYTES = 5000
+EVERY_FORMAT = ("int2-g64", "int3-g64", "int4-g64", "int8-g64")
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Layers without a model."""
+
+    layers: tuple[Layer, ...]
+    kept_bytes: int = KEPT_BYTES
+
+
+def make_space(groups: int = 10, formats: tuple[str, ...] = EVERY_FORMAT) -> ResolvedSpace:
+    """Groups of three sizes, none of them tied."""
+    layers = tuple(
+        Layer(f"model.layers.{i}.mlp.down_proj", 64, 64 * (1 + i % 3)) for i in range(groups)
+    )
+    return SearchSpace(TARGETS["compressed-tensors"], formats).resolve(Shapes(layers))
+
+
+def make_damage(space: ResolvedSpace, seed: int = 0) -> Damage:
+    """Falls by a factor of about five a bit, from a different start in each group."""
+    rng = np.random.default_rng(seed)
+    start = {group.name: float(rng.lognormal(0.0, 1.5)) for group in space.groups}
+    return {
+        (name, fmt.name): start[name] * 5.0 ** -(fmt.bits - 2)
+        for name, formats in space.options.items()
+        for fmt in formats
+    }
+
+
+def true_loss(space: ResolvedSpace, damage: Damage, seed: int) -> Callable[[Assignment], float]:
+    """What the predictor says, off by a factor a group, plus neighbours that hurt each other."""
+    rng = np.random.default_rng(100 + seed)
+    off = {group.name: float(rng.lognormal(0.0, 0.7)) for group in space.groups}
+    names = [group.name for group in space.groups]
+
+    def loss(assignment: Mapping[str, str]) -> float:
+        alone = [damage[name, assignment[name]] * off[name] for name in names]
+        together = sum(2.0 * np.sqrt(a * b) for a, b in zip(alone, alone[1:], strict=False))
+        return float(sum(alone) + together)
+
+    return loss
+
+
+def middle(space: ResolvedSpace, part: float = 0.4) -> int:
+    floor, ceiling = space.stored_bytes(space.smallest), space.stored_bytes(space.largest)
+    return int(floor + part * (ceiling - floor))
+
+
+def new_study(sampler: BaseSampler) -> Study:
+    return optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+
+
+def ask(study: Study, space: ResolvedSpace) -> tuple[optuna.Trial, Assignment]:
+    trial = study.ask(distributions(space))
+    assignment = Assignment.of({name: trial.params[name] for name in space.options})
+    trial.set_user_attr("stored_bytes", space.stored_bytes(assignment))
+    return trial, assignment
+
+
+def explore(
+    study: Study, space: ResolvedSpace, loss: Callable[[Assignment], float], trials: int
+) -> list[Assignment]:
+    """Ask and tell; returns the proposals in order."""
+    proposals = []
+    for _ in range(trials):
+        trial, assignment = ask(study, space)
+        study.tell(trial, [loss(assignment), float(space.stored_bytes(assignment))])
+        proposals.append(assignment)
+    return proposals
+
+
+def largest_step_bytes(space: ResolvedSpace) -> int:
+    return max(
+        high.stored_bytes(group) - low.stored_bytes(group)
+        for group in space.groups
+        for low, high in zip(space.options[group.name], space.options[group.name][1:], strict=False)
+    )
+
+
+@pytest.mark.parametrize("part", [0.0, 0.05, 0.4, 0.9])
+def test_every_proposal_fits_the_budget_and_is_new(part: float) -> None:
+    space = make_space()
+    damage = make_damage(space)
+    budget = middle(space, part)
+    sampler = LevelSwitchSampler(space, damage, budget, seed=0)
+    proposals = explore(new_study(sampler), space, true_loss(space, damage, 0), 60 if part else 1)
+    assert all(space.allows(proposal) for proposal in proposals)
+    assert max(space.stored_bytes(proposal) for proposal in proposals) <= budget
+    assert len(set(proposals)) == len(proposals)
+
+
+def test_a_budget_above_everything_is_served_too() -> None:
+    space = make_space(groups=4)
+    damage = make_damage(space)
+    budget = 10 * space.stored_bytes(space.largest)
+    sampler = LevelSwitchSampler(space, damage, budget, seed=0)
+    proposals = explore(new_study(sampler), space, true_loss(space, damage, 0), 20)
+    assert space.largest in proposals
+
+
+def test_proposals_at_the_budget_spend_it_up_to_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mpsearch.samplers, "_LOOSE", 0.0)
+    space = make_space()
+    damage = make_damage(space)
+    for seed in range(3):
+        for part in (0.2, 0.6):
+            budget = middle(space, part)
+            sampler = LevelSwitchSampler(space, damage, budget, seed)
+            proposals = explore(new_study(sampler), space, true_loss(space, damage, seed), 40)
+            unspent = [budget - space.stored_bytes(proposal) for proposal in proposals]
+            assert max(unspent) < largest_step_bytes(space)
+
+
+def test_most_proposals_are_at_the_budget_and_some_cover_the_front_below_it() -> None:
+    space = make_space()
+    damage = make_damage(space)
+    budget = middle(space)
+    sampler = LevelSwitchSampler(space, damage, budget, seed=0)
+    proposals = explore(new_study(sampler), space, true_loss(space, damage, 0), 80)
+    step = largest_step_bytes(space)
+    at_budget = sum(budget - space.stored_bytes(proposal) < step for proposal in proposals)
+    assert 0.6 * 80 <= at_budget <= 0.95 * 80
+
+
+def random_feasible(space: ResolvedSpace, budget: int, seed: int, trials: int) -> list[Assignment]:
+    rng = np.random.default_rng(1000 + seed)
+    found: list[Assignment] = []
+    while len(found) < trials:
+        assignment = Assignment.of(
+            {name: fmts[rng.integers(len(fmts))].name for name, fmts in space.options.items()}
+        )
+        if space.stored_bytes(assignment) <= budget and assignment not in found:
+            found.append(assignment)
+    return found
+
+
+@pytest.mark.parametrize("informed", [True, False])
+def test_it_beats_random_feasible_proposals_with_the_same_number_of_trials(informed: bool) -> None:
+    space = make_space()
+    damage = make_damage(space)
+    budget = middle(space)
+    told = damage if informed else dict.fromkeys(damage, 1.0)
+    ours, chance = [], []
+    for seed in range(3):
+        loss = true_loss(space, damage, seed)
+        study = new_study(LevelSwitchSampler(space, told, budget, seed))
+        ours.append(min(map(loss, explore(study, space, loss, 60))))
+        chance.append(min(map(loss, random_feasible(space, budget, seed, 60))))
+    # A good predictor is worth more than none, and measurements alone already halve the loss.
+    assert np.mean(ours) < (0.35 if informed else 0.7) * np.mean(chance)
+
+
+def test_it_improves_on_what_was_enqueued() -> None:
+    space = make_space()
+    damage = make_damage(space)
+    budget = middle(space)
+    loss = true_loss(space, damage, 3)
+    study = new_study(LevelSwitchSampler(space, damage, budget, seed=0))
+    first = random_feasible(space, budget, 0, 5)
+    for assignment in first:
+        study.enqueue_trial(dict(assignment))
+    proposals = explore(study, space, loss, 65)
+    assert proposals[:5] == first
+    assert min(map(loss, proposals[5:])) < 0.5 * min(map(loss, first))
+
+
+def test_the_same_study_gives_the_same_proposal_and_another_seed_another() -> None:
+    space = make_space()
+    damage = make_damage(space)
+    loss = true_loss(space, damage, 0)
+
+    def propose(seed: int) -> list[Assignment]:
+        return explore(
+            new_study(LevelSwitchSampler(space, damage, middle(space), seed)), space, loss, 15
+        )
+
+    assert propose(7) == propose(7)
+    assert propose(7) != propose(8)
+
+
+def test_a_fresh_sampler_object_goes_on_where_the_old_one_stopped() -> None:
+    space = make_space()
+    damage = make_damage(space)
+    budget = middle(space)
+    loss = true_loss(space, damage, 0)
+
+    def sampler() -> LevelSwitchSampler:
+        return LevelSwitchSampler(space, damage, budget, seed=5)
+
+    whole = explore(new_study(sampler()), space, loss, 24)
+    study = new_study(sampler())
+    pieces = explore(study, space, loss, 9)
+    for count in (1, 6, 8):
+        study.sampler = sampler()
+        pieces += explore(study, space, loss, count)
+    assert pieces == whole
+
+
+def test_a_trial_that_a_kill_failed_leaves_no_trace_in_the_proposals() -> None:
+    space = make_space()
+    damage = make_damage(space)
+    loss = true_loss(space, damage, 0)
+
+    def study() -> Study:
+        return new_study(LevelSwitchSampler(space, damage, middle(space), seed=5))
+
+    whole = explore(study(), space, loss, 12)
+    killed = study()
+    pieces = explore(killed, space, loss, 6)
+    trial, dropped = ask(killed, space)
+    killed.tell(trial, state=TrialState.FAIL)
+    assert dropped == whole[6]
+    assert pieces + explore(killed, space, loss, 6) == whole
+
+
+def test_a_refused_assignment_is_not_proposed_again() -> None:
+    space = make_space(groups=3, formats=("int2-g64", "int4-g64"))
+    damage = make_damage(space)
+    study = new_study(
+        LevelSwitchSampler(space, damage, space.stored_bytes(space.largest), seed=0)
+    )
+    refused = []
+    for _ in range(4):
+        trial, assignment = ask(study, space)
+        trial.set_user_attr("refused", "NaN")
+        study.tell(trial, state=TrialState.FAIL)
+        refused.append(assignment)
+    assert len(set(refused)) == 4
+
+
+def test_workers_that_ask_before_others_told_get_different_assignments() -> None:
+    space = make_space()
+    study = new_study(LevelSwitchSampler(space, make_damage(space), middle(space), seed=0))
+    proposals = [ask(study, space)[1] for _ in range(8)]
+    assert len(set(proposals)) == 8
+
+
+def test_trials_of_another_space_in_the_study_are_passed_over() -> None:
+    space, other = make_space(groups=3), make_space(groups=2)
+    study = new_study(LevelSwitchSampler(space, make_damage(space), middle(space), seed=0))
+    trial = study.ask(distributions(other))
+    study.tell(trial, [0.0, 1.0])
+    _, assignment = ask(study, space)
+    assert space.allows(assignment)
+
+
+@pytest.mark.parametrize(
+    ("groups", "formats"),
+    [(1, EVERY_FORMAT), (4, ("int4-g64",)), (1, ("int4-g64",)), (2, ("int2-g64", "bf16"))],
+)
+def test_small_spaces_end_in_repeats_and_never_in_a_hang(
+    groups: int, formats: tuple[str, ...]
+) -> None:
+    space = make_space(groups, formats)
+    damage = make_damage(space)
+    budget = space.stored_bytes(space.largest)
+    study = new_study(LevelSwitchSampler(space, damage, budget, seed=0))
+    proposals = explore(study, space, true_loss(space, damage, 0), 6)
+    assert all(space.allows(p) and space.stored_bytes(p) <= budget for p in proposals)
+    assert space.largest in proposals
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e-30, 1e30])
+def test_equal_damage_everywhere_still_gives_new_feasible_proposals(value: float) -> None:
+    space = make_space()
+    damage = make_damage(space)
+    flat = dict.fromkeys(damage, value)
+    sampler = LevelSwitchSampler(space, flat, middle(space), seed=0)
+    proposals = explore(new_study(sampler), space, true_loss(space, damage, 0), 20)
+    assert len(set(proposals)) == 20
+    assert max(map(space.stored_bytes, proposals)) <= middle(space)
+
+
+def test_distributions_list_the_formats_of_each_group_smallest_first() -> None:
+    space = make_space(groups=2)
+    for name, distribution in distributions(space).items():
+        assert isinstance(distribution, optuna.distributions.CategoricalDistribution)
+        assert distribution.choices == EVERY_FORMAT
+        group = next(g for g in space.groups if g.name == name)
+        sizes = [FORMATS[str(f)].stored_bytes(group) for f in distribution.choices]
+        assert sizes == sorted(sizes)
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_by_name_drives_a_study_and_is_seeded(name: str) -> None:
+    space = make_space(groups=5)
+    damage = make_damage(space)
+    loss = true_loss(space, damage, 0)
+
+    def propose(seed: int) -> list[Assignment]:
+        study = new_study(make_sampler(name, space, damage, middle(space), seed))
+        return explore(study, space, loss, 30)
+
+    first = propose(1)
+    assert all(space.allows(proposal) for proposal in first)
+    assert first == propose(1)
+    assert first != propose(2)
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("name", ["nsga2", "tpe"])
+def test_optunas_samplers_are_told_which_trials_are_over_the_budget(name: str) -> None:
+    space = make_space(groups=4)
+    damage = make_damage(space)
+    budget = middle(space, 0.3)
+    study = new_study(make_sampler(name, space, damage, budget, 0))
+    for proposal in explore(study, space, true_loss(space, damage, 0), 5):
+        trial = next(t for t in study.trials if t.params == dict(proposal))
+        (over,) = trial.system_attrs["constraints"]
+        assert over == space.stored_bytes(proposal) - budget
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("level-swich", "level-switch"), ("nsga-2", "nsga2"), ("TPE", "tpe")]
+)
+def test_an_unknown_sampler_is_refused_with_the_nearest_name(wrong: str, right: str) -> None:
+    space = make_space(groups=1)
+    with pytest.raises(UsageError, match=f"'{wrong}'.*{right}"):
+        make_sampler(wrong, space, make_damage(space), middle(space), 0)
