@@ -64,10 +64,19 @@ def _resume_hint(args: argparse.Namespace) -> str:
     if args.command is not _search or not (Path(args.out) / "run.json").exists():
         return ""
     given = [f"--budget '{args.budget}'"]
-    for flag in ("space", "facts", "quantizer", "sampler", "trials", "seed", "time"):
+    for flag in (
+        "space",
+        "facts",
+        "quantizer",
+        "sampler",
+        "trials",
+        "search_facts",
+        "seed",
+        "time",
+    ):
         value = getattr(args, flag)
         if value is not None and value != args.defaults.get(flag):
-            given.append(f"--{flag} {value}")
+            given.append(f"--{flag.replace('_', '-')} {value}")
     return f"; continue with: mpsearch search {args.model} {' '.join(given)} --resume -o {args.out}"
 
 
@@ -103,6 +112,7 @@ def _search(args: argparse.Namespace) -> None:
             seconds=seconds,
             seed=args.seed,
             sampler=args.sampler,
+            search_facts=args.search_facts,
             quantizer=args.quantizer,
             facts=facts,
             resume=args.resume,
@@ -313,10 +323,15 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--budget", required=True, metavar="SIZE", help="such as 104MiB")
     search.add_argument("-o", "--out", required=True, metavar="RUN", help="the run folder")
     search.add_argument("--trials", type=int, default=150, help="proposals (150)")
+    search.add_argument(
+        "--search-facts", type=int, default=500, help="facts that score a candidate (500)"
+    )
     search.add_argument("--time", metavar="10m", help="stop proposing after this time")
     search.add_argument("--sampler", default="level-switch", help="level-switch, nsga2 or tpe")
     search.add_argument("--resume", action="store_true", help="continue the run in RUN")
-    search.set_defaults(defaults={"trials": 150, "sampler": "level-switch", "seed": 0})
+    search.set_defaults(
+        defaults={"trials": 150, "search_facts": 500, "sampler": "level-switch", "seed": 0}
+    )
 
     layers = add("layers", _layers, "list the layers, their groups, and bytes by format")
     layers.add_argument("model")

@@ -230,6 +230,7 @@ def show_point(run: Run, point: Point) -> None:
     table(
         ["block", *kinds],
         [[block, *(formats.get(kind, "") for kind in kinds)] for block, formats in blocks.items()],
+        left=1 + len(kinds),
     )
 
 

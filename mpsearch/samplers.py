@@ -255,22 +255,14 @@ def make_sampler(
     budget_bytes: int,
     seed: int,
 ) -> BaseSampler:
-    """A sampler by name. Raises `UsageError` for an unknown one."""
+    """A sampler by name. Raises `UsageError` for an unknown one.
+
+    Optuna's own read the budget from each trial's constraint.
+    """
     if name == "level-switch":
         return LevelSwitchSampler(space, damage, budget_bytes, seed)
     if name == "nsga2":
-        return optuna.samplers.NSGAIISampler(
-            population_size=20, seed=seed, constraints_func=_over_budget(budget_bytes)
-        )
+        return optuna.samplers.NSGAIISampler(population_size=20, seed=seed)
     if name == "tpe":
-        return optuna.samplers.TPESampler(
-            multivariate=False, seed=seed, constraints_func=_over_budget(budget_bytes)
-        )
+        return optuna.samplers.TPESampler(seed=seed)
     raise UsageError(f"no sampler '{name}'{nearest(name, SAMPLERS)}")
-
-
-def _over_budget(budget_bytes: int) -> Any:
-    def constraint(trial: FrozenTrial) -> tuple[float, ...]:
-        return (trial.user_attrs["stored_bytes"] - budget_bytes,)
-
-    return constraint

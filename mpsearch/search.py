@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from mpsearch.front import pareto_front
 from mpsearch.models import Model
 from mpsearch.quantizers import get_quantizer
 from mpsearch.recall import SHOTS
-from mpsearch.run import Run
+from mpsearch.run import Run, Score
 from mpsearch.samplers import distributions, make_sampler
 from mpsearch.scorer import Scorer
 from mpsearch.sensitivity import Sensitivity, measure_sensitivity
@@ -256,23 +255,45 @@ class _Work:
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self.study.tell(trial.number, state=TrialState.FAIL)  # a killed process left it
 
-    def trial(self, kind: str, fixed: Assignment | None = None) -> None:
-        """One trial of the study, proposed by its sampler unless fixed."""
-        if fixed is not None:
-            self.study.enqueue_trial(dict(fixed))
+    def propose(self) -> None:
+        """One trial: the sampler's proposal, scored on search facts."""
         trial = self.study.ask(distributions(self.search.space))
         assignment = Assignment.of({name: trial.params[name] for name in self.search.space.options})
-        stored_bytes = self.search.space.stored_bytes(assignment)
-        trial.set_user_attr("kind", kind)
-        trial.set_user_attr("stored_bytes", stored_bytes)
+        trial.set_user_attr("kind", "search")
+        trial.set_constraint("over_budget_bytes", self._over_budget(assignment))
         try:
-            score = self.scorer.score(assignment, kind, "search")
+            score = self.scorer.score(assignment, "search", "search")
         except CheckError as error:
             trial.set_user_attr("refused", str(error))
             self.study.tell(trial, state=TrialState.FAIL)
             log.warning("assignment %s is refused: %s", assignment.id, error)
             return
-        self.study.tell(trial, [self.scorer.loss(score), float(stored_bytes)])
+        self.study.tell(trial, self._values(score))
+
+    def add_baseline(self, assignment: Assignment, kind: str) -> None:
+        """A trial for a given assignment, written when it is complete."""
+        try:
+            score = self.scorer.score(assignment, kind, "search")
+        except CheckError as error:
+            log.warning("%s assignment %s is left out: %s", kind, assignment.id, error)
+            return
+        self.study.add_trial(
+            optuna.create_trial(
+                params=dict(assignment),
+                distributions=distributions(self.search.space),
+                values=self._values(score),
+                user_attrs={"kind": kind},
+                constraints={"over_budget_bytes": self._over_budget(assignment)},
+            )
+        )
+
+    def _over_budget(self, assignment: Assignment) -> float:
+        """Above zero where Optuna's own samplers must not go."""
+        return float(self.search.space.stored_bytes(assignment) - self.search.wish.budget_bytes)
+
+    def _values(self, score: Score) -> list[float]:
+        stored_bytes = self.search.space.stored_bytes(score.assignment)
+        return [self.scorer.loss(score), float(stored_bytes)]
 
     def baselines(self, damage: dict[tuple[str, str], float]) -> None:
         """Every simple allocation: scored on search facts for the study, on validation facts for
@@ -290,7 +311,7 @@ class _Work:
         for index, (assignment, kind) in enumerate(distinct):
             self.search.report("baselines", index, len(distinct))
             if assignment not in told:
-                self.trial(kind, assignment)
+                self.add_baseline(assignment, kind)
         for index, (assignment, kind) in enumerate(distinct):
             self.search.report("baselines on validation facts", index, len(distinct))
             self._score_or_warn(assignment, kind, "validation")
@@ -301,7 +322,7 @@ class _Work:
         return {
             Assignment.of({name: trial.params[name] for name in names})
             for trial in self.study.get_trials(deepcopy=False)
-            if trial.state == TrialState.COMPLETE or "refused" in trial.user_attrs
+            if trial.state == TrialState.COMPLETE
         }
 
     def _score_or_warn(self, assignment: Assignment, kind: str, partition: str) -> None:
@@ -317,17 +338,15 @@ class _Work:
         # Optuna's own samplers are seeded anew, as they would repeat their first proposals.
         ours = wish.sampler == "level-switch"
         seed = wish.seed if ours else wish.seed + done
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self.study.sampler = make_sampler(
-                wish.sampler, self.search.space, damage, wish.budget_bytes, seed
-            )
+        self.study.sampler = make_sampler(
+            wish.sampler, self.search.space, damage, wish.budget_bytes, seed
+        )
         start = time.monotonic()
         while done < wish.trials:
             if wish.seconds is not None and time.monotonic() - start >= wish.seconds:
                 break
             self.search.report(f"search, best {self._best()}", done, wish.trials)
-            self.trial("search")
+            self.propose()
             done += 1
         self.search.report(f"search, best {self._best()}", done, done)
 

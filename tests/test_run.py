@@ -22,7 +22,11 @@ FIRST, SECOND = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
 FORMATS = ["int2-g64", "int4-g64", "int8-g64"]
 KEPT_BYTES = 1000
 # One 64x64 layer: codes, one bf16 scale a row, two int64 of shape.
-LAYER_BYTES = {"int2-g64": 1024 + 128 + 16, "int4-g64": 2048 + 128 + 16, "int8-g64": 4096 + 128 + 16}
+LAYER_BYTES = {
+    "int2-g64": 1024 + 128 + 16,
+    "int4-g64": 2048 + 128 + 16,
+    "int8-g64": 4096 + 128 + 16,
+}
 RELATIONS = ["a", "a", "a", "b"]
 BANK = {"quantizer": "rounding"}
 Row = tuple[str, str, str, list[float]]  # kind, the two formats, loss a fact

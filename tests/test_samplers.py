@@ -110,7 +110,7 @@ def test_every_proposal_fits_the_budget_and_is_new(part: float) -> None:
     damage = make_damage(space)
     budget = middle(space, part)
     sampler = LevelSwitchSampler(space, damage, budget, seed=0)
-    proposals = explore(new_study(sampler), space, true_loss(space, damage, 0), 60 if part else 1)
+    proposals = explore(new_study(sampler), space, true_loss(space, damage, 0), 30 if part else 1)
     assert all(space.allows(proposal) for proposal in proposals)
     assert max(space.stored_bytes(proposal) for proposal in proposals) <= budget
     assert len(set(proposals)) == len(proposals)
@@ -129,11 +129,11 @@ def test_proposals_at_the_budget_spend_it_up_to_one_step(monkeypatch: pytest.Mon
     monkeypatch.setattr(mpsearch.samplers, "_LOOSE", 0.0)
     space = make_space()
     damage = make_damage(space)
-    for seed in range(3):
+    for seed in range(2):
         for part in (0.2, 0.6):
             budget = middle(space, part)
             sampler = LevelSwitchSampler(space, damage, budget, seed)
-            proposals = explore(new_study(sampler), space, true_loss(space, damage, seed), 40)
+            proposals = explore(new_study(sampler), space, true_loss(space, damage, seed), 20)
             unspent = [budget - space.stored_bytes(proposal) for proposal in proposals]
             assert max(unspent) < largest_step_bytes(space)
 
@@ -143,10 +143,10 @@ def test_most_proposals_are_at_the_budget_and_some_cover_the_front_below_it() ->
     damage = make_damage(space)
     budget = middle(space)
     sampler = LevelSwitchSampler(space, damage, budget, seed=0)
-    proposals = explore(new_study(sampler), space, true_loss(space, damage, 0), 80)
+    proposals = explore(new_study(sampler), space, true_loss(space, damage, 0), 50)
     step = largest_step_bytes(space)
     at_budget = sum(budget - space.stored_bytes(proposal) < step for proposal in proposals)
-    assert 0.6 * 80 <= at_budget <= 0.95 * 80
+    assert 0.6 * 50 <= at_budget <= 0.95 * 50
 
 
 def random_feasible(space: ResolvedSpace, budget: int, seed: int, trials: int) -> list[Assignment]:
@@ -171,10 +171,10 @@ def test_it_beats_random_feasible_proposals_with_the_same_number_of_trials(infor
     for seed in range(3):
         loss = true_loss(space, damage, seed)
         study = new_study(LevelSwitchSampler(space, told, budget, seed))
-        ours.append(min(map(loss, explore(study, space, loss, 60))))
-        chance.append(min(map(loss, random_feasible(space, budget, seed, 60))))
-    # A good predictor is worth more than none, and measurements alone already halve the loss.
-    assert np.mean(ours) < (0.35 if informed else 0.7) * np.mean(chance)
+        ours.append(min(map(loss, explore(study, space, loss, 40))))
+        chance.append(min(map(loss, random_feasible(space, budget, seed, 40))))
+    # A predictor that is right up to a factor helps; with none, what was measured still does.
+    assert np.mean(ours) < (0.6 if informed else 0.8) * np.mean(chance)
 
 
 def test_it_improves_on_what_was_enqueued() -> None:
@@ -186,9 +186,9 @@ def test_it_improves_on_what_was_enqueued() -> None:
     first = random_feasible(space, budget, 0, 5)
     for assignment in first:
         study.enqueue_trial(dict(assignment))
-    proposals = explore(study, space, loss, 65)
+    proposals = explore(study, space, loss, 45)
     assert proposals[:5] == first
-    assert min(map(loss, proposals[5:])) < 0.5 * min(map(loss, first))
+    assert min(map(loss, proposals[5:])) < 0.6 * min(map(loss, first))
 
 
 def test_the_same_study_gives_the_same_proposal_and_another_seed_another() -> None:
@@ -198,7 +198,7 @@ def test_the_same_study_gives_the_same_proposal_and_another_seed_another() -> No
 
     def propose(seed: int) -> list[Assignment]:
         return explore(
-            new_study(LevelSwitchSampler(space, damage, middle(space), seed)), space, loss, 15
+            new_study(LevelSwitchSampler(space, damage, middle(space), seed)), space, loss, 10
         )
 
     assert propose(7) == propose(7)
@@ -214,10 +214,10 @@ def test_a_fresh_sampler_object_goes_on_where_the_old_one_stopped() -> None:
     def sampler() -> LevelSwitchSampler:
         return LevelSwitchSampler(space, damage, budget, seed=5)
 
-    whole = explore(new_study(sampler()), space, loss, 24)
+    whole = explore(new_study(sampler()), space, loss, 16)
     study = new_study(sampler())
-    pieces = explore(study, space, loss, 9)
-    for count in (1, 6, 8):
+    pieces = explore(study, space, loss, 5)
+    for count in (1, 4, 6):
         study.sampler = sampler()
         pieces += explore(study, space, loss, count)
     assert pieces == whole
@@ -241,18 +241,15 @@ def test_a_trial_that_a_kill_failed_leaves_no_trace_in_the_proposals() -> None:
 
 
 def test_a_refused_assignment_is_not_proposed_again() -> None:
-    space = make_space(groups=3, formats=("int2-g64", "int4-g64"))
-    damage = make_damage(space)
-    study = new_study(
-        LevelSwitchSampler(space, damage, space.stored_bytes(space.largest), seed=0)
-    )
+    space = make_space()
+    study = new_study(LevelSwitchSampler(space, make_damage(space), middle(space), seed=0))
     refused = []
-    for _ in range(4):
+    for _ in range(10):
         trial, assignment = ask(study, space)
         trial.set_user_attr("refused", "NaN")
         study.tell(trial, state=TrialState.FAIL)
         refused.append(assignment)
-    assert len(set(refused)) == 4
+    assert len(set(refused)) == 10
 
 
 def test_workers_that_ask_before_others_told_get_different_assignments() -> None:
@@ -317,7 +314,7 @@ def test_every_sampler_by_name_drives_a_study_and_is_seeded(name: str) -> None:
 
     def propose(seed: int) -> list[Assignment]:
         study = new_study(make_sampler(name, space, damage, middle(space), seed))
-        return explore(study, space, loss, 30)
+        return explore(study, space, loss, 15)
 
     first = propose(1)
     assert all(space.allows(proposal) for proposal in first)

@@ -1,0 +1,150 @@
+"""Calibration: a seed decides the text, and Gram matrices are those of the layers' inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_tokenizer, tiny_llama
+from torch import Tensor
+
+from mpsearch.calibration import Calibration, input_statistics, sample_text
+from mpsearch.models import Model, from_module
+
+RECIPE = Calibration(sequences=11, length=24, seed=3)  # a full batch of eight and a part of one
+
+
+def ignore(done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """Float32, so that Gram matrices may be compared closely; random weights write any token."""
+    tokenizer = build_tokenizer()
+    module = tiny_llama(len(tokenizer), seed=2)
+    return from_module("random", Path(), module, tokenizer, torch.device("cpu"), torch.float32)
+
+
+@torch.no_grad()
+def inputs_of(model: Model, layer: str, tokens: Tensor) -> Tensor:
+    """`(tokens, columns)`: what one layer reads in a plain pass of one text after another."""
+    seen: list[Tensor] = []
+    hook = model.linear(layer).register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0][0].clone())
+    )
+    for text in tokens:
+        model.module(text[None])
+    hook.remove()
+    return torch.cat(seen)
+
+
+# ------------------------------------------------------------------------------ the text
+
+
+def test_the_text_has_the_recipes_size_and_only_known_tokens(model: Model) -> None:
+    tokens = sample_text(model, RECIPE)
+    assert tokens.shape == (RECIPE.sequences, RECIPE.length)
+    assert tokens.dtype == torch.int64
+    assert 0 <= int(tokens.min()) <= int(tokens.max()) < len(model.tokenizer)
+
+
+def test_a_seed_decides_the_text(tiny: Model) -> None:
+    first, again = sample_text(tiny, RECIPE), sample_text(tiny, RECIPE)
+    other = sample_text(tiny, Calibration(RECIPE.sequences, RECIPE.length, seed=4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_sampling_neither_reads_nor_moves_the_global_generator(model: Model) -> None:
+    torch.manual_seed(0)
+    expected = sample_text(model, RECIPE)
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    assert torch.equal(sample_text(model, RECIPE), expected)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@torch.no_grad()
+def test_the_text_is_what_the_model_writes_without_a_cache(model: Model) -> None:
+    generator = torch.Generator().manual_seed(RECIPE.seed)
+    vocabulary = len(model.tokenizer)
+    tokens = torch.randint(vocabulary, (RECIPE.sequences, 1), generator=generator)
+    while tokens.shape[1] < RECIPE.length:
+        chances = model.module(tokens).logits[:, -1].softmax(-1)
+        tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator)], dim=1)
+    # A draw within float32 rounding of an edge may fall on its other side on another machine.
+    assert (sample_text(model, RECIPE) == tokens).all(dim=1).double().mean() > 0.85
+
+
+def test_the_taught_model_writes_facts_it_was_taught(tiny: Model) -> None:
+    text = tiny.tokenizer.batch_decode(sample_text(tiny, Calibration(16, 48, seed=0)))
+    assert sum(line.count(" is ") for line in text) > 10
+
+
+def test_settings_name_all_that_decides_the_text() -> None:
+    first = dict(Calibration(5, 6, 7).settings)
+    assert first == {"text": "sampled from the model", "sequences": 5, "length": 6, "seed": 7}
+    for other in (Calibration(4, 6, 7), Calibration(5, 5, 7), Calibration(5, 6, 8)):
+        assert dict(other.settings) != first
+
+
+# ------------------------------------------------------------------------------ the matrices
+
+
+def test_gram_matrices_are_the_sums_of_outer_products_of_the_inputs(model: Model) -> None:
+    tokens = sample_text(model, RECIPE)
+    statistics = input_statistics(model, tokens, ignore)
+    assert set(statistics) == {layer.name for layer in model.layers}
+    for layer in model.layers:
+        seen = inputs_of(model, layer.name, tokens).double()
+        expected = sum(torch.outer(x, x) for x in seen)
+        found = statistics[layer.name]
+        assert found.gram.dtype == torch.float32
+        assert found.tokens == len(seen) == tokens.numel()
+        scale = float(expected.diagonal().max())
+        torch.testing.assert_close(found.gram.double(), expected, atol=1e-5 * scale, rtol=0)
+
+
+def test_layers_that_read_one_tensor_share_one_matrix_and_no_others_do(model: Model) -> None:
+    statistics = input_statistics(model, sample_text(model, RECIPE), ignore)
+    owners: dict[int, list[str]] = {}
+    for layer in model.layers:
+        owners.setdefault(id(statistics[layer.name].gram), []).append(layer.name)
+    blocks = [f"model.layers.{block}" for block in (0, 1)]
+    assert list(owners.values()) == [
+        names
+        for block in blocks
+        for names in (
+            [f"{block}.self_attn.{part}_proj" for part in "qkv"],
+            [f"{block}.self_attn.o_proj"],
+            [f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj"],
+            [f"{block}.mlp.down_proj"],
+        )
+    ]
+
+
+def test_the_same_text_gives_the_same_matrices(tiny: Model) -> None:
+    tokens = sample_text(tiny, RECIPE)
+    first, again = (input_statistics(tiny, tokens, ignore) for _ in range(2))
+    assert all(torch.equal(first[name].gram, again[name].gram) for name in first)
+
+
+def test_progress_counts_texts(model: Model) -> None:
+    seen: list[tuple[int, int]] = []
+    input_statistics(
+        model, sample_text(model, RECIPE), lambda done, total: seen.append((done, total))
+    )  # fmt: skip
+    assert seen == [(8, 11), (11, 11)]
+
+
+def test_no_hook_is_left_behind_even_after_an_interrupt(model: Model) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    tokens = sample_text(model, RECIPE)
+    with pytest.raises(KeyboardInterrupt):
+        input_statistics(model, tokens, interrupt)
+    input_statistics(model, tokens, ignore)
+    assert not any(model.linear(layer.name)._forward_pre_hooks for layer in model.layers)

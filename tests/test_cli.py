@@ -1,0 +1,690 @@
+"""The command line's contract: streams, exit codes, one line an error, and the way on after it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+from mpsearch import cli
+from mpsearch.evaluate import Bench
+from mpsearch.space import ResolvedSpace
+
+BUDGET = "57KiB"
+TRIALS = "40"
+COMMANDS = ("search", "layers", "sensitivity", "front", "show", "plot", "export", "doctor")
+TALK = re.compile(r"loading |budget |[a-z(][^:]*: \d+/\d+")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def talk(self) -> list[str]:
+        return self.err.splitlines()
+
+    @property
+    def said(self) -> list[str]:
+        """Lines of standard error beyond loading, the parsed budget and progress."""
+        return [line for line in self.talk if not TALK.match(line)]
+
+
+Cli = Callable[..., Outcome]
+
+
+@pytest.fixture(autouse=True)
+def left_as_found() -> Iterator[None]:
+    """`main` sets a signal handler and a log handler for its whole process."""
+    handler = signal.getsignal(signal.SIGINT)
+    logger = logging.getLogger("mpsearch")
+    handlers, propagate = logger.handlers[:], logger.propagate
+    transformers_logging.disable_progress_bar()
+    yield
+    signal.signal(signal.SIGINT, handler)
+    logger.handlers[:], logger.propagate = handlers, propagate
+
+
+@pytest.fixture
+def mpsearch(capsys: pytest.CaptureFixture[str]) -> Cli:
+    def called(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return called
+
+
+@pytest.fixture
+def question(tiny_folder: Path, facts_file: Path) -> list[str]:
+    """A search, all but its -o."""
+    return [
+        "search", str(tiny_folder), "--facts", str(facts_file), "--budget", BUDGET,
+        "--trials", TRIALS,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_folder: Path, facts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted search; read it only."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    code = cli.main(
+        ["search", str(tiny_folder), "--facts", str(facts_file), "--budget", BUDGET,
+         "--trials", TRIALS, "-o", str(out)]
+    )  # fmt: skip
+    assert code == 0
+    return out
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "mpsearch.cli", *map(str, arguments)]
+
+
+def one_line(outcome: Outcome, code: int, *words: str) -> None:
+    """A failure as the contract wants it: its code, no data, and one line that says why."""
+    assert (outcome.code, outcome.out) == (code, ""), outcome.err
+    assert len(outcome.said) == 1, outcome.err
+    assert outcome.talk[-1] == outcome.said[0]
+    assert outcome.said[0].startswith("mpsearch: ")
+    for word in words:
+        assert word in outcome.said[0]
+
+
+# ------------------------------------------------------------------------------------- help
+
+
+def test_help_answers_in_a_moment_without_importing_torch(tmp_path: Path) -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(command("--help"), capture_output=True, text=True, cwd=tmp_path)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0
+        assert all(name in done.stdout for name in COMMANDS)
+    assert min(seconds) < 0.3
+    code = (
+        "import sys\nfrom mpsearch.cli import main\ntry:\n    main(['search', '--help'])\n"
+        "finally:\n    assert not {'torch', 'transformers', 'optuna'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, mpsearch: Cli) -> None:
+    outcome = mpsearch(name, "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "--json" in outcome.out
+
+
+def test_the_version_is_data(mpsearch: Cli) -> None:
+    outcome = mpsearch("--version")
+    assert outcome.code == 0
+    assert re.fullmatch(r"mpsearch \d+\.\d+\.\d+\S*\n", outcome.out)
+
+
+# -------------------------------------------------------------------------------- the whole path
+
+
+def test_the_whole_path_from_search_to_export(
+    question: list[str], tiny_folder: Path, mpsearch: Cli, tmp_path: Path
+) -> None:
+    run, figure, exported = tmp_path / "run", tmp_path / "figure.png", tmp_path / "export"
+    searched = mpsearch(*question, "--trials", 5, "-o", run)
+    assert searched.code == 0, searched.err
+    assert searched.talk[0] == f"loading {tiny_folder}"
+    assert "budget 57.00 KiB (58,368 bytes)" in searched.talk
+    assert searched.talk[-1] == f"next: mpsearch export {run} best -o exports/run"
+    assert len(searched.said) == 1, searched.err
+
+    front = mpsearch("front", run, "--json")
+    assert (front.code, len(front.talk)) == (0, 1)
+    assert front.talk[-1].startswith("next: mpsearch plot ")
+    content = json.loads(front.out)
+    assert content["finished"] is True
+    assert content["pick"] in {point["id"] for point in content["points"]}
+    assert all(point["id"] in searched.out for point in content["points"])
+    assert content["verdict"] in searched.out
+    assert content["test"]["id"] == content["pick"]
+
+    shown = mpsearch("show", run, "best", "--json")
+    pick = json.loads(shown.out)
+    assert (shown.code, pick["id"]) == (0, content["pick"])
+    assert pick["stored_bytes"] <= 57 * 1024
+    assert len(pick["assignment"]) == 8
+    assert shown.talk[-1].startswith(f"next: mpsearch export {run} {pick['id']} ")
+
+    drawn = mpsearch("plot", run, "-o", figure)
+    assert (drawn.code, drawn.out) == (0, "")
+    assert drawn.talk[-1].startswith("next: mpsearch export ")
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+    written = mpsearch("export", run, "best", "-o", exported, "--json")
+    assert written.code == 0, written.err
+    assert json.loads(written.out)["stored_bytes"] == pick["stored_bytes"]
+    assert written.talk[-1].startswith("next: ")
+    about = json.loads((exported / "mpsearch.json").read_text(encoding="utf-8"))
+    assert about["assignment"] == pick["assignment"]
+    one_line(mpsearch("export", run, "best", "-o", exported), 2, "exists", str(exported))
+
+
+def test_front_and_show_as_tables_hold_what_the_json_holds(whole: Path, mpsearch: Cli) -> None:
+    content = json.loads(mpsearch("front", whole, "--json").out)
+    table = mpsearch("front", whole)
+    assert table.talk[-1].startswith("next: ")
+    for point in content["points"]:
+        (row,) = [line for line in table.out.splitlines() if line.split()[:1] == [point["id"]]]
+        assert f"{point['stored_bytes']:,}" in row
+        assert ("*" in row) == point["on_front"]
+        assert row.rstrip().endswith("pick") == (point["id"] == content["pick"])
+    assert content["verdict"] in table.out
+    shown = mpsearch("show", whole, content["pick"][:5])
+    assert content["pick"] in shown.out
+    one_line(mpsearch("show", whole, "zzz"), 2, "'zzz' is not in this run", content["pick"])
+
+
+def test_front_is_read_without_torch_and_a_reader_that_leaves_is_no_error(
+    whole: Path, tmp_path: Path
+) -> None:
+    code = "import sys; from mpsearch.cli import main; c = main(sys.argv[1:]); " + (
+        "assert not {'torch', 'optuna'} & set(sys.modules); sys.exit(c)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "front", str(whole), "--json"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["points"]
+    assert done.stderr.startswith("next: ")
+    reader, writer = os.pipe()
+    os.close(reader)
+    closed = subprocess.run(
+        command("front", whole), stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    os.close(writer)
+    assert closed.returncode == 0
+    assert "Traceback" not in closed.stderr and "Broken" not in closed.stderr
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+@pytest.mark.parametrize("name", ["layers", "sensitivity", "doctor"])
+def test_the_other_commands_put_data_on_stdout_and_the_next_step_on_stderr(
+    name: str,
+    as_json: bool,
+    tiny_folder: Path,
+    facts_file: Path,
+    tiny_space: ResolvedSpace,
+    mpsearch: Cli,
+) -> None:
+    arguments = {
+        "layers": [tiny_folder],
+        "sensitivity": [tiny_folder, "--facts", facts_file],
+        "doctor": [],
+    }[name]
+    outcome = mpsearch(name, *arguments, *(["--json"] if as_json else []))
+    assert outcome.code == 0, outcome.err
+    assert outcome.talk[-1].startswith("next: mpsearch ")
+    assert len(outcome.said) == 1, outcome.err
+    if as_json:
+        content = json.loads(outcome.out)
+        if name == "layers":
+            assert len(content["groups"]) == 8
+            assert content["smallest_bytes"] == tiny_space.stored_bytes(tiny_space.smallest)
+            assert content["largest_bytes"] == tiny_space.stored_bytes(tiny_space.largest)
+        if name == "sensitivity":
+            assert len(content["rows"]) == 32
+    elif name != "doctor":
+        for group in tiny_space.groups:
+            assert group.name in outcome.out
+
+
+def test_search_as_json_prints_the_same_front(
+    question: list[str], mpsearch: Cli, tmp_path: Path
+) -> None:
+    searched = mpsearch(*question, "--trials", 1, "-o", tmp_path / "run", "--json")
+    assert json.loads(searched.out) == json.loads(mpsearch("front", tmp_path / "run", "--json").out)
+
+
+# --------------------------------------------------------------------------- 2: wrong usage
+
+
+def test_wrong_arguments_are_one_line_that_names_the_fault(
+    tiny_folder: Path, mpsearch: Cli, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    search = ["search", tiny_folder, "-o", run]
+    sized = [*search, "--budget", BUDGET]
+    for arguments, words in (
+        ([], ["COMMAND"]),
+        (["serch"], ["serch"]),
+        (search, ["--budget"]),
+        (["search", tiny_folder, "--budget", BUDGET], ["-o"]),
+        ([*sized, "--trials", "many"], ["--trials", "many"]),
+        ([*sized, "--no-such-flag"], ["--no-such-flag"]),
+        ([*search, "--budget", "57"], ["'57'", "no unit", "96MiB"]),
+        ([*search, "--budget", "57 KiBs"], ["KiBs", "96MiB"]),
+        ([*search, "--budget=-57KiB"], ["-57KiB", "positive"]),
+        ([*search, "--budget", "0MiB"], ["0MiB", "positive"]),
+        ([*search, "--budget", "much"], ["much", "96MiB"]),
+        ([*search, "--budget", "nan MiB"], ["nan MiB", "96MiB"]),
+        ([*sized, "--time", "soon"], ["soon", "10m"]),
+        ([*sized, "--time=-5m"], ["-5m", "10m"]),
+    ):
+        one_line(mpsearch(*arguments), 2, *words)
+    assert not run.exists()
+
+
+def test_wishes_that_need_the_model_to_be_judged_are_refused_before_the_run_folder_is_made(
+    question: list[str], mpsearch: Cli, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for arguments, words in (
+        (["--trials", "-1"], ["trials -1"]),
+        (["--quantizer", "gptqq"], ["gptqq", "gptq"]),
+    ):
+        one_line(mpsearch(*question, *arguments, "-o", run), 2, *words)
+        assert not run.exists()
+
+
+def test_an_unknown_sampler_is_refused_before_the_run_folder_is_made(
+    question: list[str], mpsearch: Cli, tmp_path: Path
+) -> None:
+    outcome = mpsearch(*question, "--sampler", "tpee", "-o", tmp_path / "run")
+    one_line(outcome, 2, "'tpee'", "did you mean 'tpe'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_negative_seed_is_refused_or_searched_but_never_a_traceback(
+    question: list[str], mpsearch: Cli, tmp_path: Path
+) -> None:
+    outcome = mpsearch(*question, "--trials", 1, "--seed", "-1", "-o", tmp_path / "run")
+    assert outcome.code in (0, 2)
+
+
+@pytest.mark.parametrize("name", ["no/such-model", "./nowhere", "builtin:gpt", "a b c"])
+def test_a_model_that_cannot_be_had_is_refused(name: str, mpsearch: Cli, tmp_path: Path) -> None:
+    outcome = mpsearch("search", name, "--budget", BUDGET, "-o", tmp_path / "run")
+    one_line(outcome, 2, name)
+    assert outcome.talk[0] == f"loading {name}"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"relation": "a", "template": "{} is"}\n{"relation": "a"\n', ["line 2", "not JSON"]),
+        ('{"relation": "a", "template": "x is"}\n', ["line 1", "{}"]),
+        ('\n{"relation": "a", "subject": "x", "answer": "y"}\n', ["line 2", "template"]),
+        ('{"relation": "a", "template": "{} is", "subjct": "x"}\n', ["line 1", "subjct"]),
+        ('{"relation": "a", "template": "{} is", "subject": "x"}\n', ["line 1", "answer"]),
+        ("[]\n", ["line 1", "object"]),
+        ("", ["no facts"]),
+    ],
+)
+def test_a_malformed_facts_file_is_refused_with_its_line(
+    text: str, words: list[str], tiny_folder: Path, mpsearch: Cli, tmp_path: Path
+) -> None:
+    facts = tmp_path / "mine.jsonl"
+    facts.write_text(text, encoding="utf-8")
+    outcome = mpsearch(
+        "search", tiny_folder, "--budget", BUDGET, "--facts", facts, "-o", tmp_path / "run"
+    )
+    one_line(outcome, 2, str(facts), *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("version: 1\ntarget: compressed-tensors\nformat: [int4-g64]\n", ["line 3", "'formats'"]),
+        ("version: 1\ntarget: compressed-tensors\nformats: [int5-g64]\n", ["line 3", "int4-g64"]),
+        ("version: 1\ntarget: compressed-tensors\nformats: [nf4]\n", ["line 3", "nf4"]),
+        ("version: 1\ntarget: vlm\nformats: [int4-g64]\n", ["line 2", "vlm"]),
+        ("version: 2\ntarget: compressed-tensors\nformats: [int4-g64]\n", ["line 1", "use 1"]),
+        (
+            "version: 1\ntarget: compressed-tensors\nformats: [int4-g64]\nrules:\n"
+            "  - match: '*.dwn_proj'\n    formats: [int4-g64]\n",
+            ["line 5", "matches no layer"],
+        ),
+        ("version: [1\n", ["line 2", "not YAML"]),
+    ],
+)
+def test_a_faulty_space_file_is_refused_with_its_line(
+    text: str, words: list[str], tiny_folder: Path, mpsearch: Cli, tmp_path: Path
+) -> None:
+    space = tmp_path / "mine.yaml"
+    space.write_text(text, encoding="utf-8")
+    outcome = mpsearch(
+        "search", tiny_folder, "--budget", BUDGET, "--space", space, "-o", tmp_path / "run"
+    )
+    one_line(outcome, 2, str(space), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_that_are_not_there_are_refused(
+    question: list[str], mpsearch: Cli, tmp_path: Path
+) -> None:
+    for flag in ("--space", "--facts"):
+        outcome = mpsearch(*question, flag, tmp_path / "none", "-o", tmp_path / "run")
+        one_line(outcome, 2, "none", "No such file")
+
+
+def test_an_existing_out_is_refused_and_left_alone(
+    question: list[str], mpsearch: Cli, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("mine", encoding="utf-8")
+    one_line(mpsearch(*question, "-o", mine), 2, str(mine), "exists", "--resume")
+    one_line(mpsearch(*question, "--resume", "-o", mine), 2, "not a run folder")
+    assert [path.name for path in mine.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["front", "RUN"], ["show", "RUN", "best"], ["plot", "RUN", "-o", "RUN/figure.png"],
+        ["export", "RUN", "best", "-o", "RUN/export"],
+    ],
+)  # fmt: skip
+def test_what_is_no_run_folder_is_refused(
+    arguments: list[str], mpsearch: Cli, tmp_path: Path
+) -> None:
+    outcome = mpsearch(*(argument.replace("RUN", str(tmp_path)) for argument in arguments))
+    one_line(outcome, 2, str(tmp_path), "not a run folder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_plot_refuses_another_suffix(whole: Path, mpsearch: Cli, tmp_path: Path) -> None:
+    one_line(mpsearch("plot", whole, "-o", tmp_path / "a.gif"), 2, ".gif", ".png")
+
+
+def test_resume_with_another_question_is_refused_and_named(
+    question: list[str], whole: Path, mpsearch: Cli
+) -> None:
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    outcome = mpsearch(*question, "--seed", 4, "--resume", "-o", whole)
+    one_line(outcome, 2, "seed was 0 and is now 4")
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+def test_export_refuses_a_model_whose_weights_have_changed(
+    whole: Path, tiny_folder: Path, mpsearch: Cli, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    content = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    content["question"]["fingerprint"] = "0" * 64
+    (run / "run.json").write_text(json.dumps(content), encoding="utf-8")
+    outcome = mpsearch("export", run, "best", "-o", tmp_path / "export")
+    one_line(outcome, 2, "weights have changed")
+    assert not (tmp_path / "export").exists()
+
+
+# ---------------------------------------------------------------- 3, and a budget above everything
+
+
+def test_a_budget_below_the_smallest_size_is_refused_with_the_range(
+    question: list[str], tiny_space: ResolvedSpace, mpsearch: Cli, tmp_path: Path
+) -> None:
+    outcome = mpsearch(*question, "--budget", "20KiB", "-o", tmp_path / "run")
+    smallest = tiny_space.stored_bytes(tiny_space.smallest)
+    one_line(outcome, 3, "20.00 KiB", f"{smallest:,} bytes", "83.97 KiB", "at least 0.04MiB")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_budget_above_the_largest_size_says_so_and_goes_on(
+    question: list[str], mpsearch: Cli, tmp_path: Path
+) -> None:
+    outcome = mpsearch(*question, "--trials", 2, "--budget", "1GiB", "-o", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    (said, following) = outcome.said
+    assert said.startswith("budget 1.00 GiB holds even the largest") or "largest" in said
+    assert following.startswith("next: ")
+
+
+# -------------------------------------------------------------------------- 4: a check failed
+
+
+def test_nan_weights_in_the_checkpoint_are_a_failed_check(
+    tiny_folder: Path, facts_file: Path, mpsearch: Cli, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_folder, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    outcome = mpsearch(
+        "search", broken, "--facts", facts_file, "--budget", BUDGET, "-o", tmp_path / "run"
+    )
+    one_line(outcome, 4, "model.layers.1.mlp.up_proj.weight", "1 NaN")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reference_that_knows_nothing_is_a_failed_check(
+    tiny_folder: Path, question: list[str], mpsearch: Cli, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    ignorant = tmp_path / "ignorant"
+    shutil.copytree(tiny_folder, ignorant)
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        name: tensor if tensor.ndim == 1
+        else (0.1 * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
+        for name, tensor in load_file(ignorant / "model.safetensors").items()
+    }  # fmt: skip
+    save_file(tensors, ignorant / "model.safetensors", metadata={"format": "pt"})
+    outcome = mpsearch("search", ignorant, *question[2:], "-o", tmp_path / "run")
+    one_line(outcome, 4, "no relation better than chance")
+
+
+# --------------------------------------------------------------- 5 and 130: resumable endings
+
+
+def figures(mpsearch: Cli, run: Path) -> dict[str, Any]:
+    """The front as data, which a resumed search must reproduce exactly."""
+    content: dict[str, Any] = json.loads(mpsearch("front", run, "--json").out)
+    assert content["finished"] is True
+    return content
+
+
+def continued(outcome: Outcome) -> list[str]:
+    """The arguments of the command that an error says to continue with."""
+    found = re.search(r"continue with: mpsearch (.*)$", outcome.said[-1])
+    assert found, outcome.err
+    return shlex.split(found.group(1))
+
+
+def test_a_full_disk_ends_with_5_and_the_search_is_resumed_to_the_same_front(
+    question: list[str], whole: Path, mpsearch: Cli, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run, resumed = tmp_path / "run", [*question, "--resume", "-o", tmp_path / "run"]
+    sync, left = os.fsync, 60
+
+    def full(descriptor: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        for attempt, allowed in enumerate((60, 61, 62, 63)):  # each hits another of the files
+            left = allowed
+            outcome = mpsearch(*(resumed if attempt else [*question, "-o", run]))
+            one_line(outcome, 5, "free some")
+    assert mpsearch(*resumed).code == 0
+    assert figures(mpsearch, run) == figures(mpsearch, whole)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")],
+)
+def test_memory_that_runs_out_ends_with_5_and_says_how_to_go_on(
+    error: Exception, question: list[str], whole: Path, mpsearch: Cli, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run = tmp_path / "run"
+    evaluate, calls = Bench.evaluate, 0
+
+    def exhausted(bench: Bench, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 30:
+            raise error
+        return evaluate(bench, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bench, "evaluate", exhausted)
+        outcome = mpsearch(*question, "-o", run)
+    one_line(outcome, 5, "memory ran out", "everything finished is kept")
+    assert mpsearch(*continued(outcome)).code == 0
+    assert figures(mpsearch, run) == figures(mpsearch, whole)
+
+
+def test_a_bug_of_ours_is_not_hidden(
+    question: list[str], mpsearch: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(Bench, "evaluate", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        mpsearch(*question, "-o", tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["run", "a run's folder"])
+def test_the_command_that_an_interrupted_search_prints_can_be_pasted(
+    name: str, question: list[str], mpsearch: Cli, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run = tmp_path / name
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    chosen = ["--trials", 3, "--seed", 5, "--sampler", "tpe", "--time", "10m"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Bench, "evaluate", interrupted)
+        outcome = mpsearch(*question, *chosen, "-o", run)
+    one_line(outcome, 130, "interrupted", "everything finished is kept")
+    assert mpsearch(*continued(outcome)).code == 0
+    assert figures(mpsearch, run)["points"]
+
+
+def test_an_unscored_run_names_a_command_that_is_whole(
+    question: list[str], mpsearch: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bench, "evaluate", interrupted)
+    mpsearch(*question, "-o", tmp_path / "run")
+    outcome = mpsearch("front", tmp_path / "run")
+    one_line(outcome, 2, "no scored point yet", "--resume", "--budget")
+
+
+@dataclass
+class Interrupted:
+    """A search in its own process that got Ctrl-C once it was proposing."""
+
+    run: Path
+    code: int
+    talk: list[str]
+
+
+@pytest.fixture(scope="module")
+def interrupted(
+    tiny_folder: Path, facts_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, Interrupted]:
+    """Searches that got Ctrl-C once, and twice in a row; both at the same time."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    found: dict[int, Interrupted] = {}
+
+    def search(times: int) -> None:
+        run = folder / f"run{times}"
+        process = subprocess.Popen(
+            command("search", tiny_folder, "--facts", facts_file, "--budget", BUDGET,
+                    "--trials", TRIALS, "-o", run),
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=folder,
+        )  # fmt: skip
+        watchdog = threading.Timer(100, process.kill)
+        watchdog.start()
+        assert process.stderr is not None
+        talk = []
+        for line in process.stderr:
+            talk.append(line.rstrip("\n"))
+            if line.startswith("search,") and "search" not in line[7:]:
+                time.sleep(0.1)
+                for _ in range(times):
+                    process.send_signal(signal.SIGINT)
+                    time.sleep(0.002)
+        code = process.wait()
+        watchdog.cancel()
+        found[times] = Interrupted(run, code, talk)
+
+    threads = [threading.Thread(target=search, args=(times,)) for times in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_with_130_and_the_search_is_resumed_to_the_same_front(
+    times: int, interrupted: dict[int, Interrupted], question: list[str], whole: Path,
+    mpsearch: Cli,
+) -> None:  # fmt: skip
+    ended = interrupted[times]
+    assert ended.code == 130, ended.talk
+    assert not any("Traceback" in line for line in ended.talk)
+    content = json.loads((ended.run / "run.json").read_text(encoding="utf-8"))
+    assert content["finished"] is False
+    resumed = mpsearch(*question, "--resume", "-o", ended.run)
+    assert resumed.code == 0, resumed.err
+    assert figures(mpsearch, ended.run) == figures(mpsearch, whole)
+
+
+def test_ctrl_c_says_what_is_kept_and_other_libraries_say_nothing(
+    interrupted: dict[int, Interrupted],
+) -> None:
+    said = [line for line in interrupted[1].talk if not TALK.match(line)]
+    assert len(said) == 1, said
+    assert said[0].startswith("mpsearch: interrupted; everything finished is kept; continue with")
+    assert f"--resume -o {interrupted[1].run}" in said[0]

@@ -1,0 +1,144 @@
+"""Codecs: packed codes come back, laid out as an independent reader expects, decoded exactly."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpsearch.codecs import decode, import_bitsandbytes, pack, quantization_args
+from mpsearch.errors import UsageError
+from mpsearch.formats import BF16, FORMATS, Format
+
+PACKED = [fmt for fmt in FORMATS.values() if fmt.container == "compressed-tensors"]
+packed = pytest.mark.parametrize("fmt", PACKED, ids=lambda fmt: fmt.name)
+needs_bitsandbytes = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="not installed")
+
+
+def codes_and_scale(fmt: Format, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Random codes, the extremes among them, and positive bf16 scales."""
+    generator = torch.Generator().manual_seed(fmt.bits)
+    half = 2 ** (fmt.bits - 1)
+    codes = torch.randint(-half, half, (rows, columns), generator=generator, dtype=torch.int8)
+    codes[0, 0], codes[0, -1], codes[-1, 0], codes[-1, -1] = -half, half - 1, half - 1, -half
+    groups = columns // (fmt.group_size or columns)
+    scale = torch.rand(rows, groups, generator=generator) * 0.1 + 1e-3
+    return codes, scale.to(torch.bfloat16)
+
+
+def bits_of(packed_weight: Tensor, bits: int, columns: int) -> Tensor:
+    """Codes read as a little-endian stream of bits, a row at a time, without the library."""
+    words = packed_weight.long() & 0xFFFFFFFF
+    stream = ((words[:, :, None] >> torch.arange(32)) & 1).flatten(1)
+    assert not stream[:, columns * bits :].any()
+    values = stream[:, : columns * bits].unflatten(1, (columns, bits)) << torch.arange(bits)
+    return values.sum(-1) - 2 ** (bits - 1)
+
+
+@packed
+@pytest.mark.parametrize("columns", [64, 192, 70, 1])
+def test_packed_codes_are_a_dense_stream_of_bits(fmt: Format, columns: int) -> None:
+    codes, scale = codes_and_scale(fmt, 5, columns)
+    stored = pack(codes, scale, fmt)
+    assert stored["weight_packed"].dtype == torch.int32
+    assert stored["weight_packed"].shape == (5, -(-columns * fmt.bits // 32))
+    assert torch.equal(bits_of(stored["weight_packed"], fmt.bits, columns), codes.long())
+
+
+@packed
+def test_packing_stores_scale_and_shape_as_they_are(fmt: Format) -> None:
+    codes, scale = codes_and_scale(fmt, 6, 128)
+    stored = pack(codes, scale, fmt)
+    assert torch.equal(stored["weight_scale"], scale)
+    assert stored["weight_shape"].tolist() == [6, 128]
+    assert all(tensor.is_contiguous() for tensor in stored.values())
+
+
+@packed
+def test_decoded_weight_is_code_times_scale_rounded_once_to_bf16(fmt: Format) -> None:
+    codes, scale = codes_and_scale(fmt, 6, 192)
+    exact = codes.double() * scale.double().repeat_interleave(fmt.group_size or 192, dim=1)
+    weight = decode(pack(codes, scale, fmt), fmt)
+    assert weight.dtype == torch.bfloat16
+    assert torch.equal(weight, exact.to(torch.bfloat16))
+
+
+@packed
+def test_codes_read_off_a_decoded_weight_pack_to_the_same_words(fmt: Format) -> None:
+    codes, scale = codes_and_scale(fmt, 6, 192)
+    stored = pack(codes, scale, fmt)
+    per_column = scale.float().repeat_interleave(fmt.group_size or 192, dim=1)
+    again = (decode(stored, fmt).float() / per_column).round().to(torch.int8)
+    assert torch.equal(pack(again, scale, fmt)["weight_packed"], stored["weight_packed"])
+
+
+@packed
+def test_decoding_is_what_the_library_decompresses(fmt: Format) -> None:
+    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    stored = pack(*codes_and_scale(fmt, 6, 192), fmt)
+    scheme = QuantizationScheme(targets=["Linear"], weights=quantization_args(fmt))
+    theirs = PackedQuantizationCompressor.decompress(dict(stored), scheme)["weight"]
+    assert torch.equal(decode(stored, fmt), theirs)
+
+
+@packed
+def test_decoding_leaves_the_stored_tensors_alone(fmt: Format) -> None:
+    stored = pack(*codes_and_scale(fmt, 6, 192), fmt)
+    before = {name: tensor.clone() for name, tensor in stored.items()}
+    decode(stored, fmt)
+    assert set(stored) == set(before)
+    assert all(torch.equal(stored[name], tensor) for name, tensor in before.items())
+
+
+@packed
+def test_arguments_say_what_the_format_is(fmt: Format) -> None:
+    args = quantization_args(fmt)
+    assert (args.num_bits, args.group_size, args.symmetric) == (fmt.bits, fmt.group_size, True)
+    assert (args.type, args.strategy) == ("int", "group")
+
+
+def test_unquantized_weights_are_handed_out_as_stored() -> None:
+    weight = torch.randn(3, 4).to(torch.bfloat16)
+    assert torch.equal(decode({"weight": weight}, BF16), weight)
+
+
+@needs_bitsandbytes
+def test_int8_is_code_times_row_maximum_over_127() -> None:
+    codes = torch.randint(-127, 128, (6, 40), generator=torch.Generator().manual_seed(0))
+    row_max = torch.linspace(0.01, 3, 6)
+    layout = torch.tensor(0, dtype=torch.uint8)
+    stored = {"weight": codes.to(torch.int8), "SCB": row_max, "weight_format": layout}
+    weight = decode(stored, FORMATS["int8"])
+    assert weight.dtype == torch.bfloat16
+    expected = codes.double() * row_max.double()[:, None] / 127
+    torch.testing.assert_close(weight.double(), expected, atol=0, rtol=2**-8)
+
+
+@needs_bitsandbytes
+def test_nf4_is_level_times_block_maximum() -> None:
+    from bitsandbytes import functional
+
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    codes, state = functional.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=False
+    )
+    extra = {f"weight.{name}": t for name, t in state.as_dict(packed=True).items()}
+    decoded = decode({"weight": codes, **extra}, FORMATS["nf4"])
+    # Two codes a byte, the first in the high half.
+    halves = torch.stack([codes.flatten() >> 4, codes.flatten() & 15], dim=1).flatten().long()
+    levels = extra["weight.quant_map"][halves].view(16, 64)
+    expected = levels.double() * extra["weight.absmax"].double()[:, None]
+    assert decoded.dtype == torch.bfloat16
+    torch.testing.assert_close(decoded.double(), expected, atol=0, rtol=2**-8)
+    assert torch.equal(decoded, functional.dequantize_4bit(codes, state))
+
+
+def test_without_bitsandbytes_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UsageError, match=r"pip install 'mpsearch\[bitsandbytes\]'"):
+        import_bitsandbytes()

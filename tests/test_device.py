@@ -1,0 +1,178 @@
+"""Devices, memory and disk: what is picked, what is measured; shortage stops work early."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mpsearch import device
+from mpsearch.errors import ResourceError, UsageError
+
+CPU = torch.device("cpu")
+
+
+def accelerators(monkeypatch: pytest.MonkeyPatch, *, cuda: bool, mps: bool) -> None:
+    monkeypatch.delenv("MPSEARCH_DEVICE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
+def cpu_instructions(monkeypatch: pytest.MonkeyPatch, *, avx512: bool, amx: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+
+
+def fake_files(monkeypatch: pytest.MonkeyPatch, folder: Path, contents: dict[str, str]) -> None:
+    """Let the module read these files in place of the kernel's; all others are missing."""
+    for name, text in contents.items():
+        (folder / name).write_text(text)
+    monkeypatch.setattr(device, "Path", lambda path: folder / Path(path).name)
+
+
+# ------------------------------------------------------------------------------- which device
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "picked"),
+    [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_cuda_is_preferred_over_mps_over_cpu(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, picked: str
+) -> None:
+    accelerators(monkeypatch, cuda=cuda, mps=mps)
+    assert device.pick_device() == torch.device(picked)
+
+
+def test_environment_overrides_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerators(monkeypatch, cuda=True, mps=True)
+    monkeypatch.setenv("MPSEARCH_DEVICE", "cpu")
+    assert device.pick_device() == CPU
+
+
+@pytest.mark.parametrize(
+    ("avx512", "amx", "dtype"),
+    [
+        (False, False, torch.float32),
+        (True, False, torch.bfloat16),
+        (False, True, torch.bfloat16),
+    ],
+)
+def test_cpu_computes_in_bf16_only_with_native_instructions(
+    monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool, dtype: torch.dtype
+) -> None:
+    cpu_instructions(monkeypatch, avx512=avx512, amx=amx)
+    assert device.compute_dtype(CPU) == dtype
+
+
+@pytest.mark.parametrize(("supported", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_gpu_computes_in_bf16_only_where_it_can(
+    monkeypatch: pytest.MonkeyPatch, supported: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
+    assert device.compute_dtype(torch.device("cuda")) == dtype
+
+
+def test_mps_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_instructions(monkeypatch, avx512=True, amx=True)
+    assert device.compute_dtype(torch.device("mps")) == torch.float32
+
+
+# --------------------------------------------------------------------------------- how much
+
+
+def test_available_memory_lies_between_nothing_and_the_whole_machine() -> None:
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < device.available_memory_bytes(CPU) <= whole
+
+
+def test_available_memory_counts_what_the_kernel_can_reclaim(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    meminfo = "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:    4096 kB\n"
+    fake_files(monkeypatch, tmp_path, {"meminfo": meminfo})
+    assert device.available_memory_bytes(CPU) == 4096 * 1024
+
+
+def test_container_limit_caps_available_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = {"meminfo": "MemAvailable: 1000000 kB\n", "memory.max": "5000\n"}
+    fake_files(monkeypatch, tmp_path, {**files, "memory.current": "3000\n"})
+    assert device.available_memory_bytes(CPU) == 2000
+
+
+def test_container_without_a_limit_does_not_cap_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = {"meminfo": "MemAvailable: 7 kB\n", "memory.max": "max\n"}
+    fake_files(monkeypatch, tmp_path, {**files, "memory.current": "3000\n"})
+    assert device.available_memory_bytes(CPU) == 7 * 1024
+
+
+def test_gpu_memory_is_what_its_driver_says_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda of: (123, 456))
+    assert device.available_memory_bytes(torch.device("cuda")) == 123
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_is_in_bytes_and_grows_with_an_allocation() -> None:
+    page = os.sysconf("SC_PAGE_SIZE")
+    block = torch.ones(1 << 25)  # 128 MiB, written
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
+    whole = os.sysconf("SC_PHYS_PAGES") * page
+    assert block.nbytes < 0.98 * resident <= device.peak_memory_bytes() <= whole  # counters lag
+
+
+# ----------------------------------------------------------------------------------- refusals
+
+
+def test_memory_shortage_is_refused_with_both_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "available_memory_bytes", lambda of: 3 * 2**20)
+    device.require_memory(3 * 2**20, CPU, "fitting exactly")
+    with pytest.raises(
+        ResourceError, match=r"^thinking needs about 4\.0+ ?MiB.*3\.0+ ?MiB"
+    ) as caught:
+        device.require_memory(4 * 2**20, CPU, "thinking")
+    assert "\n" not in str(caught.value)
+
+
+def test_disk_shortage_is_refused_with_both_sizes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 2**20))
+    device.require_disk(3 * 2**20, tmp_path, "fitting exactly")
+    with pytest.raises(
+        ResourceError, match=r"^writing needs about 4\.0+ ?MiB.*3\.0+ ?MiB"
+    ) as caught:
+        device.require_disk(4 * 2**20, tmp_path, "writing")
+    assert "\n" not in str(caught.value)
+
+
+def test_disk_of_a_folder_to_come_is_that_of_its_nearest_parent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[Path] = []
+
+    def usage(path: Path) -> SimpleNamespace:
+        asked.append(Path(path))
+        return SimpleNamespace(free=10)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    device.require_disk(10, tmp_path / "not" / "yet", "writing")
+    monkeypatch.chdir(tmp_path)
+    device.require_disk(10, Path("relative/one"), "writing")
+    assert [path.resolve() for path in asked] == [tmp_path.resolve()] * 2
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="bug: torch's error leaves as it is")
+@pytest.mark.parametrize("name", ["gpu", "cuda:x"])
+def test_unknown_device_name_is_a_usage_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("MPSEARCH_DEVICE", name)
+    with pytest.raises(UsageError, match=name):
+        device.pick_device()

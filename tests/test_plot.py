@@ -1,0 +1,281 @@
+"""The figure: written whole, labelled, readable in the bits panel, and drawn for odd runs too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from mpsearch.errors import RunError, UsageError
+from mpsearch.plot import plot
+from mpsearch.run import Run
+
+FORMATS = ["int2-g64", "int3-g64", "int4-g64", "int8-g64"]
+KINDS = {
+    "self_attn": [["q_proj", 64, 64], ["k_proj", 32, 64], ["v_proj", 32, 64]],
+    "self_attn.o": [["o_proj", 64, 64]],
+    "mlp": [["gate_proj", 128, 64], ["up_proj", 128, 64]],
+    "mlp.down": [["down_proj", 64, 128]],
+}
+MakeRun = Callable[..., Run]
+
+
+def make_groups(blocks: int) -> list[dict[str, Any]]:
+    groups = []
+    for block in range(blocks):
+        for kind, layers in KINDS.items():
+            parent = f"model.layers.{block}.{kind.partition('.')[0]}"
+            named = [[f"{parent}.{name}", rows, columns] for name, rows, columns in layers]
+            groups.append({"layers": named, "options": FORMATS})
+    return groups
+
+
+def group_name(group: dict[str, Any]) -> str:
+    first, *rest = (layer[0] for layer in group["layers"])
+    return "+".join([first, *(name.rpartition(".")[2] for name in rest)])
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """A run folder written by hand: uniform, greedy and searched points over so many blocks."""
+
+    def made(
+        blocks: int = 30,
+        budget_bytes: int | None = None,
+        groups: list[dict[str, Any]] | None = None,
+        kinds: Sequence[str] = ("uniform", "uniform", "uniform", "greedy", "knapsack", "search"),
+    ) -> Run:
+        folder = tmp_path / "run"
+        folder.mkdir()
+        groups = groups or make_groups(blocks)
+        lines = []
+        for index, kind in enumerate(kinds):
+            assignment = {
+                group_name(group): FORMATS[index if kind == "uniform" else (index + place) % 4]
+                for place, group in enumerate(groups)
+            }
+            content = {
+                "assignment": assignment, "kind": kind, "partition": "validation",
+                "loss_per_fact": [1.0 / (index + 1)] * 6, "kl_nats": 0.1, "top1": 0.5,
+                "correct": [place < index + 1 for place in range(6)], "seconds": 0.1,
+            }  # fmt: skip
+            lines.append(json.dumps(content) + "\n")
+        weights = sum(r * c for group in groups for _, r, c in group["layers"])
+        content = {
+            "version": 1,
+            "question": {
+                "model": "made-up [model]",
+                "budget_bytes": weights if budget_bytes is None else budget_bytes,
+                "bank": {},
+            },
+            "space": {
+                "target": "compressed-tensors", "formats": FORMATS, "source": "by hand",
+                "kept_bytes": 1000, "groups": groups,
+            },
+            "asked": {"validation": ["a"] * 6},
+            "reference_validation": {"recall": 0.9, "top1": 0.8, "chance": 0.125},
+        }  # fmt: skip
+        (folder / "run.json").write_text(json.dumps(content), encoding="utf-8")
+        (folder / "evaluations.jsonl").write_text("".join(lines), encoding="utf-8")
+        return Run.open(folder)
+
+    return made
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were saved."""
+    figures: list[Figure] = []
+    savefig = Figure.savefig
+
+    def kept(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        figures.append(figure)
+        savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    return figures
+
+
+def panels(figure: Figure) -> tuple[Axes, Axes]:
+    trade_off, bits = figure.axes[:2]
+    return trade_off, bits
+
+
+@pytest.mark.parametrize(
+    ("suffix", "magic"),
+    [(".png", b"\x89PNG\r\n\x1a\n"), (".svg", b"<?xml"), (".pdf", b"%PDF"), (".PNG", b"\x89PNG")],
+)
+def test_each_file_type_is_written_and_holds_a_figure(
+    suffix: str, magic: bytes, make_run: MakeRun, tmp_path: Path
+) -> None:
+    out = plot(make_run(4), tmp_path / f"figure{suffix}")
+    assert out == tmp_path / f"figure{suffix}"
+    content = out.read_bytes()
+    assert content.startswith(magic)
+    assert len(content) > 8000
+
+
+def test_the_svg_names_axes_points_budget_and_model(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(4)
+    text = plot(run, tmp_path / "figure.svg").read_text(encoding="utf-8")
+    pick = run.front().pick
+    assert pick is not None
+    for words in (
+        "stored size (MiB)", "recall on validation facts (%)", "block", "budget", "unquantized",
+        "chance", "uniform", "greedy", "knapsack", "search", "made-up [model]", f"pick {pick.id}",
+    ):  # fmt: skip
+        assert words in text, words
+
+
+@pytest.mark.parametrize("suffix", [".jpg", "", ".svgz", ".txt"])
+def test_another_suffix_is_refused_with_those_there_are(
+    suffix: str, make_run: MakeRun, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"\.png, \.svg, \.pdf"):
+        plot(make_run(1), tmp_path / f"figure{suffix}")
+    assert not list(tmp_path.glob("figure*"))
+
+
+def test_a_file_that_cannot_be_written_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        plot(make_run(1), tmp_path / "nowhere" / "figure.png")
+
+
+def test_a_run_without_points_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no scored point"):
+        plot(make_run(1, kinds=()), tmp_path / "figure.png")
+    assert not (tmp_path / "figure.png").exists()
+
+
+def test_the_budget_the_points_and_the_best_recall_so_far_are_where_they_belong(
+    make_run: MakeRun, drawn: list[Figure], tmp_path: Path
+) -> None:
+    run = make_run(4)
+    front = run.front()
+    plot(run, tmp_path / "figure.png")
+    trade_off, _ = panels(drawn[0])
+    lines = {str(line.get_label()): line for line in trade_off.lines}
+    assert list(lines["budget"].get_xdata()) == [run.budget_bytes / 2**20] * 2
+    assert front.pick is not None
+    assert list(lines[f"pick {front.pick.id}"].get_xydata()[0]) == [
+        front.pick.stored_bytes / 2**20,
+        front.pick.recall.mean * 100,
+    ]
+    shown = {
+        (x, y) for container in trade_off.containers for x, y in container.lines[0].get_xydata()
+    }
+    assert shown == {(p.stored_bytes / 2**20, p.recall.mean * 100) for p in front.points}
+    heights = list(lines["front"].get_ydata())
+    assert heights == sorted(heights)
+    assert heights[-1] == max(point.recall.mean * 100 for point in front.points)
+
+
+def test_every_group_of_the_pick_shows_its_bits_in_its_block(
+    make_run: MakeRun, drawn: list[Figure], tmp_path: Path
+) -> None:
+    run = make_run(5)
+    pick = run.front().pick
+    assert pick is not None
+    plot(run, tmp_path / "figure.png")
+    _, bits = panels(drawn[0])
+    kinds = list(dict.fromkeys(group.kind for group in run.space.groups))
+    expected = {
+        (group.depth, kinds.index(group.kind)): pick.assignment[group.name][3]
+        for group in run.space.groups
+    }
+    shown = {tuple(map(int, text.get_position())): text.get_text() for text in bits.texts}
+    assert shown == expected
+    assert [label.get_text().replace("\n", "") for label in bits.get_yticklabels()] == kinds
+
+
+def overlapping(figure: Figure, texts: Sequence[Text]) -> list[tuple[str, str]]:
+    """Pairs of texts whose boxes, as drawn, share more than a pixel."""
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    shown = [text for text in texts if text.get_visible() and text.get_text()]
+    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in shown]
+    return [
+        (a, b)
+        for (a, one), (b, two) in combinations(boxes, 2)
+        if min(one.x1, two.x1) - max(one.x0, two.x0) > 1
+        and min(one.y1, two.y1) - max(one.y0, two.y0) > 1
+    ]
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 30, 48, 80])
+def test_no_text_of_the_bits_panel_overlaps_another(
+    blocks: int, make_run: MakeRun, drawn: list[Figure], tmp_path: Path
+) -> None:
+    plot(make_run(blocks), tmp_path / "figure.png")
+    trade_off, bits = panels(drawn[0])
+    drawn[0].canvas.draw()
+    texts = [
+        *bits.texts, *bits.get_yticklabels(), *bits.get_xticklabels(), bits.title,
+        bits.xaxis.label, trade_off.title,
+    ]  # fmt: skip
+    assert overlapping(drawn[0], texts) == []
+    assert len(bits.texts) == 4 * blocks
+
+
+@pytest.mark.parametrize("blocks", [1, 30])
+def test_all_text_stays_inside_the_figure(
+    blocks: int, make_run: MakeRun, drawn: list[Figure], tmp_path: Path
+) -> None:
+    plot(make_run(blocks), tmp_path / "figure.png")
+    figure = drawn[0]
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    trade_off, bits = panels(figure)
+    texts = [text for axes in (trade_off, bits) for text in (axes.title, axes.xaxis.label)]
+    for text in (*texts, trade_off.yaxis.label, *bits.get_yticklabels()):
+        box = text.get_window_extent(renderer)
+        assert 0 <= box.x0 <= box.x1 <= figure.bbox.width, text.get_text()
+        assert 0 <= box.y0 <= box.y1 <= figure.bbox.height, text.get_text()
+
+
+def test_numbers_contrast_with_the_cells_they_stand_on(
+    make_run: MakeRun, drawn: list[Figure], tmp_path: Path
+) -> None:
+    plot(make_run(4), tmp_path / "figure.png")
+    _, bits = panels(drawn[0])
+    image = bits.images[0]
+    for text in bits.texts:
+        column, row = map(int, text.get_position())
+        cell = float(image.cmap(image.norm(image.get_array()[row, column]))[0])
+        number = {"white": 1.0, "black": 0.0}[text.get_color()]
+        assert abs(cell - number) > 0.4
+
+
+def test_a_run_where_nothing_fits_the_budget_is_drawn_without_a_pick(
+    make_run: MakeRun, drawn: list[Figure], tmp_path: Path
+) -> None:
+    run = make_run(3, budget_bytes=10)
+    assert run.front().pick is None
+    plot(run, tmp_path / "figure.png")
+    trade_off, bits = panels(drawn[0])
+    assert not any(str(line.get_label()).startswith("pick") for line in trade_off.lines)
+    assert run.front().points[0].id in bits.get_title()
+
+
+def test_a_model_without_blocks_is_drawn(
+    make_run: MakeRun, drawn: list[Figure], tmp_path: Path
+) -> None:
+    groups = [{"layers": [["projection", 64, 64]], "options": FORMATS}]
+    out = plot(make_run(groups=groups), tmp_path / "figure.png")
+    assert out.stat().st_size > 8000
+    assert len(panels(drawn[0])[1].texts) == 0
+
+
+def test_an_unfinished_run_is_drawn_without_the_reference(
+    make_run: MakeRun, drawn: list[Figure], tmp_path: Path
+) -> None:
+    run = make_run(2)
+    del run.content["reference_validation"]
+    plot(run, tmp_path / "figure.png")
+    assert "chance" not in {str(line.get_label()) for line in panels(drawn[0])[0].lines}

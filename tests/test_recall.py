@@ -1,0 +1,397 @@
+"""The proxy: scores equal a naive loop, the reference is perfect, and chance looks like chance."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_tokenizer, tiny_llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from mpsearch.errors import CheckError
+from mpsearch.facts import Fact, FactSet
+from mpsearch.models import Model, from_module
+from mpsearch.recall import RecallProxy, encode, kl_divergence, known_relations, prompt
+
+ROUNDING = 5e-5  # nats, float32 sums in another order; see test_forward.py
+
+
+def float32_model(module: object, tokenizer: object) -> Model:
+    return from_module("float32", Path(), module, tokenizer, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def taught(tiny_folder: Path, tiny: Model) -> Model:
+    """The taught model in float32, so that packed and plain passes may be compared closely."""
+    module = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    return float32_model(module, tiny.tokenizer)
+
+
+@pytest.fixture
+def damaged(taught: Model) -> Iterator[Model]:
+    """The same with noise on two layers, taken back afterwards."""
+    generator = torch.Generator().manual_seed(5)
+    layers = ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"]
+    for layer in layers:
+        noise = torch.randn(taught.originals[layer].shape, generator=generator)
+        taught.linear(layer).weight.data = taught.originals[layer] + 0.2 * noise
+    yield taught
+    for layer in layers:
+        taught.linear(layer).weight.data = taught.originals[layer]
+
+
+@pytest.fixture(scope="module")
+def wordy() -> FactSet:
+    """Facts whose answers have one to three words, all of them in the vocabulary."""
+    answers = ["red", "red green", "blue", "white black brown", "flat long", "north"]
+    facts = [
+        Fact("color", "the color of {} is", f"s{n}", answers[n % len(answers)]) for n in range(48)
+    ]
+    return FactSet(tuple(facts), "wordy")
+
+
+def naive_log_probs(model: Model, fact_set: FactSet, fact: Fact, answer: str) -> list[Tensor]:
+    """`(vocab,)` log-probabilities before each answer token, by one plain forward a token."""
+    examples = fact_set.demonstrations(fact.relation, 4)
+    text = "".join(f"{e.prompt} {e.answer}\n" for e in examples) + fact.prompt
+    tokens = model.tokenizer(text)["input_ids"]
+    found = []
+    for token in model.tokenizer(answer)["input_ids"]:
+        with torch.no_grad():
+            logits = model.module(torch.tensor([tokens])).logits[0, -1]
+        found.append(logits.double().log_softmax(-1))
+        tokens = [*tokens, token]
+    return found
+
+
+def naive_sum(model: Model, fact_set: FactSet, fact: Fact, answer: str) -> float:
+    tokens = model.tokenizer(answer)["input_ids"]
+    steps = naive_log_probs(model, fact_set, fact, answer)
+    return sum(float(step[token]) for step, token in zip(steps, tokens, strict=True))
+
+
+def shuffled(fact_set: FactSet, relations: tuple[str, ...], seed: int) -> FactSet:
+    """The same subjects and answers, dealt anew within each of some relations."""
+    dealer = random.Random(seed)
+    pools = {r: [f.answer for f in fact_set.facts if f.relation == r] for r in relations}
+    for pool in pools.values():
+        dealer.shuffle(pool)
+    facts = [
+        replace(fact, answer=pools[fact.relation].pop()) if fact.relation in pools else fact
+        for fact in fact_set.facts
+    ]
+    return FactSet(tuple(facts), "shuffled")
+
+
+# --------------------------------------------------------------------------------- the scores
+
+
+@pytest.mark.parametrize("contrast", [False, True])
+def test_answer_log_prob_is_the_sum_over_its_tokens(
+    damaged: Model, wordy: FactSet, contrast: bool
+) -> None:
+    facts = wordy.part("search")
+    scores = RecallProxy(damaged, wordy, facts, contrast=contrast).score()
+    expected = [naive_sum(damaged, wordy, fact, fact.answer) for fact in facts]
+    assert {len(fact.answer.split()) for fact in facts} == {1, 2, 3}
+    np.testing.assert_allclose(scores.log_prob, expected, atol=ROUNDING, rtol=0)
+
+
+def test_kl_is_that_of_the_first_answer_token(taught: Model, wordy: FactSet) -> None:
+    facts = wordy.part("validation")
+    proxy = RecallProxy(taught, wordy, facts, contrast=False)
+    before = [naive_log_probs(taught, wordy, fact, fact.answer)[0] for fact in facts]
+    layer = "model.layers.1.mlp.gate_proj"
+    taught.linear(layer).weight.data = taught.originals[layer] * -1
+    try:
+        found = proxy.score().kl
+        after = [naive_log_probs(taught, wordy, fact, fact.answer)[0] for fact in facts]
+    finally:
+        taught.linear(layer).weight.data = taught.originals[layer]
+    expected = [
+        float((p.exp() * (p - q)).sum()) for p, q in zip(before, after, strict=True)
+    ]  # fmt: skip
+    assert min(expected) > 1e-3
+    np.testing.assert_allclose(found, expected, atol=ROUNDING, rtol=1e-4)
+
+
+@pytest.mark.parametrize("contrast", [False, True])
+def test_the_reference_has_no_kl_and_no_loss_against_itself(
+    tiny: Model, tiny_facts: FactSet, contrast: bool
+) -> None:
+    proxy = RecallProxy(tiny, tiny_facts, tiny_facts.part("search"), contrast=contrast)
+    again = proxy.score()
+    assert (again.kl == 0).all()
+    assert (again.log_prob == proxy.reference.log_prob).all()
+    assert (proxy.reference.kl == 0).all()
+    assert (again.correct is None) == (not contrast)
+
+
+def test_kl_is_never_negative_and_zero_only_for_equals() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 1000, generator=generator).log_softmax(-1)
+    expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")
+    assert kl_divergence(p, q) == pytest.approx(float(expected), rel=1e-5)
+    assert kl_divergence(p, p) == 0.0
+    assert kl_divergence(p, p + 1e-6) >= 0.0  # not normalized: below zero unless clamped
+    assert np.isnan(kl_divergence(p, torch.full_like(q, torch.nan)))
+
+
+def test_contrastive_recall_compares_log_probability_per_token(
+    damaged: Model, wordy: FactSet
+) -> None:
+    facts = wordy.part("search")
+    correct = RecallProxy(damaged, wordy, facts, contrast=True).score().correct
+    assert correct is not None
+    per_token, per_answer = [], []
+    for fact in facts:
+        sums, means = [], []
+        for answer in (fact.answer, *wordy.distractors(fact)):
+            sums.append(naive_sum(damaged, wordy, fact, answer))
+            means.append(sums[-1] / len(answer.split()))
+        per_answer.append(max(sums) == sums[0])
+        per_token.append(max(means) == means[0])
+    assert correct.tolist() == per_token
+    assert per_token != per_answer  # the rule matters here
+
+
+def test_what_a_proxy_costs_does_not_grow_with_the_answers_asked(
+    tiny: Model, tiny_facts: FactSet
+) -> None:
+    facts = tiny_facts.part("search")
+    plain = RecallProxy(tiny, tiny_facts, facts, contrast=False)
+    contrast = RecallProxy(tiny, tiny_facts, facts, contrast=True)
+    assert plain.tokens == contrast.tokens  # one-word answers are predicted, never fed
+
+
+# --------------------------------------------------------------------------------- top-1
+
+
+def stubborn_model(said: str) -> Model:
+    """A model that says one token whatever it is asked, with a vocabulary of odd tokens."""
+    words = ["<unk>", "q", "?", "re", "RED", "red", "redder", "d", "ro", " ", "blue"]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        tie_word_embeddings=False,
+    )
+    module = LlamaForCausalLM(config)
+    with torch.no_grad():
+        module.model.embed_tokens.weight.fill_(1)
+        module.model.layers[0].self_attn.o_proj.weight.fill_(0)
+        module.model.layers[0].mlp.down_proj.weight.fill_(0)
+        module.lm_head.weight.fill_(0)
+        module.lm_head.weight[words.index(said)] = 1
+    return float32_model(module, fast)
+
+
+@pytest.mark.parametrize(
+    ("said", "counts"),
+    [
+        ("red", True),
+        ("RED", True),
+        ("re", True),
+        ("redder", False),
+        ("d", False),
+        (" ", False),
+        ("<unk>", False),
+        ("ro", True),
+        ("blue", False),
+    ],
+)
+def test_top1_takes_a_nonempty_caseless_prefix_of_any_right_answer(said: str, counts: bool) -> None:
+    fact = Fact("color", "q {} ?", "q", "Red", aliases=("rose",))
+    fact_set = FactSet((fact, replace(fact, subject="b", answer="blue")), "two")
+    scores = RecallProxy(stubborn_model(said), fact_set, [fact], contrast=False).reference
+    assert scores.top1.tolist() == [counts]
+
+
+# --------------------------------------------------------------------------------- the gate
+
+
+def test_taught_facts_are_known(tiny: Model, tiny_facts: FactSet) -> None:
+    proxy = RecallProxy(tiny, tiny_facts, tiny_facts.part("search"), contrast=True)
+    assert proxy.reference.correct is not None
+    assert proxy.reference.correct.mean() > 0.95
+    assert known_relations(proxy) == ("color", "place", "shape")
+
+
+def test_chance_is_one_over_the_answers_asked(tiny: Model, tiny_facts: FactSet) -> None:
+    proxy = RecallProxy(tiny, tiny_facts, tiny_facts.part("search"), contrast=True)
+    counts = {relation: proxy.relations.count(relation) for relation in tiny_facts.relations}
+    expected = counts["color"] / 6 + counts["shape"] / 5 + counts["place"] / 4
+    assert proxy.chance == pytest.approx(expected / sum(counts.values()))
+
+
+def test_shuffled_answers_give_chance(tiny: Model, tiny_facts: FactSet) -> None:
+    recalls, errors = [], []
+    for seed in range(8):
+        dealt = shuffled(tiny_facts, tiny_facts.relations, seed)
+        proxy = RecallProxy(tiny, dealt, dealt.part("search"), contrast=True)
+        assert proxy.reference.correct is not None
+        recalls.append(proxy.reference.correct.mean())
+        errors.append(proxy.chance * (1 - proxy.chance) / len(proxy.facts))
+    assert abs(np.mean(recalls) - proxy.chance) < 3 * np.sqrt(np.mean(errors) / len(errors))
+
+
+def test_a_relation_with_shuffled_answers_is_not_known(tiny: Model, tiny_facts: FactSet) -> None:
+    dealt = shuffled(tiny_facts, ("shape",), seed=0)
+    proxy = RecallProxy(tiny, dealt, dealt.part("search"), contrast=True)
+    assert known_relations(proxy) == ("color", "place")
+
+
+def test_a_model_of_random_weights_is_at_chance_and_refused(tiny_facts: FactSet) -> None:
+    tokenizer = build_tokenizer()
+    recalls = []
+    for seed in range(6):
+        model = float32_model(tiny_llama(len(tokenizer), seed=seed), tokenizer)
+        facts = [f for part in ("search", "validation", "test") for f in tiny_facts.part(part)]
+        proxy = RecallProxy(model, tiny_facts, facts, contrast=True)
+        assert proxy.reference.correct is not None
+        recalls.append(proxy.reference.correct.mean())
+        with pytest.raises(CheckError, match="no relation better than chance") as caught:
+            known_relations(proxy)
+        assert "\n" not in str(caught.value)
+    assert np.mean(recalls) == pytest.approx(proxy.chance, abs=0.06)
+
+
+def test_the_gate_needs_distractors(tiny: Model, tiny_facts: FactSet) -> None:
+    proxy = RecallProxy(tiny, tiny_facts, tiny_facts.part("validation"), contrast=False)
+    with pytest.raises(ValueError, match="distractors"):
+        known_relations(proxy)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_broken_weights_are_a_check_error(
+    taught: Model, tiny_facts: FactSet, broken: float
+) -> None:
+    proxy = RecallProxy(taught, tiny_facts, tiny_facts.part("validation"), contrast=True)
+    layer = "model.layers.1.self_attn.o_proj"
+    taught.linear(layer).weight.data = torch.full_like(taught.originals[layer], broken)
+    try:
+        with pytest.raises(CheckError, match="answer log-probabilities are NaN") as caught:
+            proxy.score()
+    finally:
+        taught.linear(layer).weight.data = taught.originals[layer]
+    assert "\n" not in str(caught.value)
+    assert (proxy.score().kl == 0).all()
+
+
+# --------------------------------------------------------------------------------- the text
+
+
+def test_prompt_shows_solved_examples_of_the_relation_then_the_question(
+    tiny_facts: FactSet,
+) -> None:
+    fact = tiny_facts.part("search", ["shape"])[0]
+    *examples, question = prompt(tiny_facts, fact, shots=3).split("\n")
+    expected = [f"{f.prompt} {f.answer}" for f in tiny_facts.demonstrations("shape", 3)]
+    assert len(examples) == 3
+    assert examples == expected
+    assert question == fact.prompt
+    assert all(fact.subject not in example.split() for example in examples)
+
+
+def test_prompt_has_as_many_examples_as_there_are(tiny_facts: FactSet) -> None:
+    fact = tiny_facts.part("search", ["shape"])[0]
+    assert prompt(tiny_facts, fact, shots=0) == fact.prompt
+    assert prompt(tiny_facts, fact, shots=99).count("\n") == 4
+
+
+# -------------------------------------------------------------------- where the answer starts
+
+
+def character_tokenizer(*merges: tuple[str, str], **kwargs: str) -> PreTrainedTokenizerFast:
+    """Single characters, and what the merges make of them across any boundary."""
+    characters = "abcdefghijklmnopqrstuvwxyz \n"
+    tokens = ["<s>", "</s>", *characters, *("".join(merge) for merge in merges)]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocabulary, list(merges))), **kwargs
+    )
+
+
+def pieces(tokenizer: PreTrainedTokenizerFast, tokens: tuple[int, ...]) -> list[str]:
+    return tokenizer.convert_ids_to_tokens(list(tokens))
+
+
+def test_the_answer_starts_at_the_space_before_it() -> None:
+    tokenizer = character_tokenizer()
+    sequence = encode(tokenizer, "it is", "red")
+    assert pieces(tokenizer, sequence.tokens[sequence.start :]) == [" ", "r", "e", "d"]
+
+
+def test_a_token_over_the_boundary_counts_as_the_answers() -> None:
+    tokenizer = character_tokenizer(("s", " "), ("s ", "r"))
+    sequence = encode(tokenizer, "it is", "red")
+    assert pieces(tokenizer, sequence.tokens) == ["i", "t", " ", "i", "s r", "e", "d"]
+    assert pieces(tokenizer, sequence.tokens[sequence.start :]) == ["s r", "e", "d"]
+
+
+def test_a_merge_inside_the_context_does_not_move_the_start() -> None:
+    tokenizer = character_tokenizer(("s", " "), ("i", "s"))
+    sequence = encode(tokenizer, "is it", "red")
+    assert pieces(tokenizer, sequence.tokens) == ["i", "s ", *"it red"]
+    assert pieces(tokenizer, sequence.tokens[sequence.start :]) == list(" red")
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "$A </s>", "<s> $A </s>", "<s> <s> $A </s> </s>"])
+def test_special_tokens_in_front_stay_and_those_behind_go(template: str) -> None:
+    tokenizer = character_tokenizer(bos_token="<s>", eos_token="</s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    sequence = encode(tokenizer, "it is", "red")
+    front = template.count("<s>")
+    assert pieces(tokenizer, sequence.tokens) == ["<s>"] * front + list("it is red")
+    assert sequence.start == front + len("it is")
+
+
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize("answer", ["red", "rød", "红色"])
+def test_byte_level_tokenizers_are_understood_with_and_without_trimmed_offsets(
+    trim: bool, answer: str
+) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=trim)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    sequence = encode(tokenizer, "the é", answer)
+    decoded = tokenizer.decode(list(sequence.tokens[sequence.start :]))
+    context = tokenizer.decode(list(sequence.tokens[: sequence.start]))
+    assert (context.rstrip(), decoded.strip()) == ("the é", answer)
+    assert len(sequence.tokens) == len(f"the é {answer}".encode())
+
+
+def test_metaspace_tokenizers_start_the_answer_at_its_own_token() -> None:
+    words = ["<unk>", "▁it", "▁is", "▁red"]
+    backend = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    sequence = encode(tokenizer, "it is", "red")
+    assert pieces(tokenizer, sequence.tokens) == ["▁it", "▁is", "▁red"]
+    assert sequence.start == 2
