@@ -10,7 +10,7 @@ from mpsearch.models import Model
 from mpsearch.recall import RecallProxy, known_relations
 from mpsearch.run import Run
 
-MOST_FACTS = {"search": 500, "validation": 200, "test": 400}
+MOST_FACTS = {"search": 500, "validation": 160, "test": 320}
 
 
 def freeze_facts(run: Run, model: Model, facts: FactSet, search_facts: int) -> None:

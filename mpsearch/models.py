@@ -124,7 +124,8 @@ def from_module(
         CheckError: a weight is NaN or infinite.
         ModelError: nothing in it can be quantized.
     """
-    module = module.to(torch.bfloat16).eval().requires_grad_(False)
+    module = module.eval().requires_grad_(False)
+    _cast(module, torch.bfloat16)
     for tensor_name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
@@ -143,9 +144,17 @@ def from_module(
             seen.add(tensor.data_ptr())
             kept[tensor_name] = tensor.detach().cpu()
     fingerprint = _fingerprint(module)
-    module = module.to(device=device, dtype=dtype)
+    module = module.to(device)
+    _cast(module, dtype)
     originals = {layer.name: module.get_submodule(layer.name).weight.data for layer in layers}
     return Model(name, folder, module, tokenizer, layers, originals, kept, fingerprint)
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights only: rotary frequencies and other buffers lose too much in bf16."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def find_layers(module: Any) -> tuple[Layer, ...]:

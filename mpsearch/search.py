@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 TRIALS = 150
 _SENSITIVITY_FACTS = 150
-_FINALISTS = 4
+_FINALISTS = 3
 _SPREAD = (0.2, 0.4, 0.6, 0.8)  # of the feasible range, for the knapsack's further first points
 
 

@@ -36,7 +36,7 @@ from mpsearch.recall import SHOTS, encode, prompt
 from mpsearch.space import ResolvedSpace
 
 _ROW_NODES = 128  # smaller rows than for scoring: each gives one independent sample a draw
-_DRAWS = 4
+_DRAWS = 3
 
 
 @dataclass(frozen=True)

@@ -78,11 +78,6 @@ def test_the_text_is_what_the_model_writes_without_a_cache(model: Model) -> None
     assert (sample_text(model, RECIPE) == tokens).all(dim=1).double().mean() > 0.85
 
 
-def test_the_taught_model_writes_facts_it_was_taught(tiny: Model) -> None:
-    text = tiny.tokenizer.batch_decode(sample_text(tiny, Calibration(16, 48, seed=0)))
-    assert sum(line.count(" is ") for line in text) > 10
-
-
 def test_settings_name_all_that_decides_the_text() -> None:
     first = dict(Calibration(5, 6, 7).settings)
     assert first == {"text": "sampled from the model", "sequences": 5, "length": 6, "seed": 7}

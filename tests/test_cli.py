@@ -30,7 +30,7 @@ from mpsearch.space import ResolvedSpace
 BUDGET = "57KiB"
 TRIALS = "40"
 COMMANDS = ("search", "layers", "sensitivity", "front", "show", "plot", "export", "doctor")
-TALK = re.compile(r"loading |budget |[a-z(][^:]*: \d+/\d+")
+TALK = re.compile(r"loading |budget [\d.]+ [KMGT]iB \([\d,]+ bytes\)$|[a-z][^:]*: \d+/\d+")
 
 
 @dataclass(frozen=True)
@@ -315,21 +315,6 @@ def test_wishes_that_need_the_model_to_be_judged_are_refused_before_the_run_fold
         assert not run.exists()
 
 
-def test_an_unknown_sampler_is_refused_before_the_run_folder_is_made(
-    question: list[str], mpsearch: Cli, tmp_path: Path
-) -> None:
-    outcome = mpsearch(*question, "--sampler", "tpee", "-o", tmp_path / "run")
-    one_line(outcome, 2, "'tpee'", "did you mean 'tpe'")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_negative_seed_is_refused_or_searched_but_never_a_traceback(
-    question: list[str], mpsearch: Cli, tmp_path: Path
-) -> None:
-    outcome = mpsearch(*question, "--trials", 1, "--seed", "-1", "-o", tmp_path / "run")
-    assert outcome.code in (0, 2)
-
-
 @pytest.mark.parametrize("name", ["no/such-model", "./nowhere", "builtin:gpt", "a b c"])
 def test_a_model_that_cannot_be_had_is_refused(name: str, mpsearch: Cli, tmp_path: Path) -> None:
     outcome = mpsearch("search", name, "--budget", BUDGET, "-o", tmp_path / "run")
@@ -366,7 +351,7 @@ def test_a_malformed_facts_file_is_refused_with_its_line(
     ("text", "words"),
     [
         ("version: 1\ntarget: compressed-tensors\nformat: [int4-g64]\n", ["line 3", "'formats'"]),
-        ("version: 1\ntarget: compressed-tensors\nformats: [int5-g64]\n", ["line 3", "int4-g64"]),
+        ("version: 1\ntarget: compressed-tensors\nformats: [int4-g6]\n", ["line 3", "'int4-g64'"]),
         ("version: 1\ntarget: compressed-tensors\nformats: [nf4]\n", ["line 3", "nf4"]),
         ("version: 1\ntarget: vlm\nformats: [int4-g64]\n", ["line 2", "vlm"]),
         ("version: 2\ntarget: compressed-tensors\nformats: [int4-g64]\n", ["line 1", "use 1"]),
@@ -468,7 +453,7 @@ def test_a_budget_above_the_largest_size_says_so_and_goes_on(
     outcome = mpsearch(*question, "--trials", 2, "--budget", "1GiB", "-o", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     (said, following) = outcome.said
-    assert said.startswith("budget 1.00 GiB holds even the largest") or "largest" in said
+    assert said.startswith("budget 1.00 GiB holds even the largest")
     assert following.startswith("next: ")
 
 

@@ -1,4 +1,4 @@
-"""The run folder: a hand-made one read without torch, its front and paired differences, its faults."""
+"""A hand-made run folder: read without torch, its front, its paired differences, its faults."""
 
 from __future__ import annotations
 
@@ -133,14 +133,15 @@ def test_answer_loss_is_a_mean_over_relations_of_means_within(run: Run) -> None:
 
 
 def test_the_front_is_what_brute_force_finds(run: Run) -> None:
+    at = {identity(row): (size(row), loss(row)) for row in ROWS}
     expected = {
-        identity(row)
-        for row in ROWS
+        one
+        for one, (own_size, own_loss) in at.items()
         if not any(
-            size(o) <= size(row) and loss(o) <= loss(row) and (size(o), loss(o)) != (size(row), loss(row))
-            for o in ROWS
+            other_size <= own_size and other_loss <= own_loss and other != one
+            for other, (other_size, other_loss) in at.items()
         )
-    }  # fmt: skip
+    }
     assert run.front().pareto_ids == expected
     assert identity(ROWS[3]) not in expected  # the greedy row is dominated on purpose
 
@@ -345,9 +346,9 @@ def test_a_full_disk_is_a_resource_error_and_keeps_what_was_finished(
 
 def test_a_second_holder_of_the_folder_is_refused_until_the_first_lets_go(run: Run) -> None:
     other = Run.open(run.folder)
-    with run.locked():
-        with pytest.raises(RunError, match="another search is running"), other.locked():
-            pass
+    refused = pytest.raises(RunError, match="another search is running")
+    with run.locked(), refused, other.locked():
+        pass
     stale = run.folder / "journal.log.lock"
     stale.write_text("", encoding="utf-8")
     with other.locked():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import optuna
@@ -62,7 +63,7 @@ def true_loss(space: ResolvedSpace, damage: Damage, seed: int) -> Callable[[Assi
 
     def loss(assignment: Mapping[str, str]) -> float:
         alone = [damage[name, assignment[name]] * off[name] for name in names]
-        together = sum(2.0 * np.sqrt(a * b) for a, b in zip(alone, alone[1:], strict=False))
+        together = sum(2.0 * np.sqrt(a * b) for a, b in pairwise(alone))
         return float(sum(alone) + together)
 
     return loss
@@ -100,7 +101,7 @@ def largest_step_bytes(space: ResolvedSpace) -> int:
     return max(
         high.stored_bytes(group) - low.stored_bytes(group)
         for group in space.groups
-        for low, high in zip(space.options[group.name], space.options[group.name][1:], strict=False)
+        for low, high in pairwise(space.options[group.name])
     )
 
 

@@ -393,7 +393,7 @@ def test_a_killed_command_line_search_resumes_to_the_front_of_an_uninterrupted_o
     tiny_folder: Path, tiny_facts: FactSet, facts_file: Path, budget: int, ask: Search,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    killed, trials = tmp_path / "killed", 60
+    killed, trials = tmp_path / "killed", 40
     process = subprocess.Popen(
         [
             sys.executable, "-m", "mpsearch.cli", "search", str(tiny_folder), "--facts",
@@ -410,7 +410,7 @@ def test_a_killed_command_line_search_resumes_to_the_front_of_an_uninterrupted_o
     for line in process.stderr:
         talk.append(line)
         if line.startswith("search,"):
-            threading.Timer(0.3, process.send_signal, [signal.SIGKILL]).start()
+            threading.Timer(0.2, process.send_signal, [signal.SIGKILL]).start()
     watchdog.cancel()
     assert process.wait() == -signal.SIGKILL, "".join(talk)
     left = Run.open(killed)
@@ -555,7 +555,7 @@ def test_nan_candidates_are_failed_trials_and_the_search_goes_on(
     baselines = {
         Assignment.of(t.params) for t in study_of(whole).trials if t.user_attrs["kind"] != "search"
     }
-    last = list(baselines)[0].pairs[-1][0]
+    last = next(iter(baselines)).pairs[-1][0]
     uniform3 = {Assignment.of(dict.fromkeys(whole.space.options, "int3-g64"))}
 
     def broken(assignment: Assignment) -> bool:

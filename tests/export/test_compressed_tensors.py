@@ -147,7 +147,8 @@ def test_a_full_disk_leaves_nothing_that_looks_finished(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mpsearch.export.compressed_tensors.save_file", full)
+    writer = sys.modules["mpsearch.export.compressed_tensors"]
+    monkeypatch.setattr(writer, "save_file", full)
     with pytest.raises((OSError, ResourceError)):
         mps.export(tiny, tiny_space.smallest, out=tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
