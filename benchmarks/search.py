@@ -5,7 +5,7 @@ uniform 4-bit. At each size and seed a whole search runs (its seed decides the s
 and the proposals); then the best uniform that fits, greedy, knapsack and the searched point with
 the lowest validation loss are scored on all test facts of the relations that the reference knows.
 The searched point is taken whether or not it beat the simple ones, so losses show. Test facts
-decide nothing. A seed also decides the calibration text, so each has a bank of its own.
+decide nothing. Bias left: all searches share one bank, so the calibration text is the same for all.
 
     python benchmarks/search.py [--trials 40] [--seeds 3] [--quantizer gptq] [--out FILE]
 

@@ -124,7 +124,7 @@ class _Search:
             model, space, wish, facts, report,
         )  # fmt: skip
         quantizer = get_quantizer(wish.quantizer, space.target.name)
-        self.bank = Bank(model, quantizer, Calibration(seed=wish.seed))
+        self.bank = Bank(model, quantizer, Calibration())
 
     @property
     def question(self) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def sensitivity_of(
     report: Report = silent,
 ) -> Sensitivity:
     """The damage table on its own: builds the bank, asks the reference, measures."""
-    bank = Bank(model, get_quantizer(quantizer, space.target.name), Calibration(seed=seed))
+    bank = Bank(model, get_quantizer(quantizer, space.target.name), Calibration())
     bank.build(all_layers(space), report)
     known = balanced(known_facts(model, facts, MOST_FACTS["search"])[1], _SENSITIVITY_FACTS)
     return measure_sensitivity(space, bank, facts, tuple(known), seed=seed, report=report)
