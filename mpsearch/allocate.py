@@ -96,10 +96,11 @@ def knapsack(
         [fmt.stored_bytes(group) - formats[0].stored_bytes(group) for fmt in formats]
         for group, formats in zip(space.groups, options, strict=True)
     ]
-    room = min(room, sum(max(group_steps) for group_steps in steps))
     unit = max(reduce(gcd, (step for group_steps in steps for step in group_steps), 0), 1)
-    unit *= max(1, -(-room // (unit * _MOST_CELLS)))
-    cells = room // unit + 1
+    useful = min(room, sum(max(group_steps) for group_steps in steps))
+    unit *= max(1, -(-useful // (unit * _MOST_CELLS)))
+    # Rounded up, all the largest formats together may need a little more than they take.
+    cells = min(room // unit, sum(-(-max(group_steps) // unit) for group_steps in steps)) + 1
 
     least = np.zeros(cells)  # least damage of the groups so far within each number of units
     choices = np.zeros((len(options), cells), dtype=np.int8)

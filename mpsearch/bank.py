@@ -26,7 +26,8 @@ from mpsearch.builtin import home
 from mpsearch.calibration import Calibration, input_statistics, sample_text
 from mpsearch.codecs import decode
 from mpsearch.device import available_memory_bytes, require_disk
-from mpsearch.errors import CheckError, ResourceError, RunError
+from mpsearch.errors import CheckError, ResourceError, RunError, UsageError
+from mpsearch.files import write_atomically
 from mpsearch.formats import Format
 from mpsearch.layers import Layer
 from mpsearch.models import Model
@@ -37,6 +38,17 @@ Report = Callable[[str, int, int], None]
 
 def silent(stage: str, done: int, total: int) -> None:
     """A progress report that goes nowhere."""
+
+
+def check_shapes(wanted: Iterable[tuple[Layer, Format]]) -> None:
+    """Raise `UsageError` if a layer's columns do not divide into a format's groups."""
+    for layer, fmt in wanted:
+        if fmt.group_size and layer.columns % fmt.group_size:
+            raise UsageError(
+                f"format '{fmt.name}' cannot hold layer '{layer.name}': groups of "
+                f"{fmt.group_size} do not divide its {layer.columns} columns; give it bf16 by a "
+                "rule of the space"
+            )
 
 
 class Bank:
@@ -75,13 +87,13 @@ class Bank:
         Raises:
             RunError: the installed libraries would make other codes.
         """
-        container = next(c for c, names in QUANTIZERS.items() if settings["quantizer"] in names)
-        calibration = settings.get("calibration", {})
-        bank = cls(
-            model,
-            get_quantizer(str(settings["quantizer"]), container),
-            Calibration(**{k: v for k, v in calibration.items() if k != "text"}),
-        )
+        name = str(settings["quantizer"])
+        containers = [c for c, names in QUANTIZERS.items() if name in names]
+        if not containers:
+            raise RunError(f"the weights were quantized by '{name}', which is not known here")
+        recipe = settings.get("calibration", {})
+        known = {key: recipe[key] for key in ("sequences", "length", "seed") if key in recipe}
+        bank = cls(model, get_quantizer(name, containers[0]), Calibration(**known))
         if bank.settings != settings:
             raise RunError(
                 f"the weights were quantized with {json.dumps(settings)} and this installation "
@@ -108,9 +120,12 @@ class Bank:
         """Quantize what is missing among the wanted (layer, format) pairs.
 
         Raises:
+            UsageError: a format that a layer's shape cannot take.
             ResourceError: the disk is or becomes too small; finished files stay.
             CheckError: a quantizer returned something else than its format stores.
         """
+        wanted = list(wanted)
+        check_shapes(wanted)
         missing: dict[str, list[Format]] = {}
         for layer, fmt in wanted:
             if fmt.quantized and not self.path(layer.name, fmt).exists():
@@ -123,8 +138,14 @@ class Bank:
             for fmt in formats
         )
         require_disk(int(needed * 1.1), self.folder, "the weight bank")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "settings.json").write_text(json.dumps(self.settings, indent=1))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(
+                f"cannot create the weight bank '{self.folder}' ({error.strerror}); set "
+                "MPSEARCH_HOME to a folder that can be written"
+            ) from None
+        write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=1))
         statistics = {}
         if self.quantizer.calibrated:
             report("calibration text", 0, 1)

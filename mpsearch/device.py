@@ -12,13 +12,18 @@ from pathlib import Path
 import torch
 
 from mpsearch.budget import format_size
-from mpsearch.errors import ResourceError
+from mpsearch.errors import ResourceError, UsageError
 
 
 def pick_device() -> torch.device:
     """CUDA, then Apple's MPS, then the CPU; `MPSEARCH_DEVICE` overrides."""
     if wanted := os.environ.get("MPSEARCH_DEVICE"):
-        return torch.device(wanted)
+        try:
+            return torch.device(wanted)
+        except RuntimeError:
+            raise UsageError(
+                f"MPSEARCH_DEVICE '{wanted}' is no device; use cpu or cuda:0"
+            ) from None
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -19,6 +19,10 @@ class MpsearchError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str = ""):
+        # A value that is quoted may hold line breaks; the message is one line all the same.
+        super().__init__(" ".join(message.split("\n")).replace("\r", " "))
+
 
 class UsageError(MpsearchError):
     exit_code = 2

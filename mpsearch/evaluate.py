@@ -69,9 +69,10 @@ class Bench:
         """Give every layer the weight of its assigned format."""
         for layer, fmt in self.space.layer_formats(assignment).items():
             if self._in_place.get(layer, BF16.name) != fmt.name:
+                weight = self.bank.weight(layer, fmt)
                 # Recorded first: an interrupt in between then makes restore() undo it.
                 self._in_place[layer] = fmt.name
-                self.bank.model.linear(layer).weight.data = self.bank.weight(layer, fmt)
+                self.bank.model.linear(layer).weight.data = weight
                 self.swapped_layers += 1
 
     def restore(self) -> None:

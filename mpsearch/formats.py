@@ -125,10 +125,14 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
 )
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest known name, else the list of what is known."""
+def nearest(name: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
+    """`; did you mean 'x'?` for the closest name, else the list of what is known.
+
+    Args:
+        also: further names to be close to, too many to list.
+    """
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, [*known, *also], n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
 
 

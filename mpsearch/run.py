@@ -19,8 +19,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mpsearch.assignment import Assignment
 from mpsearch.errors import ResourceError, RunError
 from mpsearch.estimates import Estimate, paired_difference, relation_mean
@@ -267,7 +265,11 @@ class Run:
         def point(score: Score) -> Point:
             loss = relation_mean(score.loss_per_fact, relations)
             fitting = [a for a in uniforms if sized[a] <= sized[score.assignment]]
-            rival = min(fitting, key=lambda a: np.mean(scores[a].loss_per_fact), default=None)
+            rival = min(
+                fitting,
+                key=lambda a: relation_mean(scores[a].loss_per_fact, relations).mean,
+                default=None,
+            )
             against = None
             if rival is not None and rival != score.assignment:
                 against = paired_difference(
@@ -309,9 +311,10 @@ class Run:
         best_simple = best_under(simple, _coordinates, self.budget_bytes)
         searched = [point for point in points if point.kind == "search"]
         best_searched = best_under(searched, _coordinates, self.budget_bytes)
-        if best_searched is None or best_simple is None:
-            found = best_searched or best_simple
-            return found, "No searched point fits the budget; the simple allocations stand."
+        if best_searched is None:
+            return best_simple, "No searched point fits the budget; the simple allocations stand."
+        if best_simple is None:
+            return best_searched, "Only searched points fit the budget."
         gain = paired_difference(
             best_simple.score.loss_per_fact,
             best_searched.score.loss_per_fact,

@@ -25,9 +25,8 @@ from optuna.trial import TrialState
 from mpsearch.allocate import greedy, knapsack, uniform
 from mpsearch.asked import MOST_FACTS, asked_facts, balanced, freeze_facts, known_facts
 from mpsearch.assignment import Assignment
-from mpsearch.bank import Bank, Report, silent
+from mpsearch.bank import Bank, Report, check_shapes, silent
 from mpsearch.budget import check_reachable, format_size, parse_size
-from mpsearch.calibration import Calibration
 from mpsearch.device import require_disk, require_memory
 from mpsearch.errors import CheckError, UsageError
 from mpsearch.evaluate import Bench, all_layers
@@ -120,11 +119,12 @@ class _Search:
         self, model: Model, space: ResolvedSpace, wish: Wish, facts: FactSet, report: Report
     ):
         check_wish(space, wish)
+        check_shapes(all_layers(space))
         self.model, self.space, self.wish, self.facts, self.report = (
             model, space, wish, facts, report,
         )  # fmt: skip
         quantizer = get_quantizer(wish.quantizer, space.target.name)
-        self.bank = Bank(model, quantizer, Calibration())
+        self.bank = Bank(model, quantizer)
 
     @property
     def question(self) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def sensitivity_of(
     report: Report = silent,
 ) -> Sensitivity:
     """The damage table on its own: builds the bank, asks the reference, measures."""
-    bank = Bank(model, get_quantizer(quantizer, space.target.name), Calibration())
+    bank = Bank(model, get_quantizer(quantizer, space.target.name))
     bank.build(all_layers(space), report)
     known = balanced(known_facts(model, facts, MOST_FACTS["search"])[1], _SENSITIVITY_FACTS)
     return measure_sensitivity(space, bank, facts, tuple(known), seed=seed, report=report)

@@ -90,12 +90,14 @@ class SearchSpace:
             SpaceError: a pattern or tie that matches nothing, or a group left without a format.
         """
         names = [layer.name for layer in model.layers]
-        last_names = {name.rpartition(".")[2] for name in names}
+        last_names = sorted({name.rpartition(".")[2] for name in names})
+        patterns = [f"*.{last}" for last in last_names]
         for rule in self.rules:
             if not any(fnmatchcase(name, rule.match) for name in names):
                 raise self._fault(
                     rule.line,
-                    f"pattern '{rule.match}' matches no layer{nearest(rule.match, names)}",
+                    f"pattern '{rule.match}' matches no layer"
+                    f"{nearest(rule.match, patterns, also=names)}",
                 )
         for tie, line in self.ties:
             for member in tie:
@@ -103,6 +105,15 @@ class SearchSpace:
                     raise self._fault(
                         line, f"tie '{member}' matches no layer{nearest(member, last_names)}"
                     )
+            if len(tie) > 1 and not any(
+                len({layer.name.rpartition(".")[2] for layer in group.layers}) > 1
+                for group in group_layers(model.layers, [tie])
+            ):
+                raise self._fault(
+                    line,
+                    f"tie {', '.join(tie)}: no two of them stand in one module; only siblings "
+                    "can be tied",
+                )
         ties = _union([*self.target.fused, *(tie for tie, _ in self.ties)])
         groups = group_layers(model.layers, ties)
         options = {group.name: self._options(group) for group in groups}
@@ -124,9 +135,8 @@ class SearchSpace:
                 f"the layers of '{group.name}' share one format, and these rules leave none in "
                 "common; give them the same formats",
             )
-        return tuple(
-            sorted((FORMATS[name] for name in allowed), key=lambda f: f.stored_bytes(group))
-        )
+        formats = [FORMATS[name] for name in allowed]
+        return tuple(sorted(formats, key=lambda fmt: (fmt.stored_bytes(group), fmt.name)))
 
     def _fault(self, line: int, message: str) -> SpaceError:
         return SpaceError(f"{self.source}, line {line}: {message}")

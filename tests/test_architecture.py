@@ -203,7 +203,8 @@ def test_no_file_is_longer_than_one_can_keep_in_mind() -> None:
         for path in repository_files(".py")
     }
     assert lengths
-    assert {name: lines for name, lines in lengths.items() if lines > MOST_LINES} == {}
+    most = {name: 700 if name.startswith("tests/") else MOST_LINES for name in lengths}
+    assert {name: lines for name, lines in lengths.items() if lines > most[name]} == {}
 
 
 def test_no_text_names_a_folder_of_the_machine_it_was_written_on() -> None:

@@ -168,9 +168,11 @@ def test_disk_of_a_folder_to_come_is_that_of_its_nearest_parent(
     monkeypatch.chdir(tmp_path)
     device.require_disk(10, Path("relative/one"), "writing")
     assert [path.resolve() for path in asked] == [tmp_path.resolve()] * 2
+    (tmp_path / "mounted").mkdir()
+    device.require_disk(10, tmp_path / "mounted", "writing")
+    assert asked[-1] == tmp_path / "mounted"
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="bug: torch's error leaves as it is")
 @pytest.mark.parametrize("name", ["gpu", "cuda:x"])
 def test_unknown_device_name_is_a_usage_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("MPSEARCH_DEVICE", name)

@@ -47,7 +47,9 @@ def test_a_missing_library_is_missing_and_its_use_says_how_to_install_it(
         return version(name)
 
     monkeypatch.setattr(importlib.metadata, "version", without)
-    for name, value, use in doctor.examine():
+    findings = doctor.examine()
+    assert {"gptqmodel", "bitsandbytes"} <= {name for name, _, _ in findings}
+    for name, value, use in findings:
         assert (value == "missing") == (name in ("gptqmodel", "bitsandbytes"))
         if value == "missing":
             assert "pip install" in use

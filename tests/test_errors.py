@@ -65,6 +65,11 @@ def test_the_message_is_what_was_given() -> None:
     assert str(SpaceError("s.yaml, line 3: no format 'x'")) == "s.yaml, line 3: no format 'x'"
 
 
+@pytest.mark.parametrize("error", TREE, ids=lambda error: error.__name__)
+def test_the_message_is_one_line_whatever_it_quotes(error: type[MpsearchError]) -> None:
+    assert str(error("no format 'a\nb\r\nc'")).splitlines() == [str(error("no format 'a b  c'"))]
+
+
 def _doc() -> str:
     assert errors.__doc__ is not None
     return errors.__doc__

@@ -160,12 +160,6 @@ def test_the_very_tensors_come_back_after_a_swap_that_broke_off(
     assert (digest(tiny), places(tiny)) == (bits, where)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="bug: the layer that failed counts as swapped, so the search, which goes on after a "
-    "CheckError, scores its next candidates with the wrong weight",
-)
 def test_a_layer_that_could_not_be_swapped_is_swapped_next_time(
     tiny: Model, tiny_space: ResolvedSpace, flaky: Flaky
 ) -> None:

@@ -110,7 +110,7 @@ def test_a_block_that_fails_publishes_nothing(tmp_path: Path, failure: type[Base
     target = tmp_path / "bank" / "a1b2"
     with pytest.raises(failure), published(target) as folder:
         (folder / "codes").write_text("half")
-        raise failure
+        raise failure("halfway")
     assert list(target.parent.iterdir()) == []
 
 
@@ -119,7 +119,7 @@ def test_a_block_that_fails_leaves_what_was_published_before(tmp_path: Path) -> 
     with published(target) as folder:
         (folder / "codes").write_text("first")
     with pytest.raises(ValueError), published(target) as folder:
-        raise ValueError
+        raise ValueError("halfway")
     assert (target / "codes").read_text() == "first"
     assert list(tmp_path.iterdir()) == [target]
 

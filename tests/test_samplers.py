@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -81,7 +82,6 @@ def new_study(sampler: BaseSampler) -> Study:
 def ask(study: Study, space: ResolvedSpace) -> tuple[optuna.Trial, Assignment]:
     trial = study.ask(distributions(space))
     assignment = Assignment.of({name: trial.params[name] for name in space.options})
-    trial.set_user_attr("stored_bytes", space.stored_bytes(assignment))
     return trial, assignment
 
 
@@ -111,7 +111,7 @@ def test_every_proposal_fits_the_budget_and_is_new(part: float) -> None:
     damage = make_damage(space)
     budget = middle(space, part)
     sampler = LevelSwitchSampler(space, damage, budget, seed=0)
-    proposals = explore(new_study(sampler), space, true_loss(space, damage, 0), 30 if part else 1)
+    proposals = explore(new_study(sampler), space, true_loss(space, damage, 0), 20 if part else 1)
     assert all(space.allows(proposal) for proposal in proposals)
     assert max(space.stored_bytes(proposal) for proposal in proposals) <= budget
     assert len(set(proposals)) == len(proposals)
@@ -134,7 +134,7 @@ def test_proposals_at_the_budget_spend_it_up_to_one_step(monkeypatch: pytest.Mon
         for part in (0.2, 0.6):
             budget = middle(space, part)
             sampler = LevelSwitchSampler(space, damage, budget, seed)
-            proposals = explore(new_study(sampler), space, true_loss(space, damage, seed), 20)
+            proposals = explore(new_study(sampler), space, true_loss(space, damage, seed), 12)
             unspent = [budget - space.stored_bytes(proposal) for proposal in proposals]
             assert max(unspent) < largest_step_bytes(space)
 
@@ -144,10 +144,10 @@ def test_most_proposals_are_at_the_budget_and_some_cover_the_front_below_it() ->
     damage = make_damage(space)
     budget = middle(space)
     sampler = LevelSwitchSampler(space, damage, budget, seed=0)
-    proposals = explore(new_study(sampler), space, true_loss(space, damage, 0), 50)
+    proposals = explore(new_study(sampler), space, true_loss(space, damage, 0), 40)
     step = largest_step_bytes(space)
     at_budget = sum(budget - space.stored_bytes(proposal) < step for proposal in proposals)
-    assert 0.6 * 50 <= at_budget <= 0.95 * 50
+    assert 0.6 * 40 <= at_budget <= 0.95 * 40
 
 
 def random_feasible(space: ResolvedSpace, budget: int, seed: int, trials: int) -> list[Assignment]:
@@ -162,20 +162,35 @@ def random_feasible(space: ResolvedSpace, budget: int, seed: int, trials: int) -
     return found
 
 
+@cache
+def best_found(informed: bool, seed: int, sign: int = 1, trials: int = 30) -> float:
+    """The least true loss among the sampler's proposals; it is told `sign` times the loss."""
+    space = make_space()
+    damage = make_damage(space)
+    loss = true_loss(space, damage, seed)
+    told = damage if informed else dict.fromkeys(damage, 1.0)
+    study = new_study(LevelSwitchSampler(space, told, middle(space), seed))
+    proposals = explore(study, space, lambda assignment: sign * loss(assignment), trials)
+    return min(map(loss, proposals))
+
+
 @pytest.mark.parametrize("informed", [True, False])
 def test_it_beats_random_feasible_proposals_with_the_same_number_of_trials(informed: bool) -> None:
     space = make_space()
     damage = make_damage(space)
-    budget = middle(space)
-    told = damage if informed else dict.fromkeys(damage, 1.0)
-    ours, chance = [], []
-    for seed in range(3):
-        loss = true_loss(space, damage, seed)
-        study = new_study(LevelSwitchSampler(space, told, budget, seed))
-        ours.append(min(map(loss, explore(study, space, loss, 40))))
-        chance.append(min(map(loss, random_feasible(space, budget, seed, 40))))
+    ours = [best_found(informed, seed) for seed in range(3)]
+    chance = [
+        min(map(true_loss(space, damage, seed), random_feasible(space, middle(space), seed, 30)))
+        for seed in range(3)
+    ]
     # A predictor that is right up to a factor helps; with none, what was measured still does.
     assert np.mean(ours) < (0.6 if informed else 0.8) * np.mean(chance)
+
+
+def test_it_follows_measurements_so_that_inverted_ones_mislead_it() -> None:
+    honest = [best_found(False, seed) for seed in range(3)]
+    misled = [best_found(False, seed, sign=-1) for seed in range(3)]
+    assert np.mean(honest) < 0.7 * np.mean(misled)
 
 
 def test_it_improves_on_what_was_enqueued() -> None:
@@ -187,9 +202,9 @@ def test_it_improves_on_what_was_enqueued() -> None:
     first = random_feasible(space, budget, 0, 5)
     for assignment in first:
         study.enqueue_trial(dict(assignment))
-    proposals = explore(study, space, loss, 45)
+    proposals = explore(study, space, loss, 30)
     assert proposals[:5] == first
-    assert min(map(loss, proposals[5:])) < 0.6 * min(map(loss, first))
+    assert min(map(loss, proposals[5:])) < 0.7 * min(map(loss, first))
 
 
 def test_the_same_study_gives_the_same_proposal_and_another_seed_another() -> None:
@@ -315,25 +330,12 @@ def test_every_sampler_by_name_drives_a_study_and_is_seeded(name: str) -> None:
 
     def propose(seed: int) -> list[Assignment]:
         study = new_study(make_sampler(name, space, damage, middle(space), seed))
-        return explore(study, space, loss, 15)
+        return explore(study, space, loss, 10)
 
     first = propose(1)
     assert all(space.allows(proposal) for proposal in first)
     assert first == propose(1)
     assert first != propose(2)
-
-
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-@pytest.mark.parametrize("name", ["nsga2", "tpe"])
-def test_optunas_samplers_are_told_which_trials_are_over_the_budget(name: str) -> None:
-    space = make_space(groups=4)
-    damage = make_damage(space)
-    budget = middle(space, 0.3)
-    study = new_study(make_sampler(name, space, damage, budget, 0))
-    for proposal in explore(study, space, true_loss(space, damage, 0), 5):
-        trial = next(t for t in study.trials if t.params == dict(proposal))
-        (over,) = trial.system_attrs["constraints"]
-        assert over == space.stored_bytes(proposal) - budget
 
 
 @pytest.mark.parametrize(

@@ -233,12 +233,14 @@ def test_a_time_limit_ends_the_proposals_and_not_the_report(ask: Search, tmp_pat
     assert run.points("test")
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("sampler", ["nsga2", "tpe"])
-def test_optunas_samplers_search_too(sampler: str, ask: Search, tmp_path: Path) -> None:
+def test_optunas_samplers_search_too_and_are_told_what_is_over_the_budget(sampler: str, ask: Search, tmp_path: Path) -> None:
     run = ask(tmp_path / "run", sampler=sampler)
     assert len(proposals(run)) == TRIALS
     assert run.front().pick is not None
+    for trial in study_of(run).trials:
+        over_budget = run.space.stored_bytes(trial.params) - run.budget_bytes
+        assert list(trial.constraints.values()) == [over_budget]
 
 
 def test_progress_counts_every_stage_to_its_end(ask: Search, tmp_path: Path) -> None:

@@ -171,6 +171,8 @@ def _parse(lines: Iterable[tuple[str, int, str]]) -> tuple[Fact, ...]:
                 raise FactsError(f"{where}: neither a fact ('subject') nor a 'template'")
             templates[relation] = template
             continue
+        if not entry["subject"].strip():
+            raise FactsError(f"{where}: the subject is empty")
         template = template or templates.get(relation)
         if template is None:
             raise FactsError(
@@ -183,7 +185,7 @@ def _parse(lines: Iterable[tuple[str, int, str]]) -> tuple[Fact, ...]:
             template.rstrip(),
             entry["subject"].strip(),
             entry["answer"].strip(),
-            tuple(entry.get("aliases", ())),
+            tuple(alias.strip() for alias in entry.get("aliases", ())),
         )
         key = (relation, fact.subject.casefold())
         if key in first_seen:
