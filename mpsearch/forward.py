@@ -136,8 +136,8 @@ class Pass:
     def logits(self, row: PreparedRow) -> Tensor:
         """`(read nodes, vocab)` float32 logits of one row, only at the nodes that are read."""
         module: Any = self.model.module
-        hidden = module.get_decoder()(**row.inputs, use_cache=False).last_hidden_state[0]
-        logits: Tensor = module.get_output_embeddings()(hidden[row.read_nodes])
+        output = module(**row.inputs, use_cache=False, logits_to_keep=row.read_nodes)
+        logits: Tensor = output.logits[0]
         return logits.float()
 
     def run(self, visit: Callable[[int, Tensor], None] | None = None) -> Tensor:

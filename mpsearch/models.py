@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mpsearch.builtin import BUILTIN_NAME, builtin_folder
@@ -23,7 +23,11 @@ from mpsearch.errors import CheckError, ModelError
 from mpsearch.formats import ITEM_BYTES
 from mpsearch.layers import Layer
 
-log = logging.getLogger(__name__)
+# What transformers, tokenizers and safetensors raise for a damaged or strange folder.
+_FROM_BELOW = (
+    OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError,
+    SafetensorError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +83,7 @@ def load_model(name: str) -> Model:
         CheckError: a weight is NaN or infinite.
         ResourceError: memory or disk is too small.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = _locate(name)
@@ -88,8 +93,9 @@ def load_model(name: str) -> Model:
     # In bf16, and again in the computing dtype where that is another; room for one pass.
     require_memory(int(weights_bytes * 1.3) + 500_000_000, device, f"loading '{name}'")
     try:
-        module = AutoModelForCausalLM.from_pretrained(
+        module, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=torch.bfloat16,
             attn_implementation="sdpa",
             local_files_only=True,
@@ -99,9 +105,14 @@ def load_model(name: str) -> Model:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (*_FROM_BELOW, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"model '{name}' does not load: {reason}") from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise ModelError(
+            f"model '{name}': its checkpoint lacks '{missing[0]}' and {len(missing) - 1} more "
+            "weights that its architecture has; get it again"
+        )
     if not tokenizer.is_fast:
         raise ModelError(
             f"model '{name}' has no fast tokenizer, which locating answers needs; "
@@ -242,6 +253,8 @@ def check_folder(folder: Path, name: str) -> int:
         ) from None
     except (OSError, ValueError) as error:
         raise ModelError(f"model '{name}': config.json cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"model '{name}': config.json holds no object; get it again")
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown method")
         raise ModelError(
@@ -250,7 +263,13 @@ def check_folder(folder: Path, name: str) -> int:
         )
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards = sorted(set(places.values()))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            raise ModelError(
+                f"model '{name}': {index.name} is no index of shards; get it again"
+            ) from None
         files = [folder / Path(shard).name for shard in shards]
         if missing := [file.name for file in files if not file.exists()]:
             raise ModelError(f"model '{name}': shard {missing[0]} is missing; download it again")

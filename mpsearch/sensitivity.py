@@ -36,7 +36,8 @@ from mpsearch.recall import SHOTS, encode, prompt
 from mpsearch.space import ResolvedSpace
 
 _ROW_NODES = 128  # smaller rows than for scoring: each gives one independent sample a draw
-_DRAWS = 3
+_SAMPLES = 64  # independent samples at least, over all rows and draws
+_AT_ONCE = 4  # gradients of the whole model that are held together
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def measure_sensitivity(
     generator = torch.Generator().manual_seed(seed)
     sequences = [encode(model.tokenizer, prompt(fact_set, f, SHOTS), f.answer) for f in facts]
     work = Pass(model, sequences, max_nodes=_ROW_NODES)
+    draws = -(-_SAMPLES // len(work.rows))
     layers = [layer.name for group in space.groups for layer in group.layers]
     weights = [model.linear(name).weight for name in layers]
     for weight in weights:
@@ -106,17 +108,19 @@ def measure_sensitivity(
     try:
         for index, row in enumerate(work.rows):
             report("sensitivity", index, len(work.rows))
-            draws = [
-                torch.autograd.grad(log_prob, weights, retain_graph=True)
-                for log_prob in _signed_samples(work, row, generator)
-            ]
-            gradients = dict(zip(layers, zip(*draws, strict=True), strict=True))
-            _add_squares(squared, space, bank, gradients)
+            samples = _signed_samples(work, row, draws, generator)
+            for first in range(0, draws, _AT_ONCE):
+                drawn = [
+                    torch.autograd.grad(log_prob, weights, retain_graph=True)
+                    for log_prob in samples[first : first + _AT_ONCE]
+                ]
+                gradients = dict(zip(layers, zip(*drawn, strict=True), strict=True))
+                _add_squares(squared, space, bank, gradients)
     finally:
         for weight in weights:
             weight.requires_grad_(False)
     report("sensitivity", len(work.rows), len(work.rows))
-    damage = {key: value / (2 * _DRAWS * len(facts)) for key, value in squared.items()}
+    damage = {key: value / (2 * draws * len(facts)) for key, value in squared.items()}
     if not all(value < float("inf") for value in damage.values()):
         broken = next(key for key, value in damage.items() if not value < float("inf"))
         raise CheckError(
@@ -129,7 +133,7 @@ def measure_sensitivity(
         "formats": list(space.space.formats),
         "facts": {"source": fact_set.source, "digest": fact_set.digest, "used": len(facts)},
         "shots": SHOTS,
-        "draws": _DRAWS,
+        "draws": draws,
         "seed": seed,
         "dtype": str(model.dtype),
     }
@@ -142,7 +146,9 @@ def _errors(group: LayerGroup, layer: str, space: ResolvedSpace, bank: Bank) -> 
     return (torch.stack(decoded) - bank.model.originals[layer]).float().flatten(1)
 
 
-def _signed_samples(work: Pass, row: PreparedRow, generator: torch.Generator) -> list[Tensor]:
+def _signed_samples(
+    work: Pass, row: PreparedRow, draws: int, generator: torch.Generator
+) -> list[Tensor]:
     """For each draw, the signed sum over the row's facts of a sampled answer's log-probability.
 
     Each answer token is drawn from the reference given the true answer's tokens before it.
@@ -151,7 +157,7 @@ def _signed_samples(work: Pass, row: PreparedRow, generator: torch.Generator) ->
         log_probs = work.logits(row).log_softmax(-1)
     chances = log_probs.detach().exp().cpu()
     sums = []
-    for _ in range(_DRAWS):
+    for _ in range(draws):
         tokens = torch.multinomial(chances, 1, generator=generator)[:, 0]
         signs = torch.zeros(len(chances))
         for places, _ in row.spans:

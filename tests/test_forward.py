@@ -151,11 +151,6 @@ def test_other_architectures_are_answered_as_alone(architecture: str) -> None:
     )
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="bug: the head is called on its own, without the scaling that follows it",
-)
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [("granite", {"logits_scaling": 8.0}), ("cohere", {"logit_scale": 0.25})],

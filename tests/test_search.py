@@ -110,21 +110,25 @@ def evaluation_lines(run: Run) -> list[dict[str, Any]]:
 
 
 def test_every_simple_allocation_is_a_row(
-    whole: Run, tiny_space: ResolvedSpace, budget: int
+    whole: Run, ask: Search, tiny_space: ResolvedSpace, budget: int, tmp_path: Path
 ) -> None:
-    rows = {point.assignment: point.kind for point in whole.front().points}
     path = whole.folder / "sensitivity.json"
     damage = Sensitivity.from_json(json.loads(path.read_text(encoding="utf-8"))).fisher_nats
-    simple = [
-        *uniform(tiny_space).values(),
-        greedy(tiny_space, damage, budget),
-        *knapsack(tiny_space, damage, [budget]),
-    ]
-    for assignment in simple:
+    uniforms = set(uniform(tiny_space).values())
+
+    def others(limit: int) -> set[Assignment]:
+        return {greedy(tiny_space, damage, limit), *knapsack(tiny_space, damage, [limit])}
+
+    # Of three different rules, so that each has to be there on its own account.
+    limit = next(n for n in range(budget, 0, -100) if len(uniforms | others(n)) == 6)
+    rows = {p.assignment: p.kind for p in ask(tmp_path / "run", budget=limit, trials=0).points()}
+    for assignment in uniforms | others(limit):
         assert rows[assignment] in SIMPLE_KINDS
     kinds = Counter(rows.values())
     assert kinds["uniform"] == len(tiny_space.space.formats)
-    assert kinds["search"] >= 1
+    assert kinds["greedy"] == 1
+    assert kinds["search"] == 0
+    assert Counter(p.kind for p in whole.points())["search"] >= 1
 
 
 def test_every_searched_proposal_fits_the_budget_and_is_asked_once(
@@ -234,7 +238,9 @@ def test_a_time_limit_ends_the_proposals_and_not_the_report(ask: Search, tmp_pat
 
 
 @pytest.mark.parametrize("sampler", ["nsga2", "tpe"])
-def test_optunas_samplers_search_too_and_are_told_what_is_over_the_budget(sampler: str, ask: Search, tmp_path: Path) -> None:
+def test_optunas_samplers_search_too_and_are_told_what_is_over_the_budget(
+    sampler: str, ask: Search, tmp_path: Path
+) -> None:
     run = ask(tmp_path / "run", sampler=sampler)
     assert len(proposals(run)) == TRIALS
     assert run.front().pick is not None

@@ -217,12 +217,6 @@ def test_the_mean_over_seeds_ranks_groups_as_measured_kl_does(
     assert rank_correlation([mean[key] for key in measured], list(measured.values())) > 0.85
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="bug: 60 facts fill two rows, so a run takes 8 samples, and they vary by 150 %; the "
-    "median over 64 seeds is 0.66, the lower quartile 0.57",
-)
 def test_three_runs_in_four_rank_groups_as_measured_kl_does(
     runs: list[Sensitivity], measured: dict[Key, float]
 ) -> None:
