@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal, InvalidOperation
 
 from mpsearch.errors import InfeasibleError, UsageError
 
@@ -23,8 +24,8 @@ def parse_size(text: str) -> int:
     """
     found = re.fullmatch(r"\s*([+-]?[\d.]+(?:e[+-]?\d+)?)\s*([A-Za-z]*)\s*", text, re.IGNORECASE)
     try:
-        number = float(found.group(1)) if found else None
-    except ValueError:
+        number = Decimal(found.group(1)) if found else None
+    except InvalidOperation:
         number = None
     if found is None or number is None:
         raise UsageError(f"size '{text}' is not a number and a unit; {_HINT}")
@@ -32,7 +33,7 @@ def parse_size(text: str) -> int:
     if unit is None:
         fault = f"has the unknown unit '{found.group(2)}'" if found.group(2) else "has no unit"
         raise UsageError(f"size '{text}' {fault}; {_HINT}")
-    size_bytes = int(number * _UNITS[unit]) if number < 1e15 else 0
+    size_bytes = int(number * _UNITS[unit]) if number < 10**15 else 0
     if size_bytes <= 0:
         raise UsageError(f"size '{text}' is not a positive, reachable size; {_HINT}")
     return size_bytes

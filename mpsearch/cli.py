@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -27,16 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.command(args)
         sys.stdout.flush()
         return 0
+    except KeyboardInterrupt:
+        return _interrupted(args)
     except MpsearchError as error:
         say(f"mpsearch: {error}")
         return error.exit_code
-    except KeyboardInterrupt:
-        say("mpsearch: interrupted; everything finished is kept" + _resume_hint(args))
-        return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (MemoryError, OSError, RuntimeError) as error:
+    except Exception as error:
+        # A library that was interrupted may turn Ctrl-C into an error of its own.
+        if signal.getsignal(signal.SIGINT) is _leave:
+            return _interrupted(args)
         reason = _exhausted(error)
         if reason is None:
             raise
@@ -44,10 +47,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ResourceError.exit_code
 
 
+def _interrupted(args: argparse.Namespace) -> int:
+    from mpsearch.console import say
+
+    say("mpsearch: interrupted; everything finished is kept" + _resume_hint(args))
+    return EXIT_INTERRUPTED
+
+
 def _on_interrupt(number: int, frame: FrameType | None) -> None:
     """The first Ctrl-C unwinds and saves; a second leaves at once, which loses nothing either."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
+    signal.signal(signal.SIGINT, _leave)
     raise KeyboardInterrupt
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _exhausted(error: BaseException) -> str | None:
@@ -63,7 +77,7 @@ def _exhausted(error: BaseException) -> str | None:
 def _resume_hint(args: argparse.Namespace) -> str:
     if args.command is not _search or not (Path(args.out) / "run.json").exists():
         return ""
-    given = [f"--budget '{args.budget}'"]
+    given = [f"--budget {shlex.quote(args.budget)}"]
     for flag in (
         "space",
         "facts",
@@ -76,8 +90,9 @@ def _resume_hint(args: argparse.Namespace) -> str:
     ):
         value = getattr(args, flag)
         if value is not None and value != args.defaults.get(flag):
-            given.append(f"--{flag.replace('_', '-')} {value}")
-    return f"; continue with: mpsearch search {args.model} {' '.join(given)} --resume -o {args.out}"
+            given.append(f"--{flag.replace('_', '-')} {shlex.quote(str(value))}")
+    model, out = shlex.quote(args.model), shlex.quote(args.out)
+    return f"; continue with: mpsearch search {model} {' '.join(given)} --resume -o {out}"
 
 
 # ---------------------------------------------------------------------------------- commands

@@ -130,8 +130,11 @@ def table(
         shown.add_column(header, justify="left" if index < left else "right", no_wrap=True)
     for row in rows:
         shown.add_row(*(Text(cell) for cell in row))
-    width = None if sys.stdout.isatty() else 200
-    Console(file=sys.stdout, width=width, highlight=False, markup=False).print(shown)
+    width = None if sys.stdout.isatty() else 10_000  # cut nothing
+    console = Console(width=width, highlight=False, markup=False)
+    with console.capture() as text:  # printed by us: rich ends the process on a closed pipe
+        console.print(shown)
+    emit(text.get().rstrip("\n"))
 
 
 def plus_minus(estimate: Estimate | None, scale: float = 1.0, digits: int = 3) -> str:

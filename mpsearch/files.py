@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mpsearch.errors import ResourceError
@@ -22,8 +22,11 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(stream.fileno())
         unfinished.replace(path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise ResourceError(f"cannot write '{path}': {error.strerror}; free some space") from None
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise ResourceError(
+            f"cannot write '{path}': {error.strerror}; free some space or choose another folder"
+        ) from None
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -299,8 +300,9 @@ class Run:
         points = self.points()
         if not points:
             raise RunError(
-                f"'{self.folder}' has no scored point yet; continue it with 'mpsearch search "
-                f"{self.question['model']} --resume -o {self.folder}'"
+                f"'{self.folder}' has no scored point yet; continue it: mpsearch search "
+                f"{shlex.quote(self.question['model'])} --budget {self.budget_bytes}B --resume "
+                f"-o {shlex.quote(str(self.folder))}, with any other options that it had"
             )
         pareto = frozenset(point.id for point in pareto_front(points, _coordinates))
         pick, verdict = self._recommend(points)

@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,13 @@ from mpsearch.device import require_disk, require_memory
 from mpsearch.errors import CheckError, UsageError
 from mpsearch.evaluate import Bench, all_layers
 from mpsearch.facts import FactSet
+from mpsearch.formats import nearest
 from mpsearch.front import pareto_front
 from mpsearch.models import Model
 from mpsearch.quantizers import get_quantizer
 from mpsearch.recall import SHOTS
 from mpsearch.run import Run, Score
-from mpsearch.samplers import distributions, make_sampler
+from mpsearch.samplers import SAMPLERS, distributions, make_sampler
 from mpsearch.scorer import Scorer
 from mpsearch.sensitivity import Sensitivity, measure_sensitivity
 from mpsearch.space import ResolvedSpace, SearchSpace
@@ -181,7 +183,8 @@ class _Search:
     def _sensitivity(self, run: Run) -> Sensitivity:
         path = run.folder / "sensitivity.json"
         if path.exists():
-            return Sensitivity.from_json(json.loads(path.read_text(encoding="utf-8")))
+            with suppress(ValueError, LookupError):  # damaged: measured again
+                return Sensitivity.from_json(json.loads(path.read_text(encoding="utf-8")))
         table = measure_sensitivity(
             self.space,
             self.bank,
@@ -220,6 +223,10 @@ def check_wish(space: ResolvedSpace, wish: Wish) -> None:
         raise UsageError(
             f"trials {wish.trials}, search facts {wish.search_facts}: at least 0 and 2 are needed"
         )
+    if wish.seed < 0:
+        raise UsageError(f"seed {wish.seed} is negative; use 0 or more")
+    if wish.sampler not in SAMPLERS:
+        raise UsageError(f"no sampler '{wish.sampler}'{nearest(wish.sampler, SAMPLERS)}")
     smallest, largest = space.stored_bytes(space.smallest), space.stored_bytes(space.largest)
     kept = format_size(space.kept_bytes)
     check_reachable(

@@ -30,6 +30,7 @@ from torch import Tensor
 from mpsearch.bank import Bank, Report, silent
 from mpsearch.errors import CheckError
 from mpsearch.facts import Fact, FactSet
+from mpsearch.files import write_atomically
 from mpsearch.forward import Pass, PreparedRow
 from mpsearch.layers import LayerGroup
 from mpsearch.recall import SHOTS, encode, prompt
@@ -72,7 +73,8 @@ class Sensitivity:
         )
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
+        """Write it as JSON, whole or not at all."""
+        write_atomically(path, json.dumps(self.to_json(), indent=1))
 
 
 def measure_sensitivity(

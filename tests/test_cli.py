@@ -389,8 +389,10 @@ def test_an_existing_out_is_refused_and_left_alone(
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("mine", encoding="utf-8")
-    one_line(mpsearch(*question, "-o", mine), 2, str(mine), "exists", "--resume")
-    one_line(mpsearch(*question, "--resume", "-o", mine), 2, "not a run folder")
+    for flags, words in (([], [str(mine), "exists", "--resume"]), (["--resume"], ["not a run"])):
+        outcome = mpsearch(*question, *flags, "-o", mine)
+        one_line(outcome, 2, *words)
+        assert len(outcome.talk) == 1  # before the model was loaded
     assert [path.name for path in mine.iterdir()] == ["thesis.tex"]
 
 
