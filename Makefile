@@ -12,7 +12,7 @@ MODEL := builtin:smollm2-135m
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0 setuptools wheel
 	$(PIP) -e '.[dev,bitsandbytes]'
-	$(PIP) --no-build-isolation -e '.[gptq]' hatchling editables
+	$(PIP) --no-build-isolation gptqmodel
 	touch $@
 
 demo: .venv/installed

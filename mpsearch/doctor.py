@@ -16,7 +16,7 @@ _LIBRARIES = {
     "optuna": "the study",
     "compressed-tensors": "formats int2 to int8, exports",
     "gguf": f"reading {BUILTIN_NAME}",
-    "gptqmodel": "quantizer gptq; pip install --no-build-isolation 'mpsearch[gptq]'",
+    "gptqmodel": "quantizer gptq; pip install --no-build-isolation gptqmodel==7.6.0",
     "bitsandbytes": "formats nf4 and int8; pip install 'mpsearch[bitsandbytes]'",
 }
 

@@ -43,7 +43,7 @@ class Gptq:
         except ImportError as error:
             raise UsageError(
                 f"quantizer 'gptq' needs gptqmodel ({error}); "
-                "pip install --no-build-isolation 'mpsearch[gptq]'"
+                "pip install --no-build-isolation gptqmodel==7.6.0"
             ) from None
 
     @property
