@@ -130,8 +130,7 @@ def table(
         shown.add_column(header, justify="left" if index < left else "right", no_wrap=True)
     for row in rows:
         shown.add_row(*(Text(cell) for cell in row))
-    width = None if sys.stdout.isatty() else 10_000  # cut nothing
-    console = Console(width=width, highlight=False, markup=False)
+    console = Console(width=10_000, highlight=False, markup=False)  # cuts no cell
     with console.capture() as text:  # printed by us: rich ends the process on a closed pipe
         console.print(shown)
     emit(text.get().rstrip("\n"))

@@ -23,7 +23,7 @@ from typing import Any
 from mpsearch.assignment import Assignment
 from mpsearch.errors import ResourceError, RunError
 from mpsearch.estimates import Estimate, paired_difference, relation_mean
-from mpsearch.files import write_atomically
+from mpsearch.files import published, write_atomically
 from mpsearch.formats import FORMATS
 from mpsearch.front import best_under, pareto_front
 from mpsearch.layers import Layer, LayerGroup
@@ -139,10 +139,10 @@ class Run:
             raise RunError(f"'{folder}' exists; continue it with --resume, or choose another -o")
         run = cls(folder, {"version": VERSION, "question": question, "space": _describe(space)})
         try:
-            folder.mkdir(parents=True)
+            with published(folder) as unfinished:
+                write_atomically(unfinished / "run.json", run._text)
         except OSError as error:
             raise ResourceError(f"cannot create '{folder}': {error.strerror}") from None
-        run.save()
         return run
 
     @classmethod
@@ -161,7 +161,11 @@ class Run:
 
     def save(self) -> None:
         """Write run.json atomically."""
-        write_atomically(self.folder / "run.json", json.dumps(self.content, indent=1))
+        write_atomically(self.folder / "run.json", self._text)
+
+    @property
+    def _text(self) -> str:
+        return json.dumps(self.content, indent=1)
 
     def check_question(self, question: dict[str, Any]) -> None:
         """Raise `RunError`, naming what changed, unless the question is the one of this run."""

@@ -31,7 +31,9 @@ SAMPLERS = ("level-switch", "nsga2", "tpe")
 _LOOSE = 0.1  # share of proposals at another size than the budget, to cover the front
 _CHILDREN = 64  # of which one is proposed
 _ATTEMPTS = 200
-_NEAR = 2.5  # trials up to this multiple of the best loss teach the model
+_NEAR = 1.5  # trials up to this much above the best loss, as a share of it, teach the model
+_LEAST_NATS = 0.1  # the scale of losses where they are near zero or below it
+_LEAST_FACTOR = 0.1  # from predicted damage to loss; never negative, more damage is no gain
 _DOUBT = 0.7  # prior standard deviation of a predicted damage, as a share of it
 _MISFIT = 0.03  # of the additive model, as a share of the best loss
 _RAISED = (0.4, 0.3, 0.2, 0.1)  # chances of raising one to four groups
@@ -163,7 +165,8 @@ class LevelSwitchSampler(BaseSampler):
                 break
         if not fitting or not children:
             return next(iter(children.values()), child)
-        near = [k for k in fitting if k[0] <= _NEAR * max(fitting[0][0], 0.0) + 1e-9]
+        best = fitting[0][0]
+        near = [k for k in fitting if k[0] <= best + _NEAR * max(abs(best), _LEAST_NATS)]
         drawn = self._draw_losses(rng, near)
         groups = np.arange(len(self._names))
         return min(children.values(), key=lambda levels: float(drawn[groups, levels].sum()))
@@ -182,9 +185,10 @@ class LevelSwitchSampler(BaseSampler):
         losses = np.array([loss for loss, _, _ in known])
         levels = np.array([levels for _, _, levels in known])
         predicted = self._damage[groups, levels].sum(1)
-        factor = float(np.median(losses / np.maximum(predicted, 1e-12)))
-        spread = _DOUBT * abs(factor) * self._damage
-        noise = _MISFIT * max(float(losses.min()), 1e-6)
+        ratio = float(np.median(losses / np.maximum(predicted, 1e-12)))
+        factor = max(ratio, _LEAST_FACTOR)
+        spread = _DOUBT * factor * self._damage
+        noise = _MISFIT * max(abs(float(losses.min())), _LEAST_NATS)
 
         draw = factor * self._damage + spread * rng.standard_normal(spread.shape)
         observed = draw[groups, levels].sum(1) + noise * rng.standard_normal(len(losses))

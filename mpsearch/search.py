@@ -342,7 +342,8 @@ class _Work:
         """Propose until the trials or the time are used up."""
         wish = self.search.wish
         done = self._proposals()
-        # Optuna's own samplers are seeded anew, as they would repeat their first proposals.
+        # Optuna's own samplers are seeded anew, as they would repeat their first proposals; so
+        # only ours goes on after a kill exactly as it would have without.
         ours = wish.sampler == "level-switch"
         seed = wish.seed if ours else wish.seed + done
         self.study.sampler = make_sampler(

@@ -439,3 +439,10 @@ def test_swapped_tensors_of_one_shape_change_the_fingerprint(folder: Path, tiny:
 
     edit_weights(folder, swap)
     assert load_model(str(folder)).fingerprint != tiny.fingerprint
+
+
+def test_the_same_bytes_in_another_shape_change_the_fingerprint() -> None:
+    plain, turned = tiny_llama(71), tiny_llama(71)
+    for block in turned.model.layers:
+        block.mlp.down_proj.weight.data = block.mlp.down_proj.weight.data.view(128, 64)
+    assert wrapped(turned).fingerprint != wrapped(plain).fingerprint

@@ -27,7 +27,7 @@ from mpsearch.sensitivity import Sensitivity, measure_sensitivity
 from mpsearch.space import ResolvedSpace, SearchSpace
 
 Key = tuple[str, str]
-SEEDS = range(32)
+SEEDS = range(8)
 LOW_BITS = ("int2-g64", "int3-g64")
 PLANTED = "model.layers.1.mlp.gate_proj"
 

@@ -391,5 +391,5 @@ def test_a_missing_library_is_a_usage_error_that_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setitem(sys.modules, LIBRARY[name], None)
-    with pytest.raises(UsageError, match=rf"mpsearch\[{name}\]"):
+    with pytest.raises(UsageError, match=rf"needs? {LIBRARY[name]}.*pip install .*{name}"):
         get_quantizer(name, CONTAINER[name])
