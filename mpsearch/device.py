@@ -55,8 +55,15 @@ def available_memory_bytes(device: torch.device) -> int:
                 available = int(line.split()[1]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(used.read_text()))
+        # The container's page cache counts as used, and is given back when needed.
+        fields = dict(line.split() for line in _lines(Path("/sys/fs/cgroup/memory.stat")))
+        reclaimable = int(fields.get("inactive_file", 0))
+        available = min(available, int(text) - int(used.read_text()) + reclaimable)
     return available
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def require_memory(needed_bytes: int, device: torch.device, what: str) -> None:

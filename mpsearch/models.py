@@ -256,7 +256,11 @@ def check_folder(folder: Path, name: str) -> int:
     if not isinstance(config, dict):
         raise ModelError(f"model '{name}': config.json holds no object; get it again")
     if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown method")
+        method = (
+            quantization.get("quant_method", "unknown method")
+            if isinstance(quantization, dict)
+            else quantization
+        )
         raise ModelError(
             f"model '{name}' is already quantized ({method}); the reference must be unquantized: "
             "pass the model it was made from"

@@ -46,7 +46,7 @@ def rounding_error(weight: Tensor, bits: int = 4, group: int = 32) -> float:
 
 def linears(model: nn.Module) -> dict[str, Tensor]:
     return {
-        name: module.weight
+        name: module.weight.detach()
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name != "lm_head"
     }

@@ -246,6 +246,20 @@ def test_gptq_harms_outputs_less_than_rounding_on_correlated_inputs(name: str, b
     assert ours < 0.7 * rounded
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("name", [pytest.param("gptq", marks=installed("gptq"))])
+def test_gptq_on_unrelated_inputs_takes_the_nearest_code_of_the_stored_scale(
+    name: str, bits: int
+) -> None:
+    fmt, half = FORMATS[f"int{bits}-g64"], 2 ** (bits - 1)
+    unrelated = InputStatistics(torch.eye(COLUMNS), COLUMNS)
+    stored = quantizer(name).quantize(weight(), [fmt], unrelated)[fmt.name]
+    steps = weight() / per_column(stored["weight_scale"], fmt)
+    nearest = steps.round().clamp(-half, half - 1)
+    tied = ((steps - steps.floor()) - 0.5).abs() < 1e-4
+    assert torch.equal(codes_of(stored, fmt)[~tied].double(), nearest[~tied].double())
+
+
 @pytest.mark.parametrize("name", [pytest.param("gptq", marks=installed("gptq"))])
 def test_gptq_looks_at_the_inputs_it_is_given(name: str) -> None:
     fmt = FORMATS["int3-g64"]
