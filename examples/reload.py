@@ -6,8 +6,11 @@ mpsearch is not imported: this is what a user of the checkpoint sees.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -29,7 +29,9 @@ def write_compressed_tensors(
     for layer, fmt in formats.items():
         for suffix, tensor in bank.stored(layer, fmt).items():
             tensors[f"{layer}.{suffix}"] = tensor
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = folder / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # a server may run as another user
 
     module = model.module
     config = module.config.to_dict()
