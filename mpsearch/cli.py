@@ -138,8 +138,12 @@ def _search(args: argparse.Namespace) -> None:
         _front_json(run)
     else:
         show_front(run, front)
-    if front.pick is not None:
+    from mpsearch.export import WRITERS
+
+    if front.pick is not None and run.space.target.name in WRITERS:
         say(f"next: mpsearch export {out} best -o exports/{out.name}")
+    else:
+        say(f"next: mpsearch plot {out} -o tradeoff.png")
 
 
 def _layers(args: argparse.Namespace) -> None:
