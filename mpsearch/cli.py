@@ -100,7 +100,7 @@ def _resume_hint(args: argparse.Namespace) -> str:
 
 def _search(args: argparse.Namespace) -> None:
     from mpsearch.budget import format_size, parse_size
-    from mpsearch.console import Progress, say, show_front
+    from mpsearch.console import Progress, emit_json, front_json, say, show_front
 
     # Whatever can be refused without the model is refused before it is loaded.
     budget_bytes = parse_size(args.budget)
@@ -135,7 +135,7 @@ def _search(args: argparse.Namespace) -> None:
         )
     front = run.front()
     if args.json:
-        _front_json(run)
+        emit_json(front_json(run, front))
     else:
         show_front(run, front)
     from mpsearch.export import WRITERS
@@ -199,21 +199,16 @@ def _sensitivity(args: argparse.Namespace) -> None:
 
 
 def _front(args: argparse.Namespace) -> None:
-    from mpsearch.console import say, show_front
+    from mpsearch.console import emit_json, front_json, say, show_front
     from mpsearch.run import Run
 
     run = Run.open(args.run)
+    front = run.front()
     if args.json:
-        _front_json(run)
+        emit_json(front_json(run, front))
     else:
-        show_front(run, run.front())
+        show_front(run, front)
     say(f"next: mpsearch plot {args.run} -o tradeoff.png")
-
-
-def _front_json(run: Any) -> None:
-    from mpsearch.console import emit_json, front_json
-
-    emit_json(front_json(run, run.front()))
 
 
 def _show(args: argparse.Namespace) -> None:
