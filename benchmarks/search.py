@@ -7,7 +7,7 @@ the lowest validation loss are scored on all test facts of the relations that th
 The searched point is taken whether or not it beat the simple ones, so losses show. Test facts
 decide nothing. Bias left: all searches share one bank, so the calibration text is the same for all.
 
-    python benchmarks/search.py [--trials 40] [--seeds 3] [--quantizer gptq] [--out FILE]
+    python benchmarks/search.py [--trials 60] [--seeds 3] [--quantizer gptq] [--out FILE]
 
 Writes one JSON: `rows` of size, budget, rival, seed, stored bytes, answer loss, its standard
 error, KL, recall, paired difference to the knapsack; `cost` of an evaluation beside its linear
@@ -42,9 +42,9 @@ MODEL = "builtin:smollm2-135m"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--search-facts", type=int, default=240)
+    parser.add_argument("--search-facts", type=int, default=400)
     parser.add_argument("--quantizer", default="gptq")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/search.json"))

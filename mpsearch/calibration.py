@@ -32,7 +32,7 @@ class Calibration:
     @property
     def settings(self) -> Mapping[str, int | str]:
         return {
-            "text": "sampled from the model",
+            "text": "sampled from the model by inversion",
             "sequences": self.sequences,
             "length": self.length,
             "seed": self.seed,
@@ -56,8 +56,10 @@ def sample_text(model: Model, recipe: Calibration) -> Tensor:
     while tokens.shape[1] < recipe.length:
         output = model.module(newest, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
-        chances = output.logits[:, -1, :vocabulary].float().softmax(-1)
-        newest = torch.multinomial(chances, 1, generator=generator)
+        # By the inverse of the distribution function: one random number a text, not one a token.
+        below = output.logits[:, -1, :vocabulary].float().softmax(-1).cumsum(-1)
+        drawn = torch.rand(len(below), 1, generator=generator, device=model.device)
+        newest = torch.searchsorted(below, drawn * below[:, -1:]).clamp(max=vocabulary - 1)
         tokens = torch.cat([tokens, newest], dim=1)
     return tokens
 

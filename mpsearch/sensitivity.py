@@ -9,11 +9,10 @@ reference itself,
 per fact, summed over the answer's tokens, in nats. One backward pass gives the gradients of all
 layers and serves every format.
 
-Facts share a pass, so their gradients arrive summed. Each fact's term gets a random sign: the
-expectation of the square of the signed sum is the sum of the squares, as cross terms vanish.
+Facts share a pass, so their gradients arrive summed. The expectation of the square of the sum is
+the sum of the squares: a sampled answer's gradient has mean zero, so cross terms vanish.
 
-Source: the Fisher approximation of KL, with sampled labels (Kunstner et al., arXiv:1905.12558);
-sign probing after Hutchinson (1989).
+Source: the Fisher approximation of KL, with sampled labels (Kunstner et al., arXiv:1905.12558).
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ def measure_sensitivity(
         space: its groups and formats.
         bank: built for them; its model must hold the reference weights.
         facts: usually those of the search partition that the reference knows.
-        seed: of sampled answers and signs.
+        seed: of sampled answers.
     Raises:
         CheckError: a gradient is NaN or infinite.
     """
@@ -110,7 +109,7 @@ def measure_sensitivity(
     try:
         for index, row in enumerate(work.rows):
             report("sensitivity", index, len(work.rows))
-            samples = _signed_samples(work, row, draws, generator)
+            samples = _sampled_sums(work, row, draws, generator)
             for first in range(0, draws, _AT_ONCE):
                 drawn = [
                     torch.autograd.grad(log_prob, weights, retain_graph=True)
@@ -148,24 +147,22 @@ def _errors(group: LayerGroup, layer: str, space: ResolvedSpace, bank: Bank) -> 
     return (torch.stack(decoded) - bank.model.originals[layer]).float().flatten(1)
 
 
-def _signed_samples(
+def _sampled_sums(
     work: Pass, row: PreparedRow, draws: int, generator: torch.Generator
 ) -> list[Tensor]:
-    """For each draw, the signed sum over the row's facts of a sampled answer's log-probability.
+    """For each draw, the log-probability of answers sampled for all of the row's facts, summed.
 
-    Each answer token is drawn from the reference given the true answer's tokens before it.
+    Each answer token is drawn from the reference given the true answer's tokens before it, and
+    counts once for each fact that reads it.
     """
     with torch.enable_grad():
         log_probs = work.logits(row).log_softmax(-1)
     chances = log_probs.detach().exp().cpu()
+    places = torch.tensor([place for span, _ in row.spans for place in span])
     sums = []
     for _ in range(draws):
-        tokens = torch.multinomial(chances, 1, generator=generator)[:, 0]
-        signs = torch.zeros(len(chances))
-        for places, _ in row.spans:
-            signs[places] += float(torch.randint(2, (), generator=generator) * 2 - 1)
-        drawn = log_probs[torch.arange(len(chances)), tokens.to(log_probs.device)]
-        sums.append((drawn * signs.to(drawn.device)).sum())
+        tokens = torch.multinomial(chances[places], 1, generator=generator)[:, 0]
+        sums.append(log_probs[places.to(log_probs.device), tokens.to(log_probs.device)].sum())
     return sums
 
 
