@@ -17,12 +17,16 @@ from mpsearch.errors import UsageError
 from mpsearch.formats import Format
 from mpsearch.quantizers import InputStatistics
 
+# Of a group's range, shrunk by 0 to 11 twentieths, the one with the least squared error is kept.
+CLIP = {"power": 2.0, "grid": 20, "maxshrink": 0.6}
+
 
 class Gptq:
     """Columns are quantized one after another, each one's error spread over those still to come.
 
-    All widths of a layer share its Hessian and its factorization. Scales are rounded to bf16
-    inside the column loop, so the errors that later columns absorb are those of the stored scales.
+    All widths of a layer share its Hessian and its factorization. A group's range is the one of
+    `CLIP` that leaves the least squared error. Scales are rounded to bf16 inside the column loop,
+    so the errors that later columns absorb are those of the stored scales.
     """
 
     name = "gptq"
@@ -47,8 +51,8 @@ class Gptq:
             ) from None
 
     @property
-    def settings(self) -> Mapping[str, str]:
-        return {"gptqmodel": version("gptqmodel")}
+    def settings(self) -> Mapping[str, Any]:
+        return {"gptqmodel": version("gptqmodel"), "clip": CLIP}
 
     def quantize(
         self, weight: Tensor, formats: Sequence[Format], statistics: InputStatistics | None
@@ -92,11 +96,16 @@ def _task(linear: nn.Linear, fmt: Format) -> Any:
             return StoredScales(qcfg=self.qcfg, name=name)
 
     config = QuantizeConfig(
-        bits=fmt.bits, group_size=fmt.group_size, sym=True, desc_act=False, offload_to_disk=False
+        bits=fmt.bits,
+        group_size=fmt.group_size,
+        sym=True,
+        desc_act=False,
+        mse=CLIP["power"],
+        offload_to_disk=False,
     )
     named = NamedModule(linear, name="layer", full_name="layer", layer_index=0)
     task = Task(named, qcfg=config)
-    task.quantizer.configure(perchannel=True)
+    task.quantizer.configure(perchannel=True, grid=int(CLIP["grid"]), maxshrink=CLIP["maxshrink"])
     return task
 
 
