@@ -1,17 +1,21 @@
-"""What the model sees while GPTQ learns which inputs matter: text that it wrote itself.
+"""What the model sees while GPTQ learns which inputs matter: the user's text, or its own.
 
-Nothing has to be downloaded, and the text is of the kind that the model produces. A seed decides
-it, so the bank can name it before it exists.
+Text that the model writes itself needs no download and is of the kind that it produces. A seed
+decides it, so the bank can name it before it exists.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mpsearch.errors import UsageError
 from mpsearch.models import Model
 from mpsearch.quantizers import InputStatistics
 
@@ -22,21 +26,62 @@ class Calibration:
 
     Attributes:
         sequences, length: how many texts, and tokens in each.
-        seed: of the sampling.
+        seed: of the sampling; unused with a text.
+        text: to use instead of sampling, cut into `sequences` pieces from its beginning.
+        digest: SHA-256 of a text that is not at hand, so that its bank can still be named.
     """
 
     sequences: int = 64
     length: int = 128
     seed: int = 0
+    text: str = field(default="", repr=False)
+    digest: str = ""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """A UTF-8 text file. Raises `UsageError` if it cannot be read."""
+        try:
+            return cls(text=Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"calibration text '{path}' cannot be read: {error}") from None
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Calibration:
+        """The recipe with those settings, without its text."""
+        known = ("sequences", "length", "seed", "digest")
+        return cls(**{key: settings[key] for key in known if key in settings})
 
     @property
     def settings(self) -> Mapping[str, int | str]:
-        return {
-            "text": "sampled from the model by inversion",
-            "sequences": self.sequences,
-            "length": self.length,
-            "seed": self.seed,
-        }
+        size = {"sequences": self.sequences, "length": self.length}
+        if self.text or self.digest:
+            digest = self.digest or hashlib.sha256(self.text.encode()).hexdigest()
+            return {"text": "of a file", "digest": digest, **size}
+        return {"text": "sampled from the model by inversion", **size, "seed": self.seed}
+
+
+def calibration_tokens(model: Model, recipe: Calibration) -> Tensor:
+    """`(sequences, length)` tokens of a recipe.
+
+    Raises:
+        UsageError: the text is too short, or only its digest is at hand.
+    """
+    if recipe.digest and not recipe.text:
+        raise UsageError(
+            "these weights were calibrated on a text file and are not all in the bank; build it "
+            "with 'mpsearch bank' and the same --calibration file"
+        )
+    if not recipe.text:
+        return sample_text(model, recipe)
+    tokens = model.tokenizer(recipe.text, add_special_tokens=False)["input_ids"]
+    needed = recipe.sequences * recipe.length
+    if len(tokens) < needed:
+        raise UsageError(
+            f"the calibration text has {len(tokens)} tokens, and {needed} are needed "
+            f"({recipe.sequences} pieces of {recipe.length}); give a longer text"
+        )
+    cut = torch.tensor(tokens[:needed], device=model.device)
+    return cut.reshape(recipe.sequences, recipe.length)
 
 
 @torch.no_grad()

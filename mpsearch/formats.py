@@ -196,6 +196,9 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
 )
 
 
+_MOST_LISTED = 12
+
+
 def nearest(name: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
     """`; did you mean 'x'?` for the closest name, else the list of what is known.
 
@@ -204,7 +207,10 @@ def nearest(name: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
     """
     known = list(known)
     close = difflib.get_close_matches(name, [*known, *also], n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    rest = f" and {len(known) - _MOST_LISTED} more" if len(known) > _MOST_LISTED else ""
+    return f"; known: {', '.join(known[:_MOST_LISTED])}{rest}"
 
 
 def get_format(name: str) -> Format:

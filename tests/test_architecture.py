@@ -23,7 +23,17 @@ WITHOUT_TORCH = (
     *("front", "estimates", "allocate", "files", "facts", "run"),
 )
 WITH_TORCH = (
-    *("device", "builtin", "models", "forward", "codecs", "quantizers", "calibration", "bank"),
+    *(
+        "device",
+        "builtin",
+        "models",
+        "forward",
+        "codecs",
+        "quantizers",
+        "calibration",
+        "tensor_files",
+        "bank",
+    ),
     *("recall", "evaluate", "sensitivity", "samplers", "asked", "scorer", "search", "export"),
     *("plot", "doctor", "console", "cli"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,13 @@ import torch
 from conftest import build_tokenizer, tiny_llama
 from torch import Tensor
 
-from mpsearch.calibration import Calibration, input_statistics, sample_text
+from mpsearch.calibration import (
+    Calibration,
+    calibration_tokens,
+    input_statistics,
+    sample_text,
+)
+from mpsearch.errors import UsageError
 from mpsearch.models import Model, from_module
 
 RECIPE = Calibration(sequences=11, length=24, seed=3)  # a full batch of eight and a part of one
@@ -150,3 +157,42 @@ def test_no_hook_is_left_behind_even_after_an_interrupt(model: Model) -> None:
         input_statistics(model, tokens, interrupt)
     input_statistics(model, tokens, ignore)
     assert not any(model.linear(layer.name)._forward_pre_hooks for layer in model.layers)
+
+
+# ------------------------------------------------------------------------------ the user's text
+
+
+def test_a_text_is_cut_into_pieces_from_its_beginning(model: Model, tmp_path: Path) -> None:
+    words = "the color of s1 is red " * 10
+    (tmp_path / "text").write_text(words)
+    recipe = replace(Calibration.load(tmp_path / "text"), sequences=3, length=4)
+    tokens = calibration_tokens(model, recipe)
+    expected = model.tokenizer(words, add_special_tokens=False)["input_ids"][:12]
+    assert tokens.tolist() == [expected[:4], expected[4:8], expected[8:]]
+
+
+def test_settings_tell_texts_apart_and_lead_back_to_the_bank() -> None:
+    one, two = Calibration(text="one"), Calibration(text="two")
+    assert one.settings != two.settings
+    assert "seed" not in one.settings
+    assert Calibration.of(one.settings).settings == one.settings
+    sampled = Calibration(4, 5, 6)
+    assert Calibration.of(sampled.settings) == sampled
+
+
+def test_a_text_that_is_too_short_says_how_much_is_needed(model: Model) -> None:
+    with pytest.raises(UsageError, match=r"has 4 tokens, and 15 are needed \(3 pieces of 5\)"):
+        calibration_tokens(model, Calibration(3, 5, text="the color of s1"))
+
+
+def test_a_text_that_is_not_at_hand_is_asked_for(model: Model) -> None:
+    recipe = Calibration.of(Calibration(text="gone").settings)
+    with pytest.raises(UsageError, match="same --calibration file"):
+        calibration_tokens(model, recipe)
+
+
+def test_a_text_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for name in ("missing", "binary"):
+        with pytest.raises(UsageError, match=f"calibration text .*{name}.* cannot be read"):
+            Calibration.load(tmp_path / name)

@@ -229,4 +229,5 @@ def test_an_unknown_format_is_refused_with_the_nearest_name() -> None:
 
 def test_a_name_near_nothing_is_answered_with_all_that_is_known() -> None:
     assert nearest("zzz", ["one", "two"]) == "; known: one, two"
+    assert nearest("zzz", [f"n{i}" for i in range(20)]).endswith(", n11 and 8 more")
     assert nearest("onw", iter(["one", "two"])) == "; did you mean 'one'?"
