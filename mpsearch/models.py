@@ -22,6 +22,7 @@ from mpsearch.device import compute_dtype, pick_device, require_memory
 from mpsearch.errors import CheckError, ModelError
 from mpsearch.formats import ITEM_BYTES
 from mpsearch.layers import Layer
+from mpsearch.places import UNRECOGNISED, Place, find_places, why_kept
 
 # What transformers, tokenizers and safetensors raise for a damaged or strange folder.
 _FROM_BELOW = (
@@ -40,8 +41,10 @@ class Model:
         module: the transformers model, in evaluation mode, without gradients.
         tokenizer: its fast tokenizer.
         layers: the weight matrices that may be quantized, in model order.
+        places: layer name to where its weight lives in the module.
         originals: layer name to its weight as loaded `(rows, columns)`; never written to.
         kept: every other stored tensor by state-dict name, shared ones once, as bf16 if floating.
+        why_kept: for each of those, why it is no layer.
         fingerprint: hex digest over all names, shapes and bf16 values.
     """
 
@@ -50,8 +53,10 @@ class Model:
     module: Any
     tokenizer: Any
     layers: tuple[Layer, ...]
+    places: dict[str, Place]
     originals: dict[str, Tensor]
     kept: dict[str, Tensor]
+    why_kept: dict[str, str]
     fingerprint: str
 
     @property
@@ -70,9 +75,24 @@ class Model:
             for tensor in self.kept.values()
         )
 
-    def linear(self, layer: str) -> nn.Linear:
-        linear: nn.Linear = self.module.get_submodule(layer)
-        return linear
+    @property
+    def unrecognised(self) -> dict[str, str]:
+        """Kept weights above 1 % of the parameters that are of no known kind, and their kinds."""
+        weights = sum(place.loaded.numel() for place in self._one_a_parameter())
+        weights += sum(tensor.numel() for tensor in self.kept.values())
+        return {
+            name: reason
+            for name, reason in self.why_kept.items()
+            if reason.startswith(UNRECOGNISED) and self.kept[name].numel() > 0.01 * weights
+        }
+
+    def restore(self) -> None:
+        """Give every layer its reference weight."""
+        for place in self._one_a_parameter():
+            place.restore()
+
+    def _one_a_parameter(self) -> list[Place]:
+        return list({id(place.parameter): place for place in self.places.values()}.values())
 
 
 def load_model(name: str) -> Model:
@@ -144,21 +164,25 @@ def from_module(
                 f"model '{name}': '{tensor_name}' holds {bad} NaN or infinite of "
                 f"{tensor.numel()} values; the checkpoint is damaged, get it again"
             )
-    layers = find_layers(module)
-    if not layers:
+    searched = {place.parameter for place in find_places(module).values()}
+    if not searched:
         raise ModelError(f"model '{name}' has no linear layers that could be quantized")
-    searched = {f"{layer.name}.weight" for layer in layers}
     kept: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    seen = {parameter.data_ptr() for parameter in searched}
     for tensor_name, tensor in module.state_dict().items():
-        if tensor_name not in searched and tensor.data_ptr() not in seen:
+        if tensor.data_ptr() not in seen:
             seen.add(tensor.data_ptr())
             kept[tensor_name] = tensor.detach().cpu()
     fingerprint = _fingerprint(module)
     module = module.to(device)
     _cast(module, dtype)
-    originals = {layer.name: module.get_submodule(layer.name).weight.data for layer in layers}
-    return Model(name, folder, module, tokenizer, layers, originals, kept, fingerprint)
+    places = find_places(module)  # again, now that its tensors are those that it computes with
+    originals = {layer: place.original for layer, place in places.items()}
+    layers = tuple(Layer(layer, *weight.shape) for layer, weight in originals.items())
+    reasons = why_kept(module, kept)
+    return Model(
+        name, folder, module, tokenizer, layers, places, originals, kept, reasons, fingerprint
+    )
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
@@ -166,16 +190,6 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-
-
-def find_layers(module: Any) -> tuple[Layer, ...]:
-    """All linears but the output head, in model order."""
-    head = module.get_output_embeddings()
-    return tuple(
-        Layer(name, child.out_features, child.in_features)
-        for name, child in module.named_modules()
-        if isinstance(child, nn.Linear) and child is not head
-    )
 
 
 def _fingerprint(module: Any) -> str:
