@@ -42,9 +42,10 @@ class LayerGroup:
         Of experts it is their module's: `model.layers.0.mlp.experts`.
         """
         first, *rest = (layer.name for layer in self.layers)
+        parents = {layer.name.rpartition(".")[0] for layer in self.layers}
         experts = {_experts(layer.name) for layer in self.layers}
-        if len({name.rpartition(".")[0] for name in (first, *rest)}) > 1 and len(experts) == 1:
-            return experts.pop() or first
+        if len(parents) > 1 and len(experts) == 1 and (shared := experts.pop()):
+            return shared
         return "+".join([first, *(name.rpartition(".")[2] for name in rest)])
 
     @property

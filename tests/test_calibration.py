@@ -31,7 +31,7 @@ def model() -> Model:
 def inputs_of(model: Model, layer: str, tokens: Tensor) -> Tensor:
     """`(tokens, columns)`: what one layer reads in a plain pass of one text after another."""
     seen: list[Tensor] = []
-    hook = model.linear(layer).register_forward_pre_hook(
+    hook = model.module.get_submodule(layer).register_forward_pre_hook(
         lambda module, inputs: seen.append(inputs[0][0].clone())
     )
     for text in tokens:
@@ -149,4 +149,4 @@ def test_no_hook_is_left_behind_even_after_an_interrupt(model: Model) -> None:
     with pytest.raises(KeyboardInterrupt):
         input_statistics(model, tokens, interrupt)
     input_statistics(model, tokens, ignore)
-    assert not any(model.linear(layer.name)._forward_pre_hooks for layer in model.layers)
+    assert not any(model.module.get_submodule(layer.name)._forward_pre_hooks for layer in model.layers)

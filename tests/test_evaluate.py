@@ -57,7 +57,7 @@ def digest(model: Model) -> str:
 
 
 def places(model: Model) -> dict[str, int]:
-    return {layer.name: model.linear(layer.name).weight.data_ptr() for layer in model.layers}
+    return {layer.name: model.places[layer.name].weight.data_ptr() for layer in model.layers}
 
 
 # ------------------------------------------------------------------------------ swapping
@@ -70,8 +70,8 @@ def test_every_layer_gets_the_weight_of_its_format(
     with Bench(tiny_space, bank) as bench:
         bench.put(mixed)
         for layer, fmt in tiny_space.layer_formats(mixed).items():
-            assert torch.equal(tiny.linear(layer).weight, bank.weight(layer, fmt))
-            changed = not torch.equal(tiny.linear(layer).weight, tiny.originals[layer])
+            assert torch.equal(tiny.places[layer].weight, bank.weight(layer, fmt))
+            changed = not torch.equal(tiny.places[layer].weight, tiny.originals[layer])
             assert changed == fmt.quantized
 
 
@@ -170,7 +170,7 @@ def test_a_layer_that_could_not_be_swapped_is_swapped_next_time(
         flaky.broken = ""
         bench.put(int2)
         for layer, fmt in tiny_space.layer_formats(int2).items():
-            assert torch.equal(tiny.linear(layer).weight, flaky.weight(layer, fmt))
+            assert torch.equal(tiny.places[layer].weight, flaky.weight(layer, fmt))
 
 
 # ------------------------------------------------------------------------------ scoring

@@ -128,7 +128,7 @@ def test_each_run_uses_the_weights_of_its_moment() -> None:
     sequences = branching(6, seed=7)
     work = Pass(model, sequences)
     before = work.run()
-    model.linear("model.layers.0.mlp.down_proj").weight.data = torch.randn(64, 128)
+    model.places["model.layers.0.mlp.down_proj"].put(torch.randn(64, 128))
     expected = torch.tensor([sum_alone(model, sequence) for sequence in sequences])
     after = work.run()
     torch.testing.assert_close(after.float(), expected, atol=ROUNDING, rtol=0)
@@ -137,7 +137,7 @@ def test_each_run_uses_the_weights_of_its_moment() -> None:
 
 def test_nan_from_the_model_is_handed_on() -> None:
     model = float32_model(tiny_llama(VOCABULARY, seed=1))
-    model.linear("model.layers.1.mlp.down_proj").weight.data = torch.full((64, 128), torch.nan)
+    model.places["model.layers.1.mlp.down_proj"].put(torch.full((64, 128), torch.nan))
     assert Pass(model, branching(5, seed=8)).run().isnan().all()
 
 

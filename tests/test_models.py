@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from mpsearch import device
 from mpsearch.errors import CheckError, ModelError, MpsearchError, ResourceError
-from mpsearch.models import Model, check_folder, find_layers, from_module, load_model
+from mpsearch.models import Model, check_folder, from_module, load_model
 
 Edit = Callable[[Path], object]
 
@@ -186,7 +186,7 @@ def test_a_folder_without_tokenizer(folder: Path) -> None:
 
 
 def test_a_model_without_linear_layers() -> None:
-    module = GPT2LMHeadModel(GPT2Config(vocab_size=71, n_embd=8, n_layer=1, n_head=1))
+    module = GPT2LMHeadModel(GPT2Config(vocab_size=71, n_embd=8, n_layer=0, n_head=1))
     with pytest.raises(ModelError, match="no linear layers"):
         wrapped(module)
 
@@ -338,7 +338,7 @@ def test_the_module_is_a_frozen_reference(tiny: Model) -> None:
     assert tiny.dtype == device.compute_dtype(torch.device("cpu"))
     assert tiny.device == torch.device("cpu")
     for name, original in tiny.originals.items():
-        assert tiny.linear(name).weight.data_ptr() == original.data_ptr()
+        assert tiny.places[name].weight.data_ptr() == original.data_ptr()
 
 
 def test_the_reference_answers_as_transformers_does(tiny_folder: Path, tiny: Model) -> None:
@@ -385,8 +385,8 @@ def test_every_parameter_is_a_layer_or_kept_exactly_once(build: Callable[[], Any
 def test_embedding_and_head_are_kept_and_linears_searched_in_model_order(
     build: Callable[[], Any],
 ) -> None:
-    module = build()
-    assert [layer.name for layer in find_layers(module)] == [
+    model = wrapped(build())
+    assert [layer.name for layer in model.layers] == [
         f"model.layers.{block}.{part}_proj"
         for block in (0, 1)
         for part in (
@@ -394,9 +394,8 @@ def test_embedding_and_head_are_kept_and_linears_searched_in_model_order(
             *(f"mlp.{word}" for word in ("gate", "up", "down")),
         )
     ]
-    kept = wrapped(module).kept
-    assert "model.embed_tokens.weight" in kept
-    assert ("lm_head.weight" in kept) == (not module.config.tie_word_embeddings)
+    assert "model.embed_tokens.weight" in model.kept
+    assert ("lm_head.weight" in model.kept) == (not model.module.config.tie_word_embeddings)
 
 
 @architectures

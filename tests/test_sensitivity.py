@@ -156,10 +156,10 @@ def exact_damage(
         for layer in (layer for g in space.groups if g.name == group for layer in g.layers):
             original = model.originals[layer.name]
             error = bank.weight(layer.name, fmt) - original
-            model.linear(layer.name).weight.data = original + step * error
+            model.places[layer.name].put(original + step * error)
         found = torch.cat([found.double() for _, found, _ in work.continuations()])
         for layer in model.layers:
-            model.linear(layer.name).weight.data = model.originals[layer.name]
+            model.places[layer.name].put(model.originals[layer.name])
         return found
 
     damage = {}
@@ -331,7 +331,7 @@ def model_is_as_before(model: Model) -> bool:
         not parameter.requires_grad and parameter.grad is None
         for parameter in model.module.parameters()
     ) and all(
-        model.linear(name).weight.data_ptr() == original.data_ptr()
+        model.places[name].weight.data_ptr() == original.data_ptr()
         for name, original in model.originals.items()
     )
 

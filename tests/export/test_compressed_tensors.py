@@ -66,7 +66,7 @@ def check_export(
         bench.put(assignment)
         logits = model.module(torch.tensor([tokens])).logits
         weights = {
-            layer.name: model.linear(layer.name).weight.detach().clone() for layer in model.layers
+            layer.name: model.places[layer.name].weight.detach().clone() for layer in model.layers
         }
     loaded = reload(folder, tokens, tmp_path / "reloaded.safetensors")
     for name, weight in weights.items():
