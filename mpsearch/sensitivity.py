@@ -103,9 +103,7 @@ def measure_sensitivity(
     """
     model = bank.model
     layer_errors = _layer_errors(space, bank, report)
-    weight_error = {
-        key: sum(of_layers.values()) ** 0.5 for key, of_layers in layer_errors.items()
-    }
+    weight_error = {key: sum(of_layers.values()) ** 0.5 for key, of_layers in layer_errors.items()}
     squared = dict.fromkeys(weight_error, 0.0)
     reached: set[str] = set()
     generator = torch.Generator().manual_seed(seed)

@@ -32,7 +32,11 @@ class Target:
 
 # Phi-3's qkv_proj and gate_up_proj, GPT-2's c_attn and GPT-NeoX's query_key_value are one matrix
 # in the checkpoint already.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),  # latent attention of DeepSeek
+)
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
