@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 UNRECOGNISED = "not recognised"
@@ -92,9 +93,10 @@ def find_places(module: Any) -> dict[str, Place]:
         if _outside(text, name) or _is_router(module, name):
             continue
         if isinstance(child, nn.Linear | Conv1D):
-            if id(child.weight) not in taken:
-                taken.add(id(child.weight))
-                found[name] = Place(child.weight, child.weight.data, isinstance(child, Conv1D))
+            weight: Any = child.weight
+            if id(weight) not in taken:
+                taken.add(id(weight))
+                found[name] = Place(weight, weight.data, isinstance(child, Conv1D))
         elif _stacks_experts(child):
             found.update(_expert_places(name, child))
     return found
@@ -148,7 +150,7 @@ def expert_inputs(
     """
     first = "gate_up_proj" if experts.has_gate else "up_proj"
     weights = getattr(experts, first)
-    for expert in chosen.unique().tolist():
+    for expert in torch.unique(chosen).tolist():
         inputs = hidden[(chosen == expert).any(-1)]
         weight = weights[expert]
         inner = inputs @ (weight if experts.is_transposed else weight.t())
@@ -201,7 +203,7 @@ def _text_path(module: Any) -> str:
     if config.get_text_config(decoder=True) is config:
         return ""
     text = module.get_decoder()
-    return next(name for name, child in module.named_modules() if child is text)
+    return next(str(name) for name, child in module.named_modules() if child is text)
 
 
 def _outside(text: str, path: str) -> str | None:
