@@ -28,7 +28,7 @@ from mpsearch.codecs import decode
 from mpsearch.device import available_memory_bytes, require_disk
 from mpsearch.errors import CheckError, ResourceError, RunError, UsageError
 from mpsearch.files import write_atomically
-from mpsearch.formats import Format
+from mpsearch.formats import FORMATS, Format
 from mpsearch.layers import Layer
 from mpsearch.models import Model
 from mpsearch.quantizers import QUANTIZERS, Quantizer, get_quantizer
@@ -40,15 +40,33 @@ def silent(stage: str, done: int, total: int) -> None:
     """A progress report that goes nowhere."""
 
 
-def check_shapes(wanted: Iterable[tuple[Layer, Format]]) -> None:
-    """Raise `UsageError` if a layer's columns do not divide into a format's groups."""
+def check_formats(quantizer: Quantizer, wanted: Iterable[tuple[Layer, Format]]) -> None:
+    """Raise `UsageError` for a format that the quantizer or a layer's shape cannot take."""
     for layer, fmt in wanted:
-        if fmt.group_size and layer.columns % fmt.group_size:
+        if fmt.quantized and not quantizer.makes(fmt):
+            raise UsageError(
+                f"quantizer '{quantizer.name}' does not make format '{fmt.name}'; use another, or "
+                "leave the format out of the space"
+            )
+        if not fmt.fits(layer):
             raise UsageError(
                 f"format '{fmt.name}' cannot hold layer '{layer.name}': groups of "
-                f"{fmt.group_size} do not divide its {layer.columns} columns; give it bf16 by a "
-                "rule of the space"
+                f"{fmt.group_size} do not divide its {layer.columns} columns; use "
+                f"{_nearest_fit(fmt, layer).name}, or give the layer bf16 by a rule of the space"
             )
+
+
+def _nearest_fit(fmt: Format, layer: Layer) -> Format:
+    """The same kind of format with the largest groups below its own that divide the columns."""
+    alike = [
+        other
+        for other in FORMATS.values()
+        if (other.container, other.bits, other.symmetric, other.number)
+        == (fmt.container, fmt.bits, fmt.symmetric, fmt.number)
+        and other.fits(layer)
+        and (other.group_size or 0) < (fmt.group_size or 0)
+    ]
+    return max(alike, key=lambda other: other.group_size or 0)
 
 
 class Bank:
@@ -125,7 +143,7 @@ class Bank:
             CheckError: a quantizer returned something else than its format stores.
         """
         wanted = list(wanted)
-        check_shapes(wanted)
+        check_formats(self.quantizer, wanted)
         missing: dict[str, list[Format]] = {}
         for layer, fmt in wanted:
             if fmt.quantized and not self.path(layer.name, fmt).exists():

@@ -26,7 +26,7 @@ from optuna.trial import TrialState
 from mpsearch.allocate import greedy, knapsack, uniform
 from mpsearch.asked import MOST_FACTS, asked_facts, balanced, freeze_facts, known_facts
 from mpsearch.assignment import Assignment
-from mpsearch.bank import Bank, Report, check_shapes, silent
+from mpsearch.bank import Bank, Report, check_formats, silent
 from mpsearch.budget import check_reachable, format_size, parse_size
 from mpsearch.device import require_disk, require_memory
 from mpsearch.errors import CheckError, UsageError
@@ -121,11 +121,11 @@ class _Search:
         self, model: Model, space: ResolvedSpace, wish: Wish, facts: FactSet, report: Report
     ):
         check_wish(space, wish)
-        check_shapes(all_layers(space))
         self.model, self.space, self.wish, self.facts, self.report = (
             model, space, wish, facts, report,
         )  # fmt: skip
         quantizer = get_quantizer(wish.quantizer, space.target.name)
+        check_formats(quantizer, all_layers(space))
         self.bank = Bank(model, quantizer)
 
     @property

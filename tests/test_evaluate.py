@@ -283,12 +283,13 @@ def test_quantized_layers_leave_out_those_in_bf16(tiny: Model, tiny_space: Resol
 # ------------------------------------------------------------------------------ other families
 
 
+FEW = "version: 1\ntarget: compressed-tensors\nformats: [int2-g64, int4-g64, bf16]\n"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_put_in_place_and_restored_to_the_bit(family: str, tmp_path: Path) -> None:
     model = tiny_family(family)
-    space = SearchSpace.parse(
-        "version: 1\ntarget: compressed-tensors\nformats: [int2-g64, int4-g64, bf16]\n", "test"
-    ).resolve(model)
+    space = SearchSpace.parse(FEW, "test").resolve(model)
     bank = Bank(model, Rounding(), root=tmp_path)
     bank.build(all_layers(space))
     formats = ("int2-g64", "bf16", "int4-g64")
@@ -308,7 +309,7 @@ def test_an_interrupt_within_a_stack_of_experts_is_undone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_family("mixtral")
-    space = SearchSpace.default().resolve(model)
+    space = SearchSpace.parse(FEW, "test").resolve(model)
     bank = Bank(model, Rounding(), root=tmp_path)
     bank.build(all_layers(space))
     weight = bank.weight

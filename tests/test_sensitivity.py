@@ -374,12 +374,15 @@ def test_broken_weights_in_the_bank_are_a_check_error(
 # ------------------------------------------------------------------------------ other families
 
 
+FEW = "version: 1\ntarget: compressed-tensors\nformats: [int2-g64, int8-g64]\n"
+
+
 def family_table(
     family: str, facts: FactSet, root: Path, change: Callable[[Model], None] = lambda model: None
 ) -> tuple[Sensitivity, ResolvedSpace, Bank]:
     model = tiny_family(family)
     change(model)
-    space = SearchSpace.default().resolve(model)
+    space = SearchSpace.parse(FEW, "test").resolve(model)
     bank = built(model, Rounding(), space, root)
     return measure_sensitivity(space, bank, facts, facts.part("search")[:4]), space, bank
 
@@ -462,7 +465,7 @@ def test_a_group_that_no_fact_reached_gets_the_rate_of_its_kind() -> None:
         *(Layer(f"m.{block}.experts.0.up_proj", 4, 64) for block in (0, 1, 2, 3)),
         *(Layer(f"m.{block}.q_proj", 4, 64) for block in (0, 1)),
     ]
-    space = SearchSpace.default().resolve(SimpleNamespace(layers=layers, kept_bytes=0))
+    space = SearchSpace.parse(FEW, "test").resolve(SimpleNamespace(layers=layers, kept_bytes=0))
     errors = {
         (group.name, "int2-g64"): {group.layers[0].name: error}
         for group, error in zip(space.groups, (0.1, 0.2, 0.3, 0.4, 0.5, 0.0), strict=True)

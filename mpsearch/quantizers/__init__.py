@@ -37,6 +37,10 @@ class Quantizer(Protocol):
     container: str
     calibrated: bool
 
+    def makes(self, fmt: Format) -> bool:
+        """Whether it has codes for that format."""
+        ...
+
     @property
     def settings(self) -> Mapping[str, Any]:
         """Everything beside the arguments that decides the result, library version included."""
@@ -49,7 +53,7 @@ class Quantizer(Protocol):
 
 # By container; the first is its default.
 QUANTIZERS: Mapping[str, tuple[str, ...]] = {
-    "compressed-tensors": ("rounding", "gptq"),
+    "compressed-tensors": ("rounding", "gptq", "hqq"),
     "bitsandbytes": ("bitsandbytes",),
 }
 
@@ -62,11 +66,13 @@ def get_quantizer(name: str | None, container: str) -> Quantizer:
     """
     from mpsearch.quantizers.bitsandbytes import BitsAndBytes
     from mpsearch.quantizers.gptq import Gptq
+    from mpsearch.quantizers.hqq import Hqq
     from mpsearch.quantizers.rounding import Rounding
 
     quantizers: dict[str, type[Quantizer]] = {
         "rounding": Rounding,
         "gptq": Gptq,
+        "hqq": Hqq,
         "bitsandbytes": BitsAndBytes,
     }
     if name is not None and name not in quantizers:

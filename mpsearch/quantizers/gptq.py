@@ -16,13 +16,19 @@ from mpsearch.codecs import pack
 from mpsearch.errors import UsageError
 from mpsearch.formats import Format
 from mpsearch.quantizers import InputStatistics
+from mpsearch.quantizers.rounding import Rounding
+
+# Of a group's range, shrunk by 0 to 11 twentieths, the one with the least squared error is kept.
+CLIP = {"power": 2.0, "grid": 20, "maxshrink": 0.6}
 
 
 class Gptq:
     """Columns are quantized one after another, each one's error spread over those still to come.
 
-    All widths of a layer share its Hessian and its factorization. Scales are rounded to bf16
-    inside the column loop, so the errors that later columns absorb are those of the stored scales.
+    All widths of a layer share its Hessian and its factorization. A group's range is the one of
+    `CLIP` that leaves the least squared error. Scales are rounded to bf16 inside the column loop,
+    so the errors that later columns absorb are those of the stored scales. Floating-point formats
+    have no such scheme in the library: they are rounded to nearest.
     """
 
     name = "gptq"
@@ -30,6 +36,7 @@ class Gptq:
     calibrated = True
 
     def __init__(self) -> None:
+        self._rounding = Rounding()
         # On two cores gptqmodel's worker pool crashes unless told its size.
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
         # Its first forward otherwise compiles for minutes.
@@ -47,8 +54,15 @@ class Gptq:
             ) from None
 
     @property
-    def settings(self) -> Mapping[str, str]:
-        return {"gptqmodel": version("gptqmodel")}
+    def settings(self) -> Mapping[str, Any]:
+        return {
+            "gptqmodel": version("gptqmodel"),
+            "clip": CLIP,
+            "floats": dict(self._rounding.settings),
+        }
+
+    def makes(self, fmt: Format) -> bool:
+        return fmt.container == self.container
 
     def quantize(
         self, weight: Tensor, formats: Sequence[Format], statistics: InputStatistics | None
@@ -57,20 +71,23 @@ class Gptq:
 
         if statistics is None:
             raise ValueError("GPTQ needs input statistics")
+        floats = [fmt for fmt in formats if fmt.number == "float"]
+        stored = self._rounding.quantize(weight, floats, None)
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
         linear.weight.data = weight.float()
         leader = _task(linear, formats[0])
         leader.H = statistics.gram * (2 / statistics.tokens)
         leader.nsamples = statistics.tokens
         factors = SharedHessianFactorCache(generation=0, cohort="layer")
-        stored = {}
         for fmt in formats:
+            if fmt in floats:
+                continue
             task = _task(linear, fmt)
             task.adopt_hessian_from(leader)
             task.attach_shared_hessian_cache(factors)
-            dequantized, scale, *_ = task.quantize()
+            dequantized, scale, zero, *_ = task.quantize()
             task.free()
-            stored[fmt.name] = _pack(dequantized.float(), scale, fmt)
+            stored[fmt.name] = _pack(dequantized.float(), scale, zero, fmt)
         return stored
 
 
@@ -92,19 +109,34 @@ def _task(linear: nn.Linear, fmt: Format) -> Any:
             return StoredScales(qcfg=self.qcfg, name=name)
 
     config = QuantizeConfig(
-        bits=fmt.bits, group_size=fmt.group_size, sym=True, desc_act=False, offload_to_disk=False
+        bits=fmt.bits,
+        group_size=fmt.group_size or -1,
+        sym=fmt.symmetric,
+        desc_act=False,
+        act_group_aware=bool(fmt.group_size),
+        mse=CLIP["power"],
+        offload_to_disk=False,
     )
     named = NamedModule(linear, name="layer", full_name="layer", layer_index=0)
     task = Task(named, qcfg=config)
-    task.quantizer.configure(perchannel=True)
+    task.quantizer.configure(perchannel=True, grid=int(CLIP["grid"]), maxshrink=CLIP["maxshrink"])
     return task
 
 
 @torch.no_grad()
-def _pack(dequantized: Tensor, scale: Tensor, fmt: Format) -> dict[str, Tensor]:
-    """Codes from gptqmodel's dequantized weights; exact, since those are code times scale."""
+def _pack(dequantized: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> dict[str, Tensor]:
+    """Codes from gptqmodel's dequantized weights; exact, since those are code times scale.
+
+    Args:
+        zero: `(rows, groups)` the unsigned code that means zero.
+    """
     group_size = fmt.group_size or dequantized.shape[1]
-    per_column = scale.repeat_interleave(group_size, dim=1)[:, : dequantized.shape[1]]
     half = 2 ** (fmt.bits - 1)
-    codes = (dequantized / per_column).round().clamp(-half, half - 1).to(torch.int8)
-    return pack(codes, scale.to(torch.bfloat16), fmt)
+    zero_point = (zero - half).to(torch.int8)
+
+    def per_column(of_groups: Tensor) -> Tensor:
+        return of_groups.repeat_interleave(group_size, dim=1)[:, : dequantized.shape[1]]
+
+    codes = (dequantized / per_column(scale)).round() + per_column(zero_point)
+    codes = codes.clamp(-half, half - 1).to(torch.int8)
+    return pack(codes, scale.to(torch.bfloat16), fmt, None if fmt.symmetric else zero_point)

@@ -92,6 +92,18 @@ def test_every_width_reloads_bit_equal_in_a_fresh_process(
     check_export(tiny, tiny_space, assignment, [2, 5, 3, 23, 4], tmp_path)
 
 
+def test_zero_points_other_groups_and_fp8_reload_bit_equal(tiny: Model, tmp_path: Path) -> None:
+    formats = [
+        "int4-g64-asym", "int3-g32-asym", "int5-g32", "int6-channel", "fp8", "int2-channel-asym",
+        "int8-g64-asym", "bf16",
+    ]  # fmt: skip
+    space = SearchSpace.parse(
+        f"version: 1\ntarget: compressed-tensors\nformats: [{', '.join(formats)}]\n", "test"
+    ).resolve(tiny)
+    assert len(space.groups) == len(formats)
+    check_export(tiny, space, mixed(space, formats), [2, 5, 3, 23, 4], tmp_path)
+
+
 def test_layers_kept_in_bf16_reload_bit_equal(tiny: Model, tmp_path: Path) -> None:
     space = SearchSpace.parse(
         "version: 1\ntarget: compressed-tensors\nformats: [int4-g64, bf16]\n", "test"
