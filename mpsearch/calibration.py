@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import UsageError
 from mpsearch.models import Model
+from mpsearch.places import expert_inputs
 from mpsearch.quantizers import InputStatistics
 
 
@@ -115,15 +116,25 @@ def input_statistics(
 ) -> dict[str, InputStatistics]:
     """Gram matrices of every layer's input over the reference model's pass through the text.
 
-    Layers that read the same tensor (q, k, v) share one matrix.
+    Layers that read the same tensor (q, k, v) share one matrix. An expert's is of its own tokens;
+    one that no token reached gets the identity of one token, by which all inputs matter alike.
 
     Args:
         tokens: `(sequences, length)`.
         report: called with sequences done and in all.
     """
     grams: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
     leader_of: dict[str, str] = {}
     last: dict[str, object] = {"input": None, "name": None}
+
+    def add(name: str, inputs: Tensor) -> None:
+        flat = inputs.reshape(-1, inputs.shape[-1]).float()
+        counts[name] = counts.get(name, 0) + len(flat)
+        if name in grams:
+            grams[name].addmm_(flat.T, flat)
+        else:
+            grams[name] = flat.T @ flat
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -131,18 +142,32 @@ def input_statistics(
                 leader_of[name] = str(last["name"])
                 return
             last.update(input=inputs[0], name=name)
-            flat = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-            if name in grams:
-                grams[name].addmm_(flat.T, flat)
-            else:
-                grams[name] = flat.T @ flat
+            add(name, inputs[0])
 
         return hook
 
-    hooks = [
-        model.linear(layer.name).register_forward_pre_hook(watch(layer.name))
-        for layer in model.layers
-    ]
+    def watch_experts(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            for expert, of_first, of_down in expert_inputs(module, inputs[0], inputs[1]):
+                add(f"{path}.{expert}.up_proj", of_first)
+                add(f"{path}.{expert}.down_proj", of_down)
+
+        return hook
+
+    hooks = []
+    stacks: set[str] = set()
+    for name, place in model.places.items():
+        if place.expert is None:
+            module = model.module.get_submodule(name)
+            hooks.append(module.register_forward_pre_hook(watch(name)))
+            continue
+        path, part = name.rsplit(".", 2)[0], name.rpartition(".")[2]
+        if part == "gate_proj":
+            leader_of[name] = f"{path}.{place.expert}.up_proj"
+        if path not in stacks:
+            stacks.add(path)
+            module = model.module.get_submodule(path)
+            hooks.append(module.register_forward_pre_hook(watch_experts(path)))
     try:
         for start in range(0, len(tokens), 8):
             model.module.get_decoder()(tokens[start : start + 8], use_cache=False)
@@ -150,7 +175,9 @@ def input_statistics(
     finally:
         for hook in hooks:
             hook.remove()
-    return {
-        layer.name: InputStatistics(grams[leader_of.get(layer.name, layer.name)], tokens.numel())
-        for layer in model.layers
-    }
+    found = {}
+    for layer in model.layers:
+        name = leader_of.get(layer.name, layer.name)
+        gram = grams[name] if name in grams else torch.eye(layer.columns, device=model.device)
+        found[layer.name] = InputStatistics(gram, counts.get(name, 1))
+    return found

@@ -149,10 +149,11 @@ def _search(args: argparse.Namespace) -> None:
 
 
 def _layers(args: argparse.Namespace) -> None:
-    from mpsearch.console import emit_json, say, show_layers
+    from mpsearch.console import emit_json, say, show_kept, show_layers
 
     space_file = _space(args)
-    space = space_file.resolve(_model(args))
+    model = _model(args)
+    space = space_file.resolve(model)
     if args.json:
         emit_json(
             {
@@ -171,10 +172,12 @@ def _layers(args: argparse.Namespace) -> None:
                     }
                     for group in space.groups
                 ],
+                "kept": model.kept_by_reason(),
             }
         )
     else:
         show_layers(space, args.model)
+        show_kept(model.kept_by_reason())
     say(f"next: mpsearch search {args.model} --budget SIZE -o runs/NAME")
 
 
@@ -341,7 +344,10 @@ def _model(args: argparse.Namespace) -> Any:
     say(f"loading {args.model}")
     from mpsearch.models import load_model
 
-    return load_model(args.model)
+    model = load_model(args.model)
+    for name, reason in model.unrecognised.items():
+        say(f"'{name}' stays as it is ({reason})")
+    return model
 
 
 def _parse_seconds(text: str) -> float:

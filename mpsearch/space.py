@@ -114,7 +114,7 @@ class SearchSpace:
                     "can be tied",
                 )
         ties = _union([*self.target.fused, *(tie for tie, _ in self.ties)])
-        groups = group_layers(model.layers, ties)
+        groups = group_layers(model.layers, ties, self.target.fuses_experts)
         options = {group.name: self._options(group) for group in groups}
         return ResolvedSpace(self, groups, options, model.kept_bytes)
 

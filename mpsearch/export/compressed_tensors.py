@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from mpsearch.bank import Bank
 from mpsearch.codecs import COMPRESSION, quantization_args
+from mpsearch.errors import UsageError
 from mpsearch.formats import Format
 from mpsearch.models import Model
 
@@ -24,11 +25,26 @@ def write_compressed_tensors(
 
     Args:
         formats: layer name to format, for every searched layer.
+
+    Raises:
+        UsageError: a quantized layer is no linear, and so nothing could load it.
     """
     tensors = {name: tensor.contiguous() for name, tensor in model.kept.items()}
+    names = {parameter: name for name, parameter in model.module.named_parameters()}
     for layer, fmt in formats.items():
-        for suffix, tensor in bank.stored(layer, fmt).items():
-            tensors[f"{layer}.{suffix}"] = tensor
+        place = model.places[layer]
+        if not fmt.quantized:  # as the model stores it: transposed, or all experts in one
+            tensors[names[place.parameter]] = place.loaded.to("cpu", torch.bfloat16).contiguous()
+        elif place.transposed or place.expert is not None:
+            # transformers 5.23 dequantizes stacked experts by one scheme for the whole model, and
+            # compressed-tensors 0.20 compresses linears only.
+            raise UsageError(
+                f"'{layer}' is no linear, and what loads compressed-tensors quantizes linears "
+                "only; search a space whose rules leave such layers bf16"
+            )
+        else:
+            for suffix, tensor in bank.stored(layer, fmt).items():
+                tensors[f"{layer}.{suffix}"] = tensor
     weights = folder / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
     weights.chmod(0o644)  # a server may run as another user
