@@ -321,6 +321,11 @@ class Bank:
             self._decoded_bytes -= self._decoded.popitem(last=False)[1].nbytes
         return weight
 
+    def forget(self) -> None:
+        """Drop the decoded weights that are kept for reuse."""
+        self._decoded.clear()
+        self._decoded_bytes = 0
+
     def _check(self, layer: Layer, fmt: Format, stored: Mapping[str, Tensor]) -> None:
         """Raise `CheckError` unless a quantizer returned what the format stores."""
         promised = fmt.tensors(layer.rows, layer.columns)
