@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ class Model:
         kept: every other stored tensor by state-dict name, shared ones once, as bf16 if floating.
         why_kept: for each of those, why it is no layer.
         fingerprint: hex digest over all names, shapes and bf16 values.
+        preparation: what was folded into the weights that were loaded, as JSON; see
+            `mpsearch.awq`.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Model:
     kept: dict[str, Tensor]
     why_kept: dict[str, str]
     fingerprint: str
+    preparation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

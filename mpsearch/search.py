@@ -136,6 +136,7 @@ class _Search:
     def question(self) -> dict[str, Any]:
         return {
             "model": self.model.name,
+            "awq": bool(self.model.preparation),
             "fingerprint": self.model.fingerprint,
             "target": self.space.target.name,
             "formats": {
@@ -158,7 +159,7 @@ class _Search:
             run.check_question(self.question)
         else:
             self._check_resources(out)
-            run = Run.create(out, self.question, self.space)
+            run = Run.create(out, self.question, self.space, self.model.preparation)
         with run.locked():
             run.mend()
             run.content["finished"] = False
