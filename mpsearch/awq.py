@@ -95,7 +95,7 @@ def fold(model: Model, foldings: Mapping[str, Any]) -> Model:
     prepared = from_module(
         model.name, model.folder, model.module, model.tokenizer, model.device, model.dtype
     )
-    return replace(prepared, preparation=dict(foldings))
+    return replace(prepared, preparation=dict(foldings), chat=model.chat)
 
 
 def _readers(model: Model, tokens: Tensor) -> dict[str, list[str]]:

@@ -92,7 +92,7 @@ def _resume_hint(args: argparse.Namespace) -> str:
         value = getattr(args, flag)
         if value is not None and value != args.defaults.get(flag):
             given.append(f"--{flag.replace('_', '-')} {shlex.quote(str(value))}")
-    given += ["--awq"] * args.awq
+    given += ["--awq"] * args.awq + ["--chat-template"] * args.chat_template
     model, out = shlex.quote(args.model), shlex.quote(args.out)
     return f"; continue with: mpsearch search {model} {' '.join(given)} --resume -o {out}"
 
@@ -413,6 +413,9 @@ def _parser() -> argparse.ArgumentParser:
         )
     for command in (search, sensitivity):
         command.add_argument("--facts", metavar="FILE", help="JSONL of facts (the built-in ones)")
+        command.add_argument(
+            "--chat-template", action="store_true", help="ask facts through the model's template"
+        )
         command.add_argument("--seed", type=int, default=0, help="of every random choice (0)")
 
     add("front", _front, "print the validated points of a run").add_argument("run")

@@ -137,6 +137,7 @@ class _Search:
         return {
             "model": self.model.name,
             "awq": bool(self.model.preparation),
+            "chat_template": self.model.chat,
             "fingerprint": self.model.fingerprint,
             "target": self.space.target.name,
             "formats": {
@@ -164,10 +165,10 @@ class _Search:
             run.mend()
             run.content["finished"] = False
             run.save()
-            self.bank.build(all_layers(self.space), self.report)
             self.report("asking the reference", 0, 1)
             freeze_facts(run, self.model, self.facts, self.wish.search_facts)
             self.report("asking the reference", 1, 1)
+            self.bank.build(all_layers(self.space), self.report)
             damage = self._sensitivity(run).fisher_nats
             with Bench(self.space, self.bank) as bench:
                 work = _Work(self, run, bench)
