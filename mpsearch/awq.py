@@ -27,7 +27,7 @@ from mpsearch.quantizers import InputStatistics
 from mpsearch.quantizers.rounding import Rounding
 
 # Of an activation's root mean square: how much of it goes into the scale.
-_STRENGTHS = tuple(tenth / 10 for tenth in range(11))
+_STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 _TRIED_ON = (FORMATS["int3-g64"], FORMATS["int3-g32"], FORMATS["int3-channel"])
 
 
