@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 import mpsearch as mps
-from mpsearch.allocate import uniform
+from mpsearch.allocate import greedy, knapsack, uniform
 from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank
 from mpsearch.console import Progress, quiet_libraries, say
@@ -105,8 +105,8 @@ def _rows(
     """Score the rivals of one finished run on all test facts of its known relations."""
     facts = mps.FactSet.builtin()
     known = set(run.relations("search"))
-    rivals = _rivals(run)
-    bank = Bank.of(model, json.loads(rivals["knapsack"].bank))
+    rivals = _rivals(run, space)
+    bank = Bank.of(model, run.question["bank"])
     proxy = mps.RecallProxy(model, facts, facts.part("test", known), contrast=True)
     with Bench(space, bank) as bench:
         scored = {name: bench.evaluate(a, proxy) for name, a in rivals.items()}
@@ -136,13 +136,18 @@ def _rows(
     return [row(name, evaluation) for name, evaluation in scored.items()]
 
 
-def _rivals(run: Run) -> dict[str, Assignment]:
-    """The best of each kind within the run's budget, by validation loss."""
+def _rivals(run: Run, space: Any) -> dict[str, Assignment]:
+    """The best uniform and the best searched point by validation loss; greedy and knapsack at the
+    run's budget, which may be the same assignment."""
     rivals: dict[str, Assignment] = {}
     points = sorted(run.points(), key=lambda point: point.answer_loss.mean)
     for point in points:
-        if point.stored_bytes <= run.budget_bytes:
+        if point.stored_bytes <= run.budget_bytes and point.kind in ("uniform", "search"):
             rivals.setdefault(point.kind, point.assignment)
+    table = json.loads((run.folder / "sensitivity.json").read_text(encoding="utf-8"))
+    damage = mps.Sensitivity.from_json(table).fisher_nats
+    rivals["greedy"] = greedy(space, damage, run.budget_bytes)
+    (rivals["knapsack"],) = knapsack(space, damage, [run.budget_bytes])
     return rivals
 
 
@@ -153,8 +158,8 @@ def _cost(run: Run, model: mps.Model, space: Any) -> dict[str, float]:
     by_key = {(fact.relation, fact.subject): fact for fact in facts.facts}
     keys = zip(run.relations("search"), run.content["subjects"]["search"], strict=True)
     proxy = mps.RecallProxy(model, facts, [by_key[key] for key in keys], contrast=False)
-    candidates = list(_rivals(run).values())
-    bank = Bank.of(model, json.loads(candidates[0].bank))
+    candidates = list(_rivals(run, space).values())
+    bank = Bank.of(model, run.question["bank"])
     inputs = {
         layer.columns: torch.randn(proxy.tokens, layer.columns, device=model.device).to(model.dtype)
         for layer in model.layers
