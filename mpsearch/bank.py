@@ -41,8 +41,14 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 def check_shapes(wanted: Iterable[tuple[Layer, Format]]) -> None:
-    """Raise `UsageError` if a layer's columns do not divide into a format's groups."""
+    """Raise `UsageError` if a layer's sides do not divide into a format's groups and words."""
     for layer, fmt in wanted:
+        if layer.rows % fmt.side_multiple or layer.columns % fmt.side_multiple:
+            raise UsageError(
+                f"format '{fmt.name}' cannot hold layer '{layer.name}': its {layer.rows} x "
+                f"{layer.columns} weights are no multiples of {fmt.side_multiple} on both sides; "
+                "give it bf16 by a rule of the space"
+            )
         if fmt.group_size and layer.columns % fmt.group_size:
             raise UsageError(
                 f"format '{fmt.name}' cannot hold layer '{layer.name}': groups of "

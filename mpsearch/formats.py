@@ -17,7 +17,10 @@ from mpsearch.errors import UsageError
 from mpsearch.layers import Layer, LayerGroup
 
 ITEM_BYTES = MappingProxyType(
-    {"int64": 8, "int32": 4, "float32": 4, "bfloat16": 2, "int8": 1, "uint8": 1}
+    {
+        **{"int64": 8, "int32": 4, "float32": 4, "bfloat16": 2, "float16": 2},
+        **{"int8": 1, "uint8": 1},
+    }
 )
 
 
@@ -41,6 +44,7 @@ class Format:
         container: the checkpoint format that holds it; `any` for unquantized weights.
         tensors: `(rows, columns)` to the tensors stored, by the suffix after `<layer>.`.
         group_size: columns that share a scale; None where the format has another rule.
+        side_multiple: rows and columns must both be multiples of it.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Format:
     container: str
     tensors: Callable[[int, int], dict[str, StoredTensor]] = field(repr=False, compare=False)
     group_size: int | None = None
+    side_multiple: int = 1
 
     @property
     def quantized(self) -> bool:
@@ -81,6 +86,27 @@ def _packed_integer(bits: int, group_size: int) -> Format:
     return Format(
         f"int{bits}-g{group_size}", bits, "compressed-tensors", tensors, group_size=group_size
     )
+
+
+def _gptq(bits: int, group_size: int) -> Format:
+    """Symmetric integers of a GPTQ checkpoint, all tensors transposed: inputs run downwards.
+
+    A column's codes are packed densely into 32-bit words, and so are a group's zero-points; an
+    fp16 scale a group; the group of each input. Kernels read whole words on both sides.
+    Source: gptqmodel 7.6, nn_modules/qlinear, `_register_gptq_buffers`.
+    """
+
+    def tensors(rows: int, columns: int) -> dict[str, StoredTensor]:
+        groups = ceil(columns / group_size)
+        return {
+            "qweight": StoredTensor("int32", (ceil(columns * bits / 32), rows)),
+            "qzeros": StoredTensor("int32", (groups, ceil(rows * bits / 32))),
+            "scales": StoredTensor("float16", (groups, rows)),
+            "g_idx": StoredTensor("int32", (columns,)),
+        }
+
+    name = f"gptq{bits}-g{group_size}"
+    return Format(name, bits, "gptq", tensors, group_size=group_size, side_multiple=32)
 
 
 def _bf16(rows: int, columns: int) -> dict[str, StoredTensor]:
@@ -117,6 +143,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         fmt.name: fmt
         for fmt in (
             *(_packed_integer(bits, 64) for bits in (2, 3, 4, 8)),
+            *(_gptq(bits, size) for bits in (2, 3, 4, 8) for size in (32, 64, 128)),
             Format("nf4", 4, "bitsandbytes", _nf4),
             Format("int8", 8, "bitsandbytes", _int8),
             BF16,

@@ -34,7 +34,6 @@ class Quantizer(Protocol):
     """
 
     name: str
-    container: str
     calibrated: bool
 
     @property
@@ -50,6 +49,7 @@ class Quantizer(Protocol):
 # By container; the first is its default.
 QUANTIZERS: Mapping[str, tuple[str, ...]] = {
     "compressed-tensors": ("rounding", "gptq"),
+    "gptq": ("gptq", "rounding"),
     "bitsandbytes": ("bitsandbytes",),
 }
 

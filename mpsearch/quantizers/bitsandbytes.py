@@ -17,7 +17,6 @@ class BitsAndBytes:
     """The library's own kernels choose codes and scales; stored under its own tensor names."""
 
     name = "bitsandbytes"
-    container = "bitsandbytes"
     calibrated = False
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpsearch.codecs import pack
+from mpsearch.codecs import pack, stored_scale
 from mpsearch.errors import UsageError
 from mpsearch.formats import Format
 from mpsearch.quantizers import InputStatistics
@@ -25,12 +25,11 @@ class Gptq:
     """Columns are quantized one after another, each one's error spread over those still to come.
 
     All widths of a layer share its Hessian and its factorization. A group's range is the one of
-    `CLIP` that leaves the least squared error. Scales are rounded to bf16 inside the column loop,
-    so the errors that later columns absorb are those of the stored scales.
+    `CLIP` that leaves the least squared error. Scales are rounded as they are stored inside the
+    column loop, so the errors that later columns absorb are those of the checkpoint.
     """
 
     name = "gptq"
-    container = "compressed-tensors"
     calibrated = True
 
     def __init__(self) -> None:
@@ -89,7 +88,7 @@ def _task(linear: nn.Linear, fmt: Format) -> Any:
 
         def find_params(self, x: Tensor, weight: bool = False) -> None:
             super().find_params(x, weight)
-            self.scale: Tensor = self.scale.bfloat16().float()
+            self.scale: Tensor = stored_scale(self.scale, fmt).float()
 
     class Task(GPTQ):  # type: ignore[misc]
         def create_quantizer(self, name: str) -> StoredScales:
@@ -116,4 +115,4 @@ def _pack(dequantized: Tensor, scale: Tensor, fmt: Format) -> dict[str, Tensor]:
     per_column = scale.repeat_interleave(group_size, dim=1)[:, : dequantized.shape[1]]
     half = 2 ** (fmt.bits - 1)
     codes = (dequantized / per_column).round().clamp(-half, half - 1).to(torch.int8)
-    return pack(codes, scale.to(torch.bfloat16), fmt)
+    return pack(codes, stored_scale(scale, fmt), fmt)

@@ -1,4 +1,4 @@
-"""Rounding to nearest, with compressed-tensors' own scales and grid."""
+"""Rounding to nearest, with compressed-tensors' own scales and grid; GPTQ's grid is the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
-from mpsearch.codecs import pack, quantization_args
+from mpsearch.codecs import pack, quantization_args, stored_scale
 from mpsearch.formats import Format
 from mpsearch.quantizers import InputStatistics
 
@@ -16,11 +16,10 @@ from mpsearch.quantizers import InputStatistics
 class Rounding:
     """Each group's scale spans its largest magnitude; each weight takes the nearest code.
 
-    The scale is rounded to bf16 before codes are chosen, so they suit the scale that is stored.
+    The scale is rounded before codes are chosen, so they suit the scale that is stored.
     """
 
     name = "rounding"
-    container = "compressed-tensors"
     calibrated = False
 
     @property
@@ -40,7 +39,6 @@ class Rounding:
         args = quantization_args(fmt)
         grouped = weight.reshape(len(weight), -1, fmt.group_size or weight.shape[1])
         scale, zero_point = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
-        # An all-zero group gets the smallest scale that bf16 holds without becoming zero.
-        scale = scale.clamp(min=torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
+        scale = stored_scale(scale, fmt)
         codes = quantize(weight, scale.float(), zero_point, args, dtype=torch.int8)
         return pack(codes, scale, fmt)
