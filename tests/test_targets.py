@@ -13,6 +13,10 @@ from mpsearch.targets import TARGETS
     ("target", "formats"),
     [
         ("compressed-tensors", {"int2-g64", "int3-g64", "int4-g64", "int8-g64", "bf16"}),
+        (
+            "gptq",
+            {f"gptq{bits}-g{size}" for bits in (2, 3, 4, 8) for size in (32, 64, 128)} | {"bf16"},
+        ),
         ("bitsandbytes", {"nf4", "int8", "bf16"}),
     ],
 )
@@ -20,9 +24,10 @@ def test_each_target_holds_its_formats(target: str, formats: set[str]) -> None:
     assert {fmt.name for fmt in TARGETS[target].formats} == formats
 
 
-def test_there_are_two_targets_by_their_names() -> None:
+def test_there_are_three_targets_by_their_names() -> None:
     assert {name: target.name for name, target in TARGETS.items()} == {
         "compressed-tensors": "compressed-tensors",
+        "gptq": "gptq",
         "bitsandbytes": "bitsandbytes",
     }
 
@@ -37,9 +42,10 @@ def test_every_target_holds_unquantized_weights() -> None:
     assert all(BF16 in target.formats for target in TARGETS.values())
 
 
-def test_only_compressed_tensors_mixes_quantized_formats() -> None:
+def test_all_but_bitsandbytes_mix_quantized_formats() -> None:
     assert {name: target.mixes for name, target in TARGETS.items()} == {
         "compressed-tensors": True,
+        "gptq": True,
         "bitsandbytes": False,
     }
 

@@ -49,7 +49,7 @@ class Quantizer(Protocol):
 # By container; the first is its default.
 QUANTIZERS: Mapping[str, tuple[str, ...]] = {
     "compressed-tensors": ("rounding", "gptq"),
-    "gptq": ("gptq", "rounding"),
+    "gptq": ("gptq", "rounding", "auto-gptq"),
     "bitsandbytes": ("bitsandbytes",),
 }
 
@@ -60,6 +60,7 @@ def get_quantizer(name: str | None, container: str) -> Quantizer:
     Raises:
         UsageError: unknown, missing its library, or made for another container.
     """
+    from mpsearch.quantizers.autogptq import AutoGptq
     from mpsearch.quantizers.bitsandbytes import BitsAndBytes
     from mpsearch.quantizers.gptq import Gptq
     from mpsearch.quantizers.rounding import Rounding
@@ -67,6 +68,7 @@ def get_quantizer(name: str | None, container: str) -> Quantizer:
     quantizers: dict[str, type[Quantizer]] = {
         "rounding": Rounding,
         "gptq": Gptq,
+        "auto-gptq": AutoGptq,
         "bitsandbytes": BitsAndBytes,
     }
     if name is not None and name not in quantizers:

@@ -73,7 +73,7 @@ class Gptq:
             task.attach_shared_hessian_cache(factors)
             dequantized, scale, *_ = task.quantize()
             task.free()
-            stored[fmt.name] = _pack(dequantized.float(), scale, fmt)
+            stored[fmt.name] = pack_dequantized(dequantized.float(), scale, fmt)
         return stored
 
 
@@ -109,8 +109,13 @@ def _task(linear: nn.Linear, fmt: Format) -> Any:
 
 
 @torch.no_grad()
-def _pack(dequantized: Tensor, scale: Tensor, fmt: Format) -> dict[str, Tensor]:
-    """Codes from gptqmodel's dequantized weights; exact, since those are code times scale."""
+def pack_dequantized(dequantized: Tensor, scale: Tensor, fmt: Format) -> dict[str, Tensor]:
+    """Stored tensors from GPTQ's dequantized weights; exact, since those are code times scale.
+
+    Args:
+        dequantized: `(rows, columns)` float32.
+        scale: `(rows, groups)`, as stored.
+    """
     group_size = fmt.group_size or dequantized.shape[1]
     per_column = scale.repeat_interleave(group_size, dim=1)[:, : dequantized.shape[1]]
     half = 2 ** (fmt.bits - 1)

@@ -13,21 +13,34 @@ import torch
 from torch import Tensor
 
 from mpsearch.codecs import decode, pack, quantization_args
-from mpsearch.errors import UsageError
+from mpsearch.errors import CheckError, UsageError
 from mpsearch.formats import FORMATS, Format
 from mpsearch.layers import Layer
 from mpsearch.quantizers import QUANTIZERS, InputStatistics, Quantizer, get_quantizer
 
 ROWS, COLUMNS, TOKENS = 48, 192, 512
 HALF_ULP = 2.0**-8  # largest relative error of rounding to bf16
-LIBRARY = {"rounding": "compressed_tensors", "gptq": "gptqmodel", "bitsandbytes": "bitsandbytes"}
-CONTAINER = {name: container for container, names in QUANTIZERS.items() for name in names}
+LIBRARY = {
+    **{"rounding": "compressed_tensors", "gptq": "gptqmodel", "bitsandbytes": "bitsandbytes"},
+    "auto-gptq": "auto_gptq",
+}
+NAMES = tuple(dict.fromkeys(name for names in QUANTIZERS.values() for name in names))
 
 Stored = dict[str, dict[str, Tensor]]
 
 
-def made_by(name: str) -> list[Format]:
-    return [fmt for fmt in FORMATS.values() if fmt.container == CONTAINER[name]]
+def containers(name: str) -> list[str]:
+    return [container for container, names in QUANTIZERS.items() if name in names]
+
+
+def made_by(name: str, *, container: str | None = None) -> list[Format]:
+    """A quantizer's formats whose groups divide the test's columns."""
+    wanted = [container] if container else containers(name)
+    return [
+        fmt
+        for fmt in FORMATS.values()
+        if fmt.container in wanted and COLUMNS % (fmt.group_size or 1) == 0
+    ]
 
 
 def installed(name: str) -> list[pytest.MarkDecorator]:
@@ -36,13 +49,13 @@ def installed(name: str) -> list[pytest.MarkDecorator]:
 
 
 each_quantizer = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=installed(name)) for name in CONTAINER]
+    "name", [pytest.param(name, marks=installed(name)) for name in NAMES]
 )
 each_format = pytest.mark.parametrize(
     ("name", "fmt"),
     [
         pytest.param(name, fmt, marks=installed(name), id=f"{name}-{fmt.name}")
-        for name in CONTAINER
+        for name in NAMES
         for fmt in made_by(name)
     ],
 )
@@ -51,14 +64,14 @@ each_packed_format = pytest.mark.parametrize(
     [
         pytest.param(name, fmt, marks=installed(name), id=f"{name}-{fmt.name}")
         for name in QUANTIZERS["compressed-tensors"]
-        for fmt in made_by(name)
+        for fmt in made_by(name, container="compressed-tensors")
     ],
 )
 
 
 @lru_cache
 def quantizer(name: str) -> Quantizer:
-    return get_quantizer(name, CONTAINER[name])
+    return get_quantizer(name, containers(name)[0])
 
 
 @lru_cache
@@ -103,11 +116,18 @@ def equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 def codes_of(stored: Mapping[str, Tensor], fmt: Format) -> Tensor:
     """Codes from the packed words, read as a little-endian stream of bits."""
-    words = stored["weight_packed"].long() & 0xFFFFFFFF
+    transposed = fmt.container == "gptq"
+    packed = stored["qweight"].T if transposed else stored["weight_packed"]
+    words = packed.long() & 0xFFFFFFFF
     stream = ((words[:, :, None] >> torch.arange(32)) & 1).flatten(1)
-    columns = int(stored["weight_shape"][1])
+    columns = len(stored["g_idx"]) if transposed else int(stored["weight_shape"][1])
     bits = stream[:, : columns * fmt.bits].unflatten(1, (columns, fmt.bits))
     return (bits << torch.arange(fmt.bits)).sum(-1) - 2 ** (fmt.bits - 1)
+
+
+def scale_of(stored: Mapping[str, Tensor]) -> Tensor:
+    """`(rows, groups)`, whichever way round it is stored."""
+    return stored["scales"].T if "scales" in stored else stored["weight_scale"]
 
 
 def per_column(scale: Tensor, fmt: Format) -> Tensor:
@@ -137,7 +157,8 @@ def test_stored_bytes_are_those_that_the_format_predicts(name: str, fmt: Format)
 @pytest.mark.parametrize("shape", [(1, 64), (7, 128), (130, 64)])
 def test_other_shapes_keep_the_promise_too(name: str, fmt: Format, shape: tuple[int, int]) -> None:
     rows, columns = shape
-    small = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    rows += -rows % fmt.side_multiple
+    small = torch.randn((rows, columns), generator=torch.Generator().manual_seed(2))
     seen = inputs()[:, :columns]
     stored = quantizer(name).quantize(small, [fmt], statistics_of(name, seen))[fmt.name]
     promised = fmt.tensors(rows, columns)
@@ -145,7 +166,7 @@ def test_other_shapes_keep_the_promise_too(name: str, fmt: Format, shape: tuple[
         key: t.shape for key, t in promised.items()
     }
     decoded = decode(stored, fmt)
-    assert decoded.shape == shape
+    assert decoded.shape == (rows, columns)
     assert relative_error(decoded, small) < 1
 
 
@@ -167,7 +188,7 @@ def test_the_order_of_formats_does_not_matter(name: str) -> None:
 def test_the_same_arguments_give_the_same_codes_whatever_the_global_seed(name: str) -> None:
     state = torch.get_rng_state()
     torch.manual_seed(1234)
-    fresh = get_quantizer(name, CONTAINER[name])
+    fresh = get_quantizer(name, containers(name)[0])
     again = fresh.quantize(weight(), made_by(name), statistics_of(name, inputs()))
     torch.set_rng_state(state)
     assert all(equal(again[fmt.name], quantized(name)[fmt.name]) for fmt in made_by(name))
@@ -185,7 +206,7 @@ def test_neither_weight_nor_statistics_are_modified(name: str) -> None:
 def test_settings_name_the_version_of_the_library_that_decides(name: str) -> None:
     library = LIBRARY[name].replace("_", "-")
     assert quantizer(name).settings[library] == version(library)
-    assert (quantizer(name).name, quantizer(name).container) == (name, CONTAINER[name])
+    assert quantizer(name).name == name
 
 
 # ------------------------------------------------------------------------------ how good it is
@@ -193,13 +214,15 @@ def test_settings_name_the_version_of_the_library_that_decides(name: str) -> Non
 
 @each_quantizer
 def test_error_falls_with_bits(name: str) -> None:
-    formats = sorted(made_by(name), key=lambda fmt: fmt.bits)
-    decoded = [decode(quantized(name)[fmt.name], fmt) for fmt in formats]
-    in_weights = [relative_error(found, weight()) for found in decoded]
-    in_outputs = [output_error(found) for found in decoded]
-    assert in_weights == sorted(in_weights, reverse=True)
-    assert in_outputs == sorted(in_outputs, reverse=True)
-    assert len(set(in_weights)) == len(formats)
+    for container, size in {(fmt.container, fmt.group_size) for fmt in made_by(name)}:
+        formats = [f for f in made_by(name, container=container) if f.group_size == size]
+        formats.sort(key=lambda fmt: fmt.bits)
+        decoded = [decode(quantized(name)[fmt.name], fmt) for fmt in formats]
+        in_weights = [relative_error(found, weight()) for found in decoded]
+        in_outputs = [output_error(found) for found in decoded]
+        assert in_weights == sorted(in_weights, reverse=True)
+        assert in_outputs == sorted(in_outputs, reverse=True)
+        assert len(set(in_weights)) == len(formats) > 1
 
 
 # Of Gaussian weights with 0.3 % outliers, measured once: 2, 3, 4 and 8 bits.
@@ -215,7 +238,7 @@ def test_rounding_errs_by_half_a_step_at_most(fmt: Format) -> None:
     decoded, exact = decode(stored, fmt).double(), weight().double()
     # Beyond the half step: the scale and the product are each rounded to bf16.
     slack = 1.01 * HALF_ULP * (exact.abs() + decoded.abs())
-    bound = per_column(stored["weight_scale"], fmt) / 2 + slack
+    bound = per_column(scale_of(stored), fmt) / 2 + slack
     assert ((decoded - exact).abs() <= bound).all()
 
 
@@ -223,7 +246,7 @@ def test_rounding_errs_by_half_a_step_at_most(fmt: Format) -> None:
 def test_rounding_takes_the_nearest_code_of_the_stored_scale(fmt: Format) -> None:
     stored = quantized("rounding")[fmt.name]
     half = 2 ** (fmt.bits - 1)
-    steps = weight() / per_column(stored["weight_scale"], fmt)
+    steps = weight() / per_column(scale_of(stored), fmt)
     nearest = steps.round().clamp(-half, half - 1)
     tied = ((steps - steps.floor()) - 0.5).abs() < 1e-5
     assert torch.equal(codes_of(stored, fmt)[~tied].double(), nearest[~tied].double())
@@ -231,30 +254,34 @@ def test_rounding_takes_the_nearest_code_of_the_stored_scale(fmt: Format) -> Non
 
 @pytest.mark.parametrize("fmt", made_by("rounding"), ids=lambda fmt: fmt.name)
 def test_rounding_spans_the_largest_magnitude_of_each_group(fmt: Format) -> None:
-    scale = quantized("rounding")[fmt.name]["weight_scale"].double()
+    scale = scale_of(quantized("rounding")[fmt.name]).double()
     largest = weight().unflatten(1, (-1, fmt.group_size)).abs().amax(-1).double()
     steps = (2**fmt.bits - 1) / 2
     torch.testing.assert_close(scale * steps, largest, atol=0, rtol=1.01 * HALF_ULP)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("prefix", ["int", "gptq"])
 @pytest.mark.parametrize("name", [pytest.param("gptq", marks=installed("gptq"))])
-def test_gptq_harms_outputs_less_than_rounding_on_correlated_inputs(name: str, bits: int) -> None:
-    fmt = FORMATS[f"int{bits}-g64"]
+def test_gptq_harms_outputs_less_than_rounding_on_correlated_inputs(
+    name: str, prefix: str, bits: int
+) -> None:
+    fmt = FORMATS[f"{prefix}{bits}-g64"]
     ours = output_error(decode(quantized(name)[fmt.name], fmt))
     rounded = output_error(decode(quantized("rounding")[fmt.name], fmt))
     assert ours < 0.7 * rounded
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("prefix", ["int", "gptq"])
 @pytest.mark.parametrize("name", [pytest.param("gptq", marks=installed("gptq"))])
 def test_gptq_on_unrelated_inputs_takes_the_nearest_code_of_the_stored_scale(
-    name: str, bits: int
+    name: str, prefix: str, bits: int
 ) -> None:
-    fmt, half = FORMATS[f"int{bits}-g64"], 2 ** (bits - 1)
+    fmt, half = FORMATS[f"{prefix}{bits}-g64"], 2 ** (bits - 1)
     unrelated = InputStatistics(torch.eye(COLUMNS), COLUMNS)
     stored = quantizer(name).quantize(weight(), [fmt], unrelated)[fmt.name]
-    steps = weight() / per_column(stored["weight_scale"], fmt)
+    steps = weight() / per_column(scale_of(stored), fmt)
     nearest = steps.round().clamp(-half, half - 1)
     tied = ((steps - steps.floor()) - 0.5).abs() < 1e-4
     assert torch.equal(codes_of(stored, fmt)[~tied].double(), nearest[~tied].double())
@@ -356,11 +383,11 @@ def test_zero_groups_columns_and_rows_stay_finite_and_harm_nothing_else(name: st
 
 @each_quantizer
 def test_a_weight_of_zeros_decodes_to_zeros(name: str) -> None:
-    zeros = torch.zeros(8, 64)
+    zeros = torch.zeros(32, 64)
     seen = statistics_of(name, inputs()[:, :64])
     for fmt in made_by(name):
         stored = quantizer(name).quantize(zeros, [fmt], seen)[fmt.name]
-        assert torch.equal(decode(stored, fmt), zeros.to(torch.bfloat16))
+        assert not decode(stored, fmt).any()
 
 
 @each_quantizer
@@ -380,6 +407,31 @@ def test_very_small_and_very_large_weights_keep_their_relative_error(
     found = relative_error(decode(stored[fmt.name], fmt), weight() * factor)
     usual = relative_error(decode(quantized(name)[fmt.name], fmt), weight())
     assert found == pytest.approx(usual, rel=0.1)
+
+
+GPTQ_NAMES = [pytest.param(name, marks=installed(name)) for name in QUANTIZERS["gptq"]]
+
+
+@pytest.mark.parametrize("factor", [0.03, 1e4])
+@pytest.mark.parametrize("name", GPTQ_NAMES)
+def test_gptq_weights_that_fp16_holds_keep_their_relative_error(name: str, factor: float) -> None:
+    formats = made_by(name, container="gptq")
+    stored = quantizer(name).quantize(weight() * factor, formats, statistics_of(name, inputs()))
+    for fmt in formats:
+        found = relative_error(decode(stored[fmt.name], fmt), weight() * factor)
+        usual = relative_error(decode(quantized(name)[fmt.name], fmt), weight())
+        assert found == pytest.approx(usual, rel=0.1)
+
+
+@pytest.mark.parametrize("name", GPTQ_NAMES)
+def test_gptq_weights_below_what_fp16_holds_vanish_and_those_above_are_refused(name: str) -> None:
+    formats = made_by(name, container="gptq")
+    seen = statistics_of(name, inputs())
+    for fmt in formats:
+        tiny = quantizer(name).quantize(weight() * 1e-8, [fmt], seen)[fmt.name]
+        assert not decode(tiny, fmt).any()
+        with pytest.raises(CheckError, match=rf"{fmt.name}.*fp16.*rule of the space"):
+            quantizer(name).quantize(weight() * 1e6, [fmt], seen)
 
 
 # ------------------------------------------------------------------------------ finding one
@@ -406,4 +458,12 @@ def test_a_missing_library_is_a_usage_error_that_says_how_to_get_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, LIBRARY[name], None)
     with pytest.raises(UsageError, match=rf"needs? {LIBRARY[name]}.*pip install .*{name}"):
-        get_quantizer(name, CONTAINER[name])
+        get_quantizer(name, containers(name)[0])
+
+
+def test_auto_gptqs_absence_is_answered_with_the_environment_that_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "auto_gptq", None)
+    with pytest.raises(UsageError, match=r"needs auto-gptq and .*make test-autogptq builds"):
+        get_quantizer("auto-gptq", "gptq")

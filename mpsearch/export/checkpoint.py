@@ -1,0 +1,52 @@
+"""What every quantized checkpoint has: weights in one safetensors file, config, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from mpsearch.bank import Bank
+from mpsearch.formats import Format
+from mpsearch.models import Model
+
+
+def write_checkpoint(
+    model: Model,
+    bank: Bank,
+    formats: Mapping[str, Format],
+    folder: Path,
+    quantization: Mapping[str, Any],
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write weights, config and tokenizer into a folder.
+
+    Args:
+        formats: layer name to format, for every searched layer.
+        quantization: the `quantization_config` of config.json, by which loaders find their way.
+        dtype: that loaders compute in by default.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in model.kept.items()}
+    for layer, fmt in formats.items():
+        for suffix, tensor in bank.stored(layer, fmt).items():
+            tensors[f"{layer}.{suffix}"] = tensor
+    weights = folder / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # a server may run as another user
+
+    module = model.module
+    config = module.config.to_dict()
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["architectures"] = [type(module).__name__]
+    config["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    if module.generation_config is not None:
+        module.generation_config.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    for license_file in model.folder.glob("LICENSE*"):
+        shutil.copy(license_file, folder)
