@@ -357,7 +357,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--space", metavar="FILE", help="search space (compressed-tensors)")
     for command in (search, sensitivity):
         command.add_argument("--facts", metavar="FILE", help="JSONL of facts (the built-in ones)")
-        command.add_argument("--quantizer", help="rounding, gptq or bitsandbytes")
+        command.add_argument("--quantizer", help="rounding, gptq, auto-gptq or bitsandbytes")
         command.add_argument("--seed", type=int, default=0, help="of every random choice (0)")
 
     add("front", _front, "print the validated points of a run").add_argument("run")

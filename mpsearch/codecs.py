@@ -109,7 +109,7 @@ def _decode_packed(stored: Stored, fmt: Format) -> Any:
     return PackedQuantizationCompressor.decompress(dict(stored), scheme)["weight"]
 
 
-def _decode_gptq(stored: Stored, fmt: Format) -> Tensor:
+def _decode_gptq(stored: Stored, fmt: Format) -> Any:
     """Scale times code less zero-point, rounded once to fp16, as GPTQ's loaders compute it."""
     from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 

@@ -35,7 +35,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         target.name: target
         for target in (
             Target("compressed-tensors", mixes=True, fused=_FUSED),
-            # transformers loads one width; gptqmodel's own loader several (7.6).
+            # Several widths load in gptqmodel (7.6); other loaders read one beside bf16.
             Target("gptq", mixes=True, fused=_FUSED),
             # nf4 beside int8 in one checkpoint does not load in transformers (5.23).
             Target("bitsandbytes", mixes=False, fused=_FUSED),

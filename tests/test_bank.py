@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mpsearch import bank as bank_module
-from mpsearch.bank import Bank
+from mpsearch.bank import Bank, check_shapes
 from mpsearch.calibration import Calibration
 from mpsearch.codecs import decode
-from mpsearch.errors import CheckError, MpsearchError, ResourceError, RunError
+from mpsearch.errors import CheckError, MpsearchError, ResourceError, RunError, UsageError
 from mpsearch.evaluate import all_layers, quantized_layers
 from mpsearch.formats import BF16, FORMATS, Format
 from mpsearch.layers import Layer
@@ -370,6 +370,14 @@ def test_columns_that_groups_do_not_divide_work_or_are_refused(name: str, tmp_pa
             assert bank.weight(layer.name, fmt).shape == (layer.rows, layer.columns)
     except MpsearchError:
         pass
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(48, 64), (64, 80), (31, 64)])
+def test_sides_that_gptq_words_do_not_fill_are_refused_in_one_line(rows: int, columns: int) -> None:
+    fmt = FORMATS["gptq4-g32"]
+    check_shapes([(Layer("a.b", 96, 64), fmt), (Layer("a.b", rows, columns), BF16)])
+    with pytest.raises(UsageError, match=rf"'gptq4-g32' cannot hold .*a.b.*{rows} x {columns}"):
+        check_shapes([(Layer("a.b", rows, columns), fmt)])
 
 
 # ------------------------------------------------------------------------------ decoded weights

@@ -40,7 +40,7 @@ def write_checkpoint(
     weights.chmod(0o644)  # a server may run as another user
 
     module = model.module
-    config = module.config.to_dict()
+    config = readable_by_transformers_4(module.config.to_dict())
     config["dtype"] = str(dtype).removeprefix("torch.")
     config["architectures"] = [type(module).__name__]
     config["quantization_config"] = quantization
@@ -50,3 +50,16 @@ def write_checkpoint(
     model.tokenizer.save_pretrained(folder)
     for license_file in model.folder.glob("LICENSE*"):
         shutil.copy(license_file, folder)
+
+
+def readable_by_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the rotary settings also where runtimes on transformers 4 look.
+
+    They would not miss them, but rotate by another angle. Source: `rope_parameters` of
+    transformers 5, which reads both places.
+    """
+    rotary = config.get("rope_parameters") or {}
+    older = {key: rotary[key] for key in ("rope_theta", "partial_rotary_factor") if key in rotary}
+    if older and rotary.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {key: rotary[key] for key in rotary if key not in older}
+    return {**config, **older}

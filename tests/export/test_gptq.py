@@ -126,7 +126,7 @@ def test_layers_that_differ_from_the_commonest_format_are_named_one_by_one() -> 
     found = {}
     for pattern, overrides in config["dynamic"].items():
         matched = [name for name in formats if re.match(pattern[2:], name)]
-        found[pattern[:2], *matched] = overrides
+        found[(pattern[:2], *matched)] = overrides
     assert found == {
         ("+:", "m.1.o"): {"bits": 4, "group_size": 32},
         ("+:", "m.10.o"): {"bits": 8, "group_size": 64},
