@@ -3,9 +3,9 @@
     python tests_autogptq/prepare.py FOLDER
 
 FOLDER gets `export/`, the built-in model in 4-bit GPTQ; `answers.json`, what that candidate
-answers when a search scores it; `layers.safetensors`, weights and Gram matrices of some layers; and
-`errors.json`, the output errors on them of gptqmodel, of gptqmodel without what auto-gptq does not
-have, and of rounding.
+answers, in fp32 and in the arithmetic that a search scores it in; `layers.safetensors`, weights and
+Gram matrices of some layers; and `errors.json`, the output errors on them of gptqmodel, of the same
+without what auto-gptq does not have, and of rounding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mpsearch.codecs import decode
 from mpsearch.evaluate import Bench, quantized_layers
 from mpsearch.facts import FactSet
 from mpsearch.formats import FORMATS
-from mpsearch.forward import Pass
+from mpsearch.forward import Pass, TokenSequence
 from mpsearch.models import Model
 from mpsearch.quantizers import InputStatistics, get_quantizer
 from mpsearch.recall import SHOTS, encode, prompt
@@ -44,7 +44,7 @@ LAYERS = (
     *("model.layers.15.self_attn.o_proj", "model.layers.22.mlp.up_proj"),
     "model.layers.29.mlp.down_proj",
 )
-FACTS = 240
+FACTS = 200
 # No reordering by inputs, and auto-gptq's damping.
 AS_AUTO_GPTQ = {"act_group_aware": False, "damp_percent": 0.01}
 
@@ -96,19 +96,30 @@ def write_export(model: Model, folder: Path) -> None:
     facts = FactSet.builtin()
     asked = balanced(facts.part("test"), FACTS)
     sequences = [encode(model.tokenizer, prompt(facts, f, SHOTS), f.answer) for f in asked]
+    with Bench(space, bank) as bench:
+        bench.put(candidate)
+        scored, _ = answered(model, sequences)
+    model.module.float()
+    for name, fmt in space.layer_formats(candidate).items():
+        model.linear(name).weight.data = decode(bank.stored(name, fmt), fmt).float()
+    exact, log_probs = answered(model, sequences)
+    answers = [
+        {"tokens": s.tokens, "start": s.start, "scored": a, "first": b, "log_prob": c}
+        for s, a, b, c in zip(sequences, scored, exact, log_probs, strict=True)
+    ]
+    (folder / "answers.json").write_text(json.dumps(answers))
+
+
+@torch.inference_mode()
+def answered(model: Model, sequences: list[TokenSequence]) -> tuple[list[int], list[float]]:
+    """The likeliest first token of each answer, and the answer's log-probability in nats."""
     first: dict[int, int] = {}
 
     def visit(index: int, log_probs: Tensor) -> None:
         first[index] = int(log_probs.argmax())
 
-    with Bench(space, bank) as bench, torch.inference_mode():
-        bench.put(candidate)
-        log_probs = Pass(model, sequences).run(visit).tolist()
-    answers = [
-        {"tokens": s.tokens, "start": s.start, "first": first[i], "log_prob": log_probs[i]}
-        for i, s in enumerate(sequences)
-    ]
-    (folder / "answers.json").write_text(json.dumps(answers))
+    log_probs = Pass(model, sequences).run(visit).tolist()
+    return [first[index] for index in range(len(sequences))], log_probs
 
 
 if __name__ == "__main__":

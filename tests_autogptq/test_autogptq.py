@@ -170,11 +170,11 @@ def test_loaded_weights_are_the_exported_ones() -> None:
 
 
 @torch.inference_mode()
-def test_the_export_gives_the_answers_that_the_candidate_was_scored_with(
+def test_the_export_gives_the_answers_of_the_candidate(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     answers = json.loads((PREPARED / "answers.json").read_text())
-    model, same, apart = loaded(), [], []
+    model, same, scored, apart = loaded(), [], [], []
     for start in range(0, len(answers), 40):
         batch = answers[start : start + 40]
         tokens = torch.zeros(len(batch), max(len(a["tokens"]) for a in batch), dtype=torch.long)
@@ -185,14 +185,18 @@ def test_the_export_gives_the_answers_that_the_candidate_was_scored_with(
             span = slice(answer["start"] - 1, len(answer["tokens"]) - 1)
             log_probs = model.lm_head(states[span]).float().log_softmax(-1)
             said = torch.tensor(answer["tokens"][answer["start"] :])[:, None]
-            same.append(int(log_probs[0].argmax()) == answer["first"])
+            first = int(log_probs[0].argmax())
+            same.append(first == answer["first"])
+            scored.append(first == answer["scored"])
             apart.append(abs(float(log_probs.gather(1, said).sum()) - answer["log_prob"]))
     agreement, mean = sum(same) / len(same), sum(apart) / len(apart)
     with capsys.disabled():
         print(
             f"\nsame first token: {agreement:.4f} of {len(same)} facts; answer log-probability "
-            f"{mean:.4f} nats apart on average, {max(apart):.4f} at most",
+            f"{mean:.6f} nats apart on average, {max(apart):.6f} at most; same first token as "
+            f"scored in a search: {sum(scored) / len(scored):.4f}",
             end="",
         )
     assert agreement >= 0.99
-    assert mean < 0.1  # the candidate is computed in bf16 where a machine has it
+    assert max(apart) < 0.05  # the same fp32 arithmetic, but for weights once rounded to fp16
+    assert sum(scored) / len(scored) >= 0.9  # bf16 moves close calls

@@ -119,7 +119,7 @@ def test_one_width_is_what_every_loader_reads_and_names_no_layer() -> None:
 def test_layers_that_differ_from_the_commonest_format_are_named_one_by_one() -> None:
     formats = {
         **{f"m.{i}.q": FORMATS["gptq4-g64"] for i in range(3)},
-        **{"m.1.o": FORMATS["gptq4-g32"], "m.10.o": FORMATS["gptq8-g64"], "m.2.o": BF16},
+        **{"m.1.o": FORMATS["gptq4-g32"], "m.1.out": FORMATS["gptq8-g64"], "m.2.o": BF16},
     }
     config = quantization_config(formats)
     assert (config["bits"], config["group_size"]) == (4, 64)
@@ -129,7 +129,7 @@ def test_layers_that_differ_from_the_commonest_format_are_named_one_by_one() -> 
         found[(pattern[:2], *matched)] = overrides
     assert found == {
         ("+:", "m.1.o"): {"bits": 4, "group_size": 32},
-        ("+:", "m.10.o"): {"bits": 8, "group_size": 64},
+        ("+:", "m.1.out"): {"bits": 8, "group_size": 64},
         ("-:", "m.2.o"): {},
     }
 
