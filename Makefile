@@ -8,12 +8,12 @@ MODEL := builtin:smollm2-135m
 
 .PHONY: demo test test-autogptq check bench clean
 
-# gptqmodel is built from source and needs torch while it is built.
+# gptqmodel and hqq are built from source and need torch while they are built.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0 setuptools wheel
 	$(PIP) -e '.[dev,bitsandbytes]'
-	$(PIP) --no-build-isolation gptqmodel
+	$(PIP) --no-build-isolation gptqmodel hqq
 	touch $@
 
 demo: .venv/installed
@@ -50,6 +50,7 @@ test-autogptq: .venv/installed .venv-autogptq/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/search.py
+	$(BIN)/python benchmarks/bank.py
 
 clean:
 	rm -rf .venv .venv-autogptq build runs exports

@@ -9,29 +9,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import multiprocessing
 import os
 import re
-import tempfile
+import signal
+import sys
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpsearch.builtin import home
-from mpsearch.calibration import Calibration, input_statistics, sample_text
+from mpsearch.calibration import Calibration, calibration_tokens, input_statistics
 from mpsearch.codecs import decode
 from mpsearch.device import available_memory_bytes, require_disk
 from mpsearch.errors import CheckError, ResourceError, RunError, UsageError
-from mpsearch.files import write_atomically
-from mpsearch.formats import Format
+from mpsearch.files import Claims, write_atomically
+from mpsearch.formats import FORMATS, Format
 from mpsearch.layers import Layer
 from mpsearch.models import Model
-from mpsearch.quantizers import QUANTIZERS, Quantizer, get_quantizer
+from mpsearch.quantizers import QUANTIZERS, InputStatistics, Quantizer, get_quantizer
+from mpsearch.tensor_files import intact, read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int], None]
 
@@ -40,21 +46,39 @@ def silent(stage: str, done: int, total: int) -> None:
     """A progress report that goes nowhere."""
 
 
-def check_shapes(wanted: Iterable[tuple[Layer, Format]]) -> None:
-    """Raise `UsageError` if a layer's sides do not divide into a format's groups and words."""
+def check_formats(quantizer: Quantizer, wanted: Iterable[tuple[Layer, Format]]) -> None:
+    """Raise `UsageError` for a format that the quantizer or a layer's shape cannot take."""
     for layer, fmt in wanted:
+        if fmt.quantized and not quantizer.makes(fmt):
+            raise UsageError(
+                f"quantizer '{quantizer.name}' does not make format '{fmt.name}'; use another, or "
+                "leave the format out of the space"
+            )
         if layer.rows % fmt.side_multiple or layer.columns % fmt.side_multiple:
             raise UsageError(
                 f"format '{fmt.name}' cannot hold layer '{layer.name}': its {layer.rows} x "
                 f"{layer.columns} weights are no multiples of {fmt.side_multiple} on both sides; "
                 "give it bf16 by a rule of the space"
             )
-        if fmt.group_size and layer.columns % fmt.group_size:
+        if not fmt.fits(layer):
             raise UsageError(
                 f"format '{fmt.name}' cannot hold layer '{layer.name}': groups of "
-                f"{fmt.group_size} do not divide its {layer.columns} columns; give it bf16 by a "
-                "rule of the space"
+                f"{fmt.group_size} do not divide its {layer.columns} columns; use "
+                f"{_nearest_fit(fmt, layer).name}, or give the layer bf16 by a rule of the space"
             )
+
+
+def _nearest_fit(fmt: Format, layer: Layer) -> Format:
+    """The same kind of format with the largest groups below its own that divide the columns."""
+    alike = [
+        other
+        for other in FORMATS.values()
+        if (other.container, other.bits, other.symmetric, other.number)
+        == (fmt.container, fmt.bits, fmt.symmetric, fmt.number)
+        and other.fits(layer)
+        and (other.group_size or 0) < (fmt.group_size or 0)
+    ]
+    return max(alike, key=lambda other: other.group_size or 0)
 
 
 class Bank:
@@ -98,8 +122,7 @@ class Bank:
         if not containers:
             raise RunError(f"the weights were quantized by '{name}', which is not known here")
         recipe = settings.get("calibration", {})
-        known = {key: recipe[key] for key in ("sequences", "length", "seed") if key in recipe}
-        bank = cls(model, get_quantizer(name, containers[0]), Calibration(**known))
+        bank = cls(model, get_quantizer(name, containers[0]), Calibration.of(recipe))
         if bank.settings != settings:
             raise RunError(
                 f"the weights were quantized with {json.dumps(settings)} and this installation "
@@ -123,19 +146,19 @@ class Bank:
         return self.folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', layer)}.{fmt.name}.safetensors"
 
     def build(self, wanted: Iterable[tuple[Layer, Format]], report: Report = silent) -> None:
-        """Quantize what is missing among the wanted (layer, format) pairs.
+        """Quantize what is missing or damaged among the wanted (layer, format) pairs.
+
+        Any number of processes may build one bank: none does what another has done or is doing.
 
         Raises:
             UsageError: a format that a layer's shape cannot take.
             ResourceError: the disk is or becomes too small; finished files stay.
-            CheckError: a quantizer returned something else than its format stores.
+            CheckError: NaN at a layer's input, or a quantizer that returned something else than
+                its format stores.
         """
         wanted = list(wanted)
-        check_shapes(wanted)
-        missing: dict[str, list[Format]] = {}
-        for layer, fmt in wanted:
-            if fmt.quantized and not self.path(layer.name, fmt).exists():
-                missing.setdefault(layer.name, []).append(fmt)
+        check_formats(self.quantizer, wanted)
+        missing = self._missing(wanted)
         if not missing:
             return
         needed = sum(
@@ -152,33 +175,137 @@ class Bank:
                 "MPSEARCH_HOME to a folder that can be written"
             ) from None
         write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=1))
-        statistics = {}
-        if self.quantizer.calibrated:
-            report("calibration text", 0, 1)
-            text = sample_text(self.model, self.calibration)
-            statistics = input_statistics(
-                self.model, text, lambda done, total: report("calibration", done, total)
+        statistics = self._statistics(report)
+        with self._helpers(missing, statistics):
+            self._fill(missing, statistics, report)
+
+    def holdings(self, wanted: Iterable[tuple[Layer, Format]]) -> dict[str, tuple[int, int, int]]:
+        """By format: intact files, wanted files, and stored bytes of the intact ones."""
+        held: dict[str, tuple[int, int, int]] = {}
+        for layer, fmt in wanted:
+            if fmt.quantized:
+                there = intact(self.path(layer.name, fmt))
+                have, of, size = held.get(fmt.name, (0, 0, 0))
+                held[fmt.name] = (
+                    have + there, of + 1, size + there * fmt.layer_bytes(layer),
+                )  # fmt: skip
+        return held
+
+    def _missing(self, wanted: Iterable[tuple[Layer, Format]]) -> dict[str, list[Format]]:
+        """Formats of each layer that have no file, or a damaged one."""
+        missing: dict[str, list[Format]] = {}
+        for layer, fmt in wanted:
+            if fmt.quantized and not intact(self.path(layer.name, fmt)):
+                missing.setdefault(layer.name, []).append(fmt)
+        return missing
+
+    def _statistics(self, report: Report) -> dict[str, InputStatistics]:
+        """What calibration says about the inputs of every layer; empty if nothing asks for it."""
+        if not self.quantizer.calibrated:
+            return {}
+        report("calibration text", 0, 1)
+        text = calibration_tokens(self.model, self.calibration)
+        statistics = input_statistics(
+            self.model, text, lambda done, total: report("calibration", done, total)
+        )
+        unused = 0
+        for name, seen in statistics.items():
+            diagonal = seen.gram.diagonal()
+            if bad := int((~diagonal.isfinite()).sum()):
+                raise CheckError(
+                    f"the inputs of '{name}' are NaN or infinite in {bad} of {len(diagonal)} "
+                    "columns on the calibration text; the model or the text is broken"
+                )
+            unused += bool((diagonal == 0).any())
+        if unused:
+            log.warning(
+                "%d of %d layers have input columns that the calibration text never uses; their "
+                "weights there become zero",
+                unused,
+                len(statistics),
             )
-        for index, (name, formats) in enumerate(missing.items()):
-            report(f"quantizing ({self.quantizer.name})", index, len(missing))
-            weight = self.model.originals[name].float()
-            stored = self.quantizer.quantize(weight, formats, statistics.get(name))
-            for fmt in formats:
-                self._write(self._layers[name], fmt, stored[fmt.name])
+        return statistics
+
+    def _fill(
+        self,
+        missing: Mapping[str, list[Format]],
+        statistics: Mapping[str, InputStatistics],
+        report: Report,
+    ) -> None:
+        """Quantize the missing layers that no other process is working on, until all are there."""
+        numbers = {layer.name: number for number, layer in enumerate(self.model.layers)}
+        pending, parent = list(missing), os.getppid()
+        with Claims(self.folder) as claims:
+            while pending and os.getppid() == parent:
+                before = len(pending)
+                for name in list(pending):
+                    done = len(missing) - len(pending)
+                    report(f"quantizing ({self.quantizer.name})", done, len(missing))
+                    if not claims.take(numbers[name]):
+                        continue
+                    try:
+                        self._quantize(name, missing[name], statistics.get(name))
+                    finally:
+                        claims.release(numbers[name])
+                    pending.remove(name)
+                if len(pending) == before:
+                    time.sleep(0.1)  # another process has all that is left
         report(f"quantizing ({self.quantizer.name})", len(missing), len(missing))
+
+    def _quantize(
+        self, name: str, formats: Iterable[Format], statistics: InputStatistics | None
+    ) -> None:
+        """Quantize one claimed layer in the formats that nobody has finished meanwhile."""
+        formats = [fmt for fmt in formats if not intact(self.path(name, fmt))]
+        if not formats:
+            return
+        stored = self.quantizer.quantize(self.model.originals[name].float(), formats, statistics)
+        for fmt in formats:
+            self._check(self._layers[name], fmt, stored[fmt.name])
+            write_tensors(self.path(name, fmt), stored[fmt.name])
+
+    @contextmanager
+    def _helpers(
+        self, missing: Mapping[str, list[Format]], statistics: Mapping[str, InputStatistics]
+    ) -> Iterator[None]:
+        """A process a thread, each with one: quantizers spend their time between small products.
+
+        They share the work by its claims, and what one leaves undone the caller does. Forked, as
+        torch's data loaders are, since a started one would run the caller's script again.
+        """
+        threads = torch.get_num_threads()
+        count = min(threads, len(missing)) - 1
+        if self.model.device.type != "cpu" or sys.platform != "linux" or count < 1:
+            yield
+            return
+
+        def help_out() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller is told, and ends us
+            torch.set_num_threads(1)
+            with suppress(Exception):  # the caller meets the same error
+                self._fill(missing, statistics, silent)
+
+        context = multiprocessing.get_context("fork")
+        helpers = [context.Process(target=help_out, daemon=True) for _ in range(count)]
+        for helper in helpers:
+            helper.start()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            for helper in helpers:
+                helper.terminate()
+                helper.join()
 
     def stored(self, layer: str, fmt: Format) -> dict[str, Tensor]:
         """The tensors of one layer as the export will hold them, on the CPU."""
         if not fmt.quantized:
             return {"weight": self.model.originals[layer].to("cpu", torch.bfloat16)}
         path = self.path(layer, fmt)
-        try:
-            stored: dict[str, Tensor] = load_file(path)
-            return stored
-        except (OSError, SafetensorError) as error:
-            raise CheckError(
-                f"bank file '{path}' cannot be read ({error}); delete it and run again"
-            ) from None
+        if not self.quantizer.calibrated and not path.exists():
+            self.build([(self._layers[layer], fmt)])
+        return read_tensors(path)
 
     def weight(self, layer: str, fmt: Format) -> Tensor:
         """The decoded `(rows, columns)` weight on the model's device in its computing dtype.
@@ -200,7 +327,13 @@ class Bank:
             self._decoded_bytes -= self._decoded.popitem(last=False)[1].nbytes
         return weight
 
-    def _write(self, layer: Layer, fmt: Format, stored: dict[str, Tensor]) -> None:
+    def forget(self) -> None:
+        """Drop the decoded weights that are kept for reuse."""
+        self._decoded.clear()
+        self._decoded_bytes = 0
+
+    def _check(self, layer: Layer, fmt: Format, stored: Mapping[str, Tensor]) -> None:
+        """Raise `CheckError` unless a quantizer returned what the format stores."""
         promised = fmt.tensors(layer.rows, layer.columns)
         found = {name: (str(t.dtype)[6:], tuple(t.shape)) for name, t in stored.items()}
         if found != {name: (spec.dtype, spec.shape) for name, spec in promised.items()}:
@@ -208,19 +341,3 @@ class Bank:
                 f"quantizer '{self.quantizer.name}' made {found} for '{layer.name}', but "
                 f"{fmt.name} stores {promised}"
             )
-        path = self.path(layer.name, fmt)
-        handle, name = tempfile.mkstemp(prefix=".", suffix=".unfinished", dir=self.folder)
-        os.close(handle)
-        unfinished = Path(name)
-        try:
-            tensors = {suffix: tensor.cpu().contiguous() for suffix, tensor in stored.items()}
-            save_file(tensors, unfinished)
-            unfinished.chmod(0o644)
-            unfinished.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise ResourceError(
-                f"the weight bank could not write '{path}' ({error}); free some disk space and "
-                "run again, finished layers are kept"
-            ) from None
-        finally:
-            unfinished.unlink(missing_ok=True)

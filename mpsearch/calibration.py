@@ -1,18 +1,23 @@
-"""What the model sees while GPTQ learns which inputs matter: text that it wrote itself.
+"""What the model sees while GPTQ learns which inputs matter: the user's text, or its own.
 
-Nothing has to be downloaded, and the text is of the kind that the model produces. A seed decides
-it, so the bank can name it before it exists.
+Text that the model writes itself needs no download and is of the kind that it produces. A seed
+decides it, so the bank can name it before it exists.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mpsearch.errors import UsageError
 from mpsearch.models import Model
+from mpsearch.places import expert_inputs
 from mpsearch.quantizers import InputStatistics
 
 
@@ -22,21 +27,62 @@ class Calibration:
 
     Attributes:
         sequences, length: how many texts, and tokens in each.
-        seed: of the sampling.
+        seed: of the sampling; unused with a text.
+        text: to use instead of sampling, cut into `sequences` pieces from its beginning.
+        digest: SHA-256 of a text that is not at hand, so that its bank can still be named.
     """
 
     sequences: int = 64
     length: int = 128
     seed: int = 0
+    text: str = field(default="", repr=False)
+    digest: str = ""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """A UTF-8 text file. Raises `UsageError` if it cannot be read."""
+        try:
+            return cls(text=Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"calibration text '{path}' cannot be read: {error}") from None
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Calibration:
+        """The recipe with those settings, without its text."""
+        known = ("sequences", "length", "seed", "digest")
+        return cls(**{key: settings[key] for key in known if key in settings})
 
     @property
     def settings(self) -> Mapping[str, int | str]:
-        return {
-            "text": "sampled from the model by inversion",
-            "sequences": self.sequences,
-            "length": self.length,
-            "seed": self.seed,
-        }
+        size = {"sequences": self.sequences, "length": self.length}
+        if self.text or self.digest:
+            digest = self.digest or hashlib.sha256(self.text.encode()).hexdigest()
+            return {"text": "of a file", "digest": digest, **size}
+        return {"text": "sampled from the model by inversion", **size, "seed": self.seed}
+
+
+def calibration_tokens(model: Model, recipe: Calibration) -> Tensor:
+    """`(sequences, length)` tokens of a recipe.
+
+    Raises:
+        UsageError: the text is too short, or only its digest is at hand.
+    """
+    if recipe.digest and not recipe.text:
+        raise UsageError(
+            "these weights were calibrated on a text file and are not all in the bank; build it "
+            "with 'mpsearch bank' and the same --calibration file"
+        )
+    if not recipe.text:
+        return sample_text(model, recipe)
+    tokens = model.tokenizer(recipe.text, add_special_tokens=False)["input_ids"]
+    needed = recipe.sequences * recipe.length
+    if len(tokens) < needed:
+        raise UsageError(
+            f"the calibration text has {len(tokens)} tokens, and {needed} are needed "
+            f"({recipe.sequences} pieces of {recipe.length}); give a longer text"
+        )
+    cut = torch.tensor(tokens[:needed], device=model.device)
+    return cut.reshape(recipe.sequences, recipe.length)
 
 
 @torch.no_grad()
@@ -70,15 +116,25 @@ def input_statistics(
 ) -> dict[str, InputStatistics]:
     """Gram matrices of every layer's input over the reference model's pass through the text.
 
-    Layers that read the same tensor (q, k, v) share one matrix.
+    Layers that read the same tensor (q, k, v) share one matrix. An expert's is of its own tokens;
+    one that no token reached gets the identity of one token, by which all inputs matter alike.
 
     Args:
         tokens: `(sequences, length)`.
         report: called with sequences done and in all.
     """
     grams: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
     leader_of: dict[str, str] = {}
     last: dict[str, object] = {"input": None, "name": None}
+
+    def add(name: str, inputs: Tensor) -> None:
+        flat = inputs.reshape(-1, inputs.shape[-1]).float()
+        counts[name] = counts.get(name, 0) + len(flat)
+        if name in grams:
+            grams[name].addmm_(flat.T, flat)
+        else:
+            grams[name] = flat.T @ flat
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -86,18 +142,32 @@ def input_statistics(
                 leader_of[name] = str(last["name"])
                 return
             last.update(input=inputs[0], name=name)
-            flat = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-            if name in grams:
-                grams[name].addmm_(flat.T, flat)
-            else:
-                grams[name] = flat.T @ flat
+            add(name, inputs[0])
 
         return hook
 
-    hooks = [
-        model.linear(layer.name).register_forward_pre_hook(watch(layer.name))
-        for layer in model.layers
-    ]
+    def watch_experts(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            for expert, of_first, of_down in expert_inputs(module, inputs[0], inputs[1]):
+                add(f"{path}.{expert}.up_proj", of_first)
+                add(f"{path}.{expert}.down_proj", of_down)
+
+        return hook
+
+    hooks = []
+    stacks: set[str] = set()
+    for name, place in model.places.items():
+        if place.expert is None:
+            module = model.module.get_submodule(name)
+            hooks.append(module.register_forward_pre_hook(watch(name)))
+            continue
+        path, part = name.rsplit(".", 2)[0], name.rpartition(".")[2]
+        if part == "gate_proj":
+            leader_of[name] = f"{path}.{place.expert}.up_proj"
+        if path not in stacks:
+            stacks.add(path)
+            module = model.module.get_submodule(path)
+            hooks.append(module.register_forward_pre_hook(watch_experts(path)))
     try:
         for start in range(0, len(tokens), 8):
             model.module.get_decoder()(tokens[start : start + 8], use_cache=False)
@@ -105,7 +175,9 @@ def input_statistics(
     finally:
         for hook in hooks:
             hook.remove()
-    return {
-        layer.name: InputStatistics(grams[leader_of.get(layer.name, layer.name)], tokens.numel())
-        for layer in model.layers
-    }
+    found = {}
+    for layer in model.layers:
+        name = leader_of.get(layer.name, layer.name)
+        gram = grams[name] if name in grams else torch.eye(layer.columns, device=model.device)
+        found[layer.name] = InputStatistics(gram, counts.get(name, 1))
+    return found

@@ -82,6 +82,7 @@ def _resume_hint(args: argparse.Namespace) -> str:
         "space",
         "facts",
         "quantizer",
+        "calibration",
         "sampler",
         "trials",
         "search_facts",
@@ -112,7 +113,7 @@ def _search(args: argparse.Namespace) -> None:
         Run.open(out)
     elif out.exists():
         raise RunError(f"'{out}' exists; continue it with --resume, or choose another -o")
-    space_file, facts = _space(args), _facts(args)
+    space_file, facts, calibration = _space(args), _facts(args), _calibration(args)
     model = _model(args)
     from mpsearch.search import search
 
@@ -129,6 +130,7 @@ def _search(args: argparse.Namespace) -> None:
             sampler=args.sampler,
             search_facts=args.search_facts,
             quantizer=args.quantizer,
+            calibration=calibration,
             facts=facts,
             resume=args.resume,
             report=report,
@@ -147,10 +149,11 @@ def _search(args: argparse.Namespace) -> None:
 
 
 def _layers(args: argparse.Namespace) -> None:
-    from mpsearch.console import emit_json, say, show_layers
+    from mpsearch.console import emit_json, say, show_kept, show_layers
 
     space_file = _space(args)
-    space = space_file.resolve(_model(args))
+    model = _model(args)
+    space = space_file.resolve(model)
     if args.json:
         emit_json(
             {
@@ -169,23 +172,65 @@ def _layers(args: argparse.Namespace) -> None:
                     }
                     for group in space.groups
                 ],
+                "kept": model.kept_by_reason(),
             }
         )
     else:
         show_layers(space, args.model)
+        show_kept(model.kept_by_reason())
+    say(f"next: mpsearch search {args.model} --budget SIZE -o runs/NAME")
+
+
+def _bank(args: argparse.Namespace) -> None:
+    from mpsearch.budget import format_size
+    from mpsearch.console import Progress, emit_json, say, show_bank
+
+    space_file, calibration = _space(args), _calibration(args)
+    model = _model(args)
+    from mpsearch.bank import Bank
+    from mpsearch.evaluate import all_layers
+    from mpsearch.quantizers import get_quantizer
+
+    space = space_file.resolve(model)
+    bank = Bank(model, get_quantizer(args.quantizer, space.target.name), calibration)
+    wanted = all_layers(space)
+    if not args.list:
+        held = bank.holdings(wanted).values()
+        in_all = sum(fmt.layer_bytes(layer) for layer, fmt in wanted if fmt.quantized)
+        say(
+            f"{bank.folder}: {sum(h[1] - h[0] for h in held)} of {sum(h[1] for h in held)} files "
+            f"to write, {format_size(in_all - sum(h[2] for h in held))}"
+        )
+        with Progress() as report:
+            bank.build(wanted, report)
+    held_now = bank.holdings(wanted)
+    if args.json:
+        rows = [
+            {"format": name, "files": have, "wanted": of, "stored_bytes": size}
+            for name, (have, of, size) in held_now.items()
+        ]
+        emit_json({"folder": str(bank.folder), "settings": bank.settings, "formats": rows})
+    else:
+        show_bank(held_now)
     say(f"next: mpsearch search {args.model} --budget SIZE -o runs/NAME")
 
 
 def _sensitivity(args: argparse.Namespace) -> None:
     from mpsearch.console import Progress, emit_json, say, show_sensitivity
 
-    space_file, facts = _space(args), _facts(args)
+    space_file, facts, calibration = _space(args), _facts(args), _calibration(args)
     model = _model(args)
     from mpsearch.search import sensitivity_of
 
     with Progress() as report:
         table = sensitivity_of(
-            model, space_file.resolve(model), facts, args.quantizer, args.seed, report
+            model,
+            space_file.resolve(model),
+            facts,
+            args.quantizer,
+            args.seed,
+            calibration,
+            report=report,
         )
     if args.json:
         emit_json(table.to_json())
@@ -285,13 +330,24 @@ def _facts(args: argparse.Namespace) -> Any:
     return FactSet.load(args.facts) if args.facts else FactSet.builtin()
 
 
+def _calibration(args: argparse.Namespace) -> Any:
+    if not args.calibration:
+        return None
+    from mpsearch.calibration import Calibration
+
+    return Calibration.load(args.calibration)
+
+
 def _model(args: argparse.Namespace) -> Any:
     from mpsearch.console import say
 
     say(f"loading {args.model}")
     from mpsearch.models import load_model
 
-    return load_model(args.model)
+    model = load_model(args.model)
+    for name, reason in model.unrecognised.items():
+        say(f"'{name}' stays as it is ({reason})")
+    return model
 
 
 def _parse_seconds(text: str) -> float:
@@ -353,11 +409,19 @@ def _parser() -> argparse.ArgumentParser:
     sensitivity.add_argument("model")
     sensitivity.add_argument("-o", "--out", metavar="FILE", help="also save the table as JSON")
 
-    for command in (search, layers, sensitivity):
+    bank = add("bank", _bank, "quantize every layer in every format of a space, ahead of a search")
+    bank.add_argument("model")
+    bank.add_argument("--list", action="store_true", help="only say what is there")
+
+    for command in (search, layers, sensitivity, bank):
         command.add_argument("--space", metavar="FILE", help="search space (compressed-tensors)")
+    for command in (search, sensitivity, bank):
+        command.add_argument("--quantizer", help="rounding, gptq, auto-gptq, hqq or bitsandbytes")
+        command.add_argument(
+            "--calibration", metavar="FILE", help="text for gptq (the model writes its own)"
+        )
     for command in (search, sensitivity):
         command.add_argument("--facts", metavar="FILE", help="JSONL of facts (the built-in ones)")
-        command.add_argument("--quantizer", help="rounding, gptq, auto-gptq or bitsandbytes")
         command.add_argument("--seed", type=int, default=0, help="of every random choice (0)")
 
     add("front", _front, "print the validated points of a run").add_argument("run")

@@ -19,15 +19,15 @@ Stored = Mapping[str, Tensor]
 
 
 def quantization_args(fmt: Format) -> Any:
-    """compressed-tensors' description of a packed integer format."""
+    """compressed-tensors' description of one of its formats."""
     from compressed_tensors.quantization import QuantizationArgs
 
     return QuantizationArgs(
         num_bits=fmt.bits,
-        type="int",
-        strategy="group",
+        type=fmt.number,
+        strategy="group" if fmt.group_size else "channel",
         group_size=fmt.group_size,
-        symmetric=True,
+        symmetric=fmt.symmetric,
     )
 
 
@@ -38,15 +38,28 @@ def stored_scale(scale: Tensor, fmt: Format) -> Tensor:
     return scale.clamp(min=torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
 
 
-def pack(codes: Tensor, scale: Tensor, fmt: Format) -> dict[str, Tensor]:
-    """Tensors of a `pack-quantized` or GPTQ layer.
+def compressor(fmt: Format) -> Any:
+    """compressed-tensors' class that stores and restores a format; its `name` is the config's."""
+    from compressed_tensors.compressors import BaseCompressor
 
-    compressed-tensors' own `compress()` would quantize again from a float weight; this packs the
-    codes that were chosen.
+    return BaseCompressor.load_from_registry(COMPRESSION[fmt.number])
+
+
+COMPRESSION = {"int": "pack-quantized", "float": "float-quantized"}
+
+
+def pack(
+    codes: Tensor, scale: Tensor, fmt: Format, zero_point: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Tensors of a compressed-tensors or GPTQ layer.
+
+    Its own `compress()` would quantize again from a float weight; this packs the codes that were
+    chosen.
 
     Args:
-        codes: `(rows, columns)` int8, each in `[-2^(bits-1), 2^(bits-1) - 1]`.
+        codes: `(rows, columns)`; int8, each in `[-2^(bits-1), 2^(bits-1) - 1]`, or float8.
         scale: `(rows, groups)`, from `stored_scale`.
+        zero_point: `(rows, groups)` int8 of asymmetric formats, in the range of the codes.
     Raises:
         CheckError: GPTQ's fp16 cannot hold the weights.
     """
@@ -54,11 +67,17 @@ def pack(codes: Tensor, scale: Tensor, fmt: Format) -> dict[str, Tensor]:
 
     if fmt.container == "gptq":
         return _pack_gptq(codes, scale, fmt)
-    return {
+    if fmt.number == "float":
+        return {"weight": codes.contiguous(), "weight_scale": scale.contiguous()}
+    stored = {
         "weight_packed": pack_to_int32(codes, fmt.bits).contiguous(),
         "weight_scale": scale.contiguous(),
         "weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
     }
+    if zero_point is not None:
+        packed = pack_to_int32(zero_point, fmt.bits, packed_dim=0)
+        stored["weight_zero_point"] = packed.contiguous()
+    return stored
 
 
 def _pack_gptq(codes: Tensor, scale: Tensor, fmt: Format) -> dict[str, Tensor]:
@@ -93,7 +112,7 @@ def decode(stored: Stored, fmt: Format) -> Tensor:
     if not fmt.quantized:
         return stored["weight"]
     decode_container = {
-        "compressed-tensors": _decode_packed,
+        "compressed-tensors": _decode_compressed,
         "gptq": _decode_gptq,
         "bitsandbytes": _decode_bitsandbytes,
     }
@@ -101,12 +120,11 @@ def decode(stored: Stored, fmt: Format) -> Tensor:
     return weight
 
 
-def _decode_packed(stored: Stored, fmt: Format) -> Any:
-    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+def _decode_compressed(stored: Stored, fmt: Format) -> Any:
     from compressed_tensors.quantization import QuantizationScheme
 
     scheme = QuantizationScheme(targets=["Linear"], weights=quantization_args(fmt))
-    return PackedQuantizationCompressor.decompress(dict(stored), scheme)["weight"]
+    return compressor(fmt).decompress(dict(stored), scheme)["weight"]
 
 
 def _decode_gptq(stored: Stored, fmt: Format) -> Any:
@@ -139,6 +157,6 @@ def import_bitsandbytes() -> Any:
         import bitsandbytes
     except ImportError:
         raise UsageError(
-            "formats nf4 and int8 need bitsandbytes; pip install 'mpsearch[bitsandbytes]'"
+            "nf4, fp4 and int8 formats need bitsandbytes; pip install 'mpsearch[bitsandbytes]'"
         ) from None
     return bitsandbytes

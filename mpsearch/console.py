@@ -258,6 +258,31 @@ def show_layers(space: Any, model_name: str) -> None:
     )
 
 
+def show_bank(held: Mapping[str, tuple[int, int, int]]) -> None:
+    """A row a format: files there, files wanted, stored bytes."""
+    rows = [[name, f"{have} of {of}", f"{size:,}"] for name, (have, of, size) in held.items()]
+    total = [sum(h[which] for h in held.values()) for which in range(3)]
+    rows.append(["all", f"{total[0]} of {total[1]}", f"{total[2]:,}"])
+    table(["format", "layers", "stored bytes"], rows, left=1)
+
+
+def show_kept(rows: Sequence[Mapping[str, Any]]) -> None:
+    """What is not searched and why, a row a reason."""
+    table(
+        ["kept because it is", "tensors", "weights", "stored", "first"],
+        [
+            [
+                row["reason"],
+                str(len(row["names"])),
+                f"{row['weights']:,}",
+                format_size(row["stored_bytes"]),
+                row["names"][0],
+            ]
+            for row in rows
+        ],
+    )
+
+
 def show_sensitivity(rows: Mapping[tuple[str, str], tuple[float, float]]) -> None:
     """One row a group: predicted KL and weight error in each format."""
     formats = list(dict.fromkeys(fmt for _, fmt in rows))

@@ -14,10 +14,11 @@ _LIBRARIES = {
     "torch": "arithmetic",
     "transformers": "models and tokenizers",
     "optuna": "the study",
-    "compressed-tensors": "formats int2 to int8, exports",
+    "compressed-tensors": "integers of 2 to 8 bits, fp8, exports",
     "gguf": f"reading {BUILTIN_NAME}",
     "gptqmodel": "quantizer gptq; pip install --no-build-isolation gptqmodel==7.6.0",
-    "bitsandbytes": "formats nf4 and int8; pip install 'mpsearch[bitsandbytes]'",
+    "hqq": "quantizer hqq; pip install --no-build-isolation hqq",
+    "bitsandbytes": "formats nf4, fp4 and int8; pip install 'mpsearch[bitsandbytes]'",
 }
 
 

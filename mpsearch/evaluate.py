@@ -43,8 +43,9 @@ class Evaluation:
 class Bench:
     """A model on which assignments are put in place one after another.
 
-    Swapping points a layer at another tensor of the bank: only layers whose format changed are
-    touched, and the reference's own tensors are never written to. Use it as a context manager; it
+    Swapping points a layer at another tensor of the bank (an expert's is copied into its stack):
+    only layers whose format changed are touched, and the reference's own tensors are never written
+    to. Use it as a context manager; it
     leaves the reference in place, whatever happens.
     """
 
@@ -72,13 +73,12 @@ class Bench:
                 weight = self.bank.weight(layer, fmt)
                 # Recorded first: an interrupt in between then makes restore() undo it.
                 self._in_place[layer] = fmt.name
-                self.bank.model.linear(layer).weight.data = weight
+                self.bank.model.places[layer].put(weight)
                 self.swapped_layers += 1
 
     def restore(self) -> None:
         """Give every layer its reference weight."""
-        for layer in self._in_place:
-            self.bank.model.linear(layer).weight.data = self.bank.model.originals[layer]
+        self.bank.model.restore()
         self._in_place.clear()
 
     def evaluate(self, assignment: Assignment, proxy: RecallProxy) -> Evaluation:

@@ -1,7 +1,9 @@
-"""Writing whole or not at all."""
+"""Writing whole or not at all, and working without doing things twice."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -14,7 +16,8 @@ from mpsearch.errors import ResourceError
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file in one step. Raises `ResourceError` when it cannot be written."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    # Named after the process: several may write the same file.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         with open(unfinished, "w", encoding="utf-8") as stream:
             stream.write(text)
@@ -47,3 +50,34 @@ def published(folder: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+class Claims:
+    """Numbered pieces of work in a folder, each done by one process at a time.
+
+    A claim is a lock on one byte of a file, so it ends with its process, however that ends. Use it
+    as a context manager, once a process and folder: closing the file gives up all its claims.
+    """
+
+    def __init__(self, folder: Path):
+        self._path = folder / ".claims"
+
+    def __enter__(self) -> Claims:
+        self._stream = open(self._path, "ab")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def take(self, number: int) -> bool:
+        """Whether the piece is now this process's; not so while another has it."""
+        try:
+            fcntl.lockf(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            raise
+        return True
+
+    def release(self, number: int) -> None:
+        fcntl.lockf(self._stream, fcntl.LOCK_UN, 1, number)

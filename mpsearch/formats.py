@@ -18,8 +18,14 @@ from mpsearch.layers import Layer, LayerGroup
 
 ITEM_BYTES = MappingProxyType(
     {
-        **{"int64": 8, "int32": 4, "float32": 4, "bfloat16": 2, "float16": 2},
-        **{"int8": 1, "uint8": 1},
+        "int64": 8,
+        "int32": 4,
+        "float32": 4,
+        "bfloat16": 2,
+        "float16": 2,
+        "float8_e4m3fn": 1,
+        "int8": 1,
+        "uint8": 1,
     }
 )
 
@@ -43,7 +49,10 @@ class Format:
         bits: nominal width of a code. What a weight really costs is `bits_per_weight`.
         container: the checkpoint format that holds it; `any` for unquantized weights.
         tensors: `(rows, columns)` to the tensors stored, by the suffix after `<layer>.`.
-        group_size: columns that share a scale; None where the format has another rule.
+        group_size: columns that share a scale; None where a whole row does, or the container has
+            another rule.
+        symmetric: no zero-point; zero is the middle code.
+        number: what a code is, `int` or `float`.
         side_multiple: rows and columns must both be multiples of it.
     """
 
@@ -52,7 +61,13 @@ class Format:
     container: str
     tensors: Callable[[int, int], dict[str, StoredTensor]] = field(repr=False, compare=False)
     group_size: int | None = None
+    symmetric: bool = True
+    number: str = "int"
     side_multiple: int = 1
+
+    def fits(self, layer: Layer) -> bool:
+        """Whether its groups divide the layer's columns, without which no loader takes it."""
+        return self.group_size is None or layer.columns % self.group_size == 0
 
     @property
     def quantized(self) -> bool:
@@ -69,22 +84,36 @@ class Format:
         return 8 * self.stored_bytes(group) / group.weights
 
 
-def _packed_integer(bits: int, group_size: int) -> Format:
-    """Symmetric integers of compressed-tensors' `pack-quantized`.
+def _packed_integer(bits: int, group_size: int | None, symmetric: bool) -> Format:
+    """Integers of compressed-tensors' `pack-quantized`.
 
     A row's codes are packed densely into 32-bit words; a bf16 scale a group; the shape as two
-    int64. Source: compressed_tensors/compressors/pack_quantized (0.20).
+    int64. Asymmetric ones add a zero-point a group, packed down the rows. Source:
+    compressed_tensors/compressors/pack_quantized (0.20).
+
+    Args:
+        group_size: None for one group a row.
     """
 
     def tensors(rows: int, columns: int) -> dict[str, StoredTensor]:
-        return {
+        groups = ceil(columns / (group_size or columns))
+        stored = {
             "weight_packed": StoredTensor("int32", (rows, ceil(columns * bits / 32))),
-            "weight_scale": StoredTensor("bfloat16", (rows, ceil(columns / group_size))),
+            "weight_scale": StoredTensor("bfloat16", (rows, groups)),
             "weight_shape": StoredTensor("int64", (2,)),
         }
+        if not symmetric:
+            stored["weight_zero_point"] = StoredTensor("int32", (ceil(rows * bits / 32), groups))
+        return stored
 
+    name = f"int{bits}-{f'g{group_size}' if group_size else 'channel'}"
     return Format(
-        f"int{bits}-g{group_size}", bits, "compressed-tensors", tensors, group_size=group_size
+        name if symmetric else f"{name}-asym",
+        bits,
+        "compressed-tensors",
+        tensors,
+        group_size=group_size,
+        symmetric=symmetric,
     )
 
 
@@ -109,22 +138,56 @@ def _gptq(bits: int, group_size: int) -> Format:
     return Format(name, bits, "gptq", tensors, group_size=group_size, side_multiple=32)
 
 
+def _fp8(rows: int, columns: int) -> dict[str, StoredTensor]:
+    """E4M3 codes and a bf16 scale a row: compressed-tensors' `float-quantized`, weights only."""
+    return {
+        "weight": StoredTensor("float8_e4m3fn", (rows, columns)),
+        "weight_scale": StoredTensor("bfloat16", (rows, 1)),
+    }
+
+
 def _bf16(rows: int, columns: int) -> dict[str, StoredTensor]:
     return {"weight": StoredTensor("bfloat16", (rows, columns))}
 
 
-def _nf4(rows: int, columns: int) -> dict[str, StoredTensor]:
-    """Two codes a byte, an fp32 absmax for each 64 weights of the flattened matrix, the 16
-    levels, and the quantization state as JSON bytes. Source: bitsandbytes `QuantState.as_dict`.
+FOUR_BIT_BLOCK = 64
+_ABSMAX_BLOCK = 256
+_LONGEST_FLOAT = 24  # characters of a double's shortest decimal form, at most
+
+
+def _four_bits(name: str, double: bool) -> Format:
+    """bitsandbytes' NF4 and FP4: two codes a byte, an absmax for each 64 weights of the flattened
+    matrix, the 16 levels, and the quantization state as JSON bytes. Source: `QuantState.as_dict`.
+
+    Args:
+        double: the absmax are 8-bit codes themselves, in blocks of 256 with fp32 absmax of their
+            own, 256 levels, and an offset whose digits vary: the JSON is padded to the longest.
     """
-    block = 64
-    state = {"quant_type": "nf4", "blocksize": block, "dtype": "bfloat16", "shape": [rows, columns]}
-    return {
-        "weight": StoredTensor("uint8", (ceil(rows * columns / 2), 1)),
-        "weight.absmax": StoredTensor("float32", (ceil(rows * columns / block),)),
-        "weight.quant_map": StoredTensor("float32", (16,)),
-        "weight.quant_state.bitsandbytes__nf4": StoredTensor("uint8", (len(json.dumps(state)),)),
-    }
+
+    def tensors(rows: int, columns: int) -> dict[str, StoredTensor]:
+        state: dict[str, object] = {
+            "quant_type": name,
+            "blocksize": FOUR_BIT_BLOCK,
+            "dtype": "bfloat16",
+        }
+        state["shape"] = [rows, columns]
+        blocks = ceil(rows * columns / FOUR_BIT_BLOCK)
+        stored = {
+            "weight": StoredTensor("uint8", (ceil(rows * columns / 2), 1)),
+            "weight.absmax": StoredTensor("uint8" if double else "float32", (blocks,)),
+            "weight.quant_map": StoredTensor("float32", (16,)),
+        }
+        if double:
+            state |= {"nested_blocksize": _ABSMAX_BLOCK, "nested_dtype": "float32"}
+            state["nested_offset"] = 0
+            nested = ceil(blocks / _ABSMAX_BLOCK)
+            stored["weight.nested_absmax"] = StoredTensor("float32", (nested,))
+            stored["weight.nested_quant_map"] = StoredTensor("float32", (256,))
+        length = len(json.dumps(state)) + (_LONGEST_FLOAT - 1 if double else 0)
+        stored[f"weight.quant_state.bitsandbytes__{name}"] = StoredTensor("uint8", (length,))
+        return stored
+
+    return Format(f"{name}-dq" if double else name, 4, "bitsandbytes", tensors, number="float")
 
 
 def _int8(rows: int, columns: int) -> dict[str, StoredTensor]:
@@ -142,14 +205,23 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
     {
         fmt.name: fmt
         for fmt in (
-            *(_packed_integer(bits, 64) for bits in (2, 3, 4, 8)),
+            *(
+                _packed_integer(bits, group_size, symmetric)
+                for symmetric in (True, False)
+                for group_size in (32, 64, 128, None)
+                for bits in (2, 3, 4, 5, 6, 8)
+            ),
             *(_gptq(bits, size) for bits in (2, 3, 4, 8) for size in (32, 64, 128)),
-            Format("nf4", 4, "bitsandbytes", _nf4),
+            Format("fp8", 8, "compressed-tensors", _fp8, number="float"),
+            *(_four_bits(name, double) for name in ("nf4", "fp4") for double in (False, True)),
             Format("int8", 8, "bitsandbytes", _int8),
             BF16,
         )
     }
 )
+
+
+_MOST_LISTED = 12
 
 
 def nearest(name: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
@@ -160,7 +232,10 @@ def nearest(name: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
     """
     known = list(known)
     close = difflib.get_close_matches(name, [*known, *also], n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    rest = f" and {len(known) - _MOST_LISTED} more" if len(known) > _MOST_LISTED else ""
+    return f"; known: {', '.join(known[:_MOST_LISTED])}{rest}"
 
 
 def get_format(name: str) -> Format:

@@ -28,14 +28,24 @@ class Layer:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers that get one format together, because a runtime fuses them or the user ties them."""
+    """Layers that get one format together, because a runtime fuses them or the user ties them.
+
+    Siblings, or the experts of one block.
+    """
 
     layers: tuple[Layer, ...]
 
     @property
     def name(self) -> str:
-        """`model.layers.0.self_attn.q_proj+k_proj+v_proj`, or the layer's own name."""
+        """`model.layers.0.self_attn.q_proj+k_proj+v_proj`, or the layer's own name.
+
+        Of experts it is their module's: `model.layers.0.mlp.experts`.
+        """
         first, *rest = (layer.name for layer in self.layers)
+        parents = {layer.name.rpartition(".")[0] for layer in self.layers}
+        experts = {_experts(layer.name) for layer in self.layers}
+        if len(parents) > 1 and len(experts) == 1 and (shared := experts.pop()):
+            return shared
         return "+".join([first, *(name.rpartition(".")[2] for name in rest)])
 
     @property
@@ -54,16 +64,27 @@ class LayerGroup:
         return re.sub(r"^.*?\.\d+\.", "", self.name)
 
 
-def group_layers(layers: Sequence[Layer], ties: Iterable[Sequence[str]]) -> tuple[LayerGroup, ...]:
+def group_layers(
+    layers: Sequence[Layer], ties: Iterable[Sequence[str]], fuse_experts: bool = False
+) -> tuple[LayerGroup, ...]:
     """Group siblings (same parent module) whose last names stand together in one tie.
 
     Args:
         layers: in model order; the groups keep the order of their first member.
         ties: each a list of last name components, such as `("q_proj", "k_proj", "v_proj")`.
+        fuse_experts: whether all layers of all experts of a block form one group.
     """
     tie_of = {member: tuple(tie) for tie in ties for member in tie}
     members: dict[tuple[str, object], list[Layer]] = {}
     for layer in layers:
         parent, _, last = layer.name.rpartition(".")
-        members.setdefault((parent, tie_of.get(last, last)), []).append(layer)
+        experts = _experts(layer.name) if fuse_experts else None
+        key = (experts, None) if experts else (parent, tie_of.get(last, last))
+        members.setdefault(key, []).append(layer)
     return tuple(LayerGroup(tuple(group)) for group in members.values())
+
+
+def _experts(name: str) -> str | None:
+    """The module of a block's experts, if a layer stands under an index in it."""
+    found = re.match(r"(.*\bexperts)\.\d+\.", name)
+    return found.group(1) if found else None

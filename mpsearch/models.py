@@ -22,6 +22,7 @@ from mpsearch.device import compute_dtype, pick_device, require_memory
 from mpsearch.errors import CheckError, ModelError
 from mpsearch.formats import ITEM_BYTES
 from mpsearch.layers import Layer
+from mpsearch.places import UNRECOGNISED, Place, find_places, why_kept
 
 # What transformers, tokenizers and safetensors raise for a damaged or strange folder.
 _FROM_BELOW = (
@@ -40,8 +41,10 @@ class Model:
         module: the transformers model, in evaluation mode, without gradients.
         tokenizer: its fast tokenizer.
         layers: the weight matrices that may be quantized, in model order.
+        places: layer name to where its weight lives in the module.
         originals: layer name to its weight as loaded `(rows, columns)`; never written to.
         kept: every other stored tensor by state-dict name, shared ones once, as bf16 if floating.
+        why_kept: for each of those, why it is no layer.
         fingerprint: hex digest over all names, shapes and bf16 values.
     """
 
@@ -50,8 +53,10 @@ class Model:
     module: Any
     tokenizer: Any
     layers: tuple[Layer, ...]
+    places: dict[str, Place]
     originals: dict[str, Tensor]
     kept: dict[str, Tensor]
+    why_kept: dict[str, str]
     fingerprint: str
 
     @property
@@ -65,14 +70,42 @@ class Model:
 
     @property
     def kept_bytes(self) -> int:
-        return sum(
-            tensor.numel() * ITEM_BYTES[str(tensor.dtype).removeprefix("torch.")]
-            for tensor in self.kept.values()
-        )
+        return sum(_stored_bytes(tensor) for tensor in self.kept.values())
 
-    def linear(self, layer: str) -> nn.Linear:
-        linear: nn.Linear = self.module.get_submodule(layer)
-        return linear
+    def kept_by_reason(self) -> list[dict[str, Any]]:
+        """The kept tensors: reason, names, weights and stored bytes, the largest sum first."""
+        names: dict[str, list[str]] = {}
+        for name, reason in self.why_kept.items():
+            names.setdefault(reason, []).append(name)
+        rows = [
+            {
+                "reason": reason,
+                "names": alike,
+                "weights": sum(self.kept[name].numel() for name in alike),
+                "stored_bytes": sum(_stored_bytes(self.kept[name]) for name in alike),
+            }
+            for reason, alike in names.items()
+        ]
+        return sorted(rows, key=lambda row: -row["stored_bytes"])
+
+    @property
+    def unrecognised(self) -> dict[str, str]:
+        """Kept weights above 1 % of the parameters that are of no known kind, and their kinds."""
+        weights = sum(place.loaded.numel() for place in self._one_a_parameter())
+        weights += sum(tensor.numel() for tensor in self.kept.values())
+        return {
+            name: reason
+            for name, reason in self.why_kept.items()
+            if reason.startswith(UNRECOGNISED) and self.kept[name].numel() > 0.01 * weights
+        }
+
+    def restore(self) -> None:
+        """Give every layer its reference weight."""
+        for place in self._one_a_parameter():
+            place.restore()
+
+    def _one_a_parameter(self) -> list[Place]:
+        return list({id(place.parameter): place for place in self.places.values()}.values())
 
 
 def load_model(name: str) -> Model:
@@ -84,7 +117,13 @@ def load_model(name: str) -> Model:
         ResourceError: memory or disk is too small.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+    )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     folder = _locate(name)
     weights_bytes = check_folder(folder, name)
@@ -93,7 +132,10 @@ def load_model(name: str) -> Model:
     # In bf16, and again in the computing dtype where that is another; room for one pass.
     require_memory(int(weights_bytes * 1.3) + 500_000_000, device, f"loading '{name}'")
     try:
-        module, loaded = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        plain = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        auto: Any = AutoModelForCausalLM if plain else AutoModelForImageTextToText
+        module, loaded = auto.from_pretrained(
             folder,
             output_loading_info=True,
             dtype=torch.bfloat16,
@@ -133,7 +175,7 @@ def from_module(
 
     Raises:
         CheckError: a weight is NaN or infinite.
-        ModelError: nothing in it can be quantized.
+        ModelError: nothing in it can be quantized, or tokens reach each other past its attention.
     """
     module = module.eval().requires_grad_(False)
     _cast(module, torch.bfloat16)
@@ -144,21 +186,69 @@ def from_module(
                 f"model '{name}': '{tensor_name}' holds {bad} NaN or infinite of "
                 f"{tensor.numel()} values; the checkpoint is damaged, get it again"
             )
-    layers = find_layers(module)
-    if not layers:
+    searched = {place.parameter for place in find_places(module).values()}
+    if not searched:
         raise ModelError(f"model '{name}' has no linear layers that could be quantized")
-    searched = {f"{layer.name}.weight" for layer in layers}
     kept: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    seen = {parameter.data_ptr() for parameter in searched}
     for tensor_name, tensor in module.state_dict().items():
-        if tensor_name not in searched and tensor.data_ptr() not in seen:
+        if tensor.data_ptr() not in seen:
             seen.add(tensor.data_ptr())
             kept[tensor_name] = tensor.detach().cpu()
     fingerprint = _fingerprint(module)
     module = module.to(device)
     _cast(module, dtype)
-    originals = {layer.name: module.get_submodule(layer.name).weight.data for layer in layers}
-    return Model(name, folder, module, tokenizer, layers, originals, kept, fingerprint)
+    places = find_places(module)  # again, now that its tensors are those that it computes with
+    originals = {layer: place.original for layer, place in places.items()}
+    layers = tuple(Layer(layer, *weight.shape) for layer, weight in originals.items())
+    reasons = why_kept(module, kept)
+    _check_attention(name, module, device, any(".experts." in layer for layer in places))
+    return Model(
+        name, folder, module, tokenizer, layers, places, originals, kept, reasons, fingerprint
+    )
+
+
+@torch.inference_mode()
+def _check_attention(name: str, module: Any, device: torch.device, has_experts: bool) -> None:
+    """Refuse models in which a token sees another that its mask hides; see `mpsearch.forward`.
+
+    Of three tokens the last attends to the first only, and so must not notice the second. State
+    spaces, linear attention and attention without a general mask fail this.
+    """
+    mask = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool, device=device)
+    logits = []
+    for hidden in (3, 4):
+        tokens = torch.tensor([[1, hidden, 2]], device=device)
+        positions = torch.tensor([[0, 1, 1]], device=device)
+        try:
+            output = module(
+                input_ids=tokens,
+                position_ids=positions,
+                attention_mask=mask[None, None],
+                use_cache=False,
+                logits_to_keep=torch.tensor([2], device=device),
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except _FROM_BELOW as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(
+                f"model '{name}' ({type(module).__name__}) does not run under a general attention "
+                f"mask, by which facts share a pass ({reason}); use another model"
+            ) from error
+        logits.append(output.logits[0, -1].float())
+    # Rounding alone, where experts take other tokens together in the second pass.
+    tolerance = 5e-2 if has_experts else 1e-4
+    if (logits[0] - logits[1]).abs().max() > tolerance * logits[0].std():
+        raise ModelError(
+            f"model '{name}' ({type(module).__name__}) lets a token see another that its mask "
+            "hides, as state spaces and linear attention do, so facts cannot share a pass; use a "
+            "model with softmax attention throughout, loaded with sdpa"
+        )
+
+
+def _stored_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * ITEM_BYTES[str(tensor.dtype).removeprefix("torch.")]
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
@@ -166,16 +256,6 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-
-
-def find_layers(module: Any) -> tuple[Layer, ...]:
-    """All linears but the output head, in model order."""
-    head = module.get_output_embeddings()
-    return tuple(
-        Layer(name, child.out_features, child.in_features)
-        for name, child in module.named_modules()
-        if isinstance(child, nn.Linear) and child is not head
-    )
 
 
 def _fingerprint(module: Any) -> str:

@@ -26,8 +26,9 @@ from optuna.trial import TrialState
 from mpsearch.allocate import greedy, knapsack, uniform
 from mpsearch.asked import MOST_FACTS, asked_facts, balanced, freeze_facts, known_facts
 from mpsearch.assignment import Assignment
-from mpsearch.bank import Bank, Report, check_shapes, silent
+from mpsearch.bank import Bank, Report, check_formats, silent
 from mpsearch.budget import check_reachable, format_size, parse_size
+from mpsearch.calibration import Calibration
 from mpsearch.device import require_disk, require_memory
 from mpsearch.errors import CheckError, UsageError
 from mpsearch.evaluate import Bench, all_layers
@@ -60,6 +61,7 @@ class Wish:
         trials: proposals after the baselines.
         seconds: stop proposing after this time, even if trials are left; None for no limit.
         quantizer: None for the target's default.
+        calibration: for quantizers that need inputs; None for text that the model writes.
         search_facts: at most this many facts score each candidate.
     """
 
@@ -70,6 +72,7 @@ class Wish:
     sampler: str = "level-switch"
     quantizer: str | None = None
     search_facts: int = MOST_FACTS["search"]
+    calibration: Calibration | None = None
 
     @property
     def budget_bytes(self) -> int:
@@ -88,6 +91,7 @@ def search(
     sampler: str = "level-switch",
     quantizer: str | None = None,
     search_facts: int = MOST_FACTS["search"],
+    calibration: Calibration | None = None,
     facts: FactSet | None = None,
     resume: bool = False,
     report: Report = silent,
@@ -108,7 +112,7 @@ def search(
         ResourceError: memory or disk; what is finished is kept.
         KeyboardInterrupt: all finished trials are kept; resume goes on from there.
     """
-    wish = Wish(budget, trials, seconds, seed, sampler, quantizer, search_facts)
+    wish = Wish(budget, trials, seconds, seed, sampler, quantizer, search_facts, calibration)
     if isinstance(space, SearchSpace):
         space = space.resolve(model)
     return _Search(model, space, wish, facts or FactSet.builtin(), report).run(Path(out), resume)
@@ -121,12 +125,12 @@ class _Search:
         self, model: Model, space: ResolvedSpace, wish: Wish, facts: FactSet, report: Report
     ):
         check_wish(space, wish)
-        check_shapes(all_layers(space))
         self.model, self.space, self.wish, self.facts, self.report = (
             model, space, wish, facts, report,
         )  # fmt: skip
         quantizer = get_quantizer(wish.quantizer, space.target.name)
-        self.bank = Bank(model, quantizer)
+        check_formats(quantizer, all_layers(space))
+        self.bank = Bank(model, quantizer, wish.calibration)
 
     @property
     def question(self) -> dict[str, Any]:
@@ -203,10 +207,11 @@ def sensitivity_of(
     facts: FactSet,
     quantizer: str | None,
     seed: int,
+    calibration: Calibration | None = None,
     report: Report = silent,
 ) -> Sensitivity:
     """The damage table on its own: builds the bank, asks the reference, measures."""
-    bank = Bank(model, get_quantizer(quantizer, space.target.name))
+    bank = Bank(model, get_quantizer(quantizer, space.target.name), calibration)
     bank.build(all_layers(space), report)
     known = balanced(known_facts(model, facts, MOST_FACTS["search"])[1], _SENSITIVITY_FACTS)
     return measure_sensitivity(space, bank, facts, tuple(known), seed=seed, report=report)

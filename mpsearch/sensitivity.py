@@ -12,15 +12,21 @@ layers and serves every format.
 Facts share a pass, so their gradients arrive summed. The expectation of the square of the sum is
 the sum of the squares: a sampled answer's gradient has mean zero, so cross terms vanish.
 
+A layer whose gradients are all exactly zero is an expert that no fact reached. That the facts do
+not need it is no reason to ruin it: its damage comes from its weight error, at the rate (damage
+over squared relative error) of its group's other layers, else at the median rate of the reached
+groups of its kind, else of all groups, in that format.
+
 Source: the Fisher approximation of KL, with sampled labels (Kunstner et al., arXiv:1905.12558).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -96,30 +102,45 @@ def measure_sensitivity(
         CheckError: a gradient is NaN or infinite.
     """
     model = bank.model
-    weight_error = _weight_errors(space, bank, report)
+    layer_errors = _layer_errors(space, bank, report)
+    weight_error = {key: sum(of_layers.values()) ** 0.5 for key, of_layers in layer_errors.items()}
     squared = dict.fromkeys(weight_error, 0.0)
+    reached: set[str] = set()
     generator = torch.Generator().manual_seed(seed)
     sequences = [encode(model.tokenizer, prompt(fact_set, f, SHOTS), f.answer) for f in facts]
     work = Pass(model, sequences, max_nodes=_ROW_NODES)
     draws = -(-_SAMPLES // len(work.rows))
-    layers = [layer.name for group in space.groups for layer in group.layers]
-    weights = [model.linear(name).weight for name in layers]
-    for weight in weights:
-        weight.requires_grad_(True)
+    places = {
+        layer.name: model.places[layer.name] for group in space.groups for layer in group.layers
+    }
+    parameters = list(dict.fromkeys(place.parameter for place in places.values()))
+    for parameter in parameters:
+        parameter.requires_grad_(True)
     try:
         for index, row in enumerate(work.rows):
             report("sensitivity", index, len(work.rows))
             samples = _sampled_sums(work, row, draws, generator)
             for first in range(0, draws, _AT_ONCE):
                 drawn = [
-                    torch.autograd.grad(log_prob, weights, retain_graph=True)
+                    torch.autograd.grad(
+                        # An expert in a module of its own that no token enters is not used.
+                        log_prob, parameters, retain_graph=True, allow_unused=True,
+                        materialize_grads=True,
+                    )
                     for log_prob in samples[first : first + _AT_ONCE]
-                ]
-                gradients = dict(zip(layers, zip(*drawn, strict=True), strict=True))
+                ]  # fmt: skip
+                of_parameter = dict(zip(parameters, zip(*drawn, strict=True), strict=True))
+                gradients = {
+                    name: [place.part(gradient) for gradient in of_parameter[place.parameter]]
+                    for name, place in places.items()
+                }
+                reached.update(
+                    name for name in places.keys() - reached if any(map(torch.any, gradients[name]))
+                )
                 _add_squares(squared, space, bank, gradients)
     finally:
-        for weight in weights:
-            weight.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
     report("sensitivity", len(work.rows), len(work.rows))
     damage = {key: value / (2 * draws * len(facts)) for key, value in squared.items()}
     if not all(value < float("inf") for value in damage.values()):
@@ -127,6 +148,7 @@ def measure_sensitivity(
         raise CheckError(
             f"the gradient of '{broken[0]}' is NaN or infinite; cannot score {broken[1]}"
         )
+    damage = _with_unreached(damage, layer_errors, reached, space)
     provenance = {
         "model": model.name,
         "fingerprint": model.fingerprint,
@@ -135,6 +157,7 @@ def measure_sensitivity(
         "facts": {"source": fact_set.source, "digest": fact_set.digest, "used": len(facts)},
         "shots": SHOTS,
         "draws": draws,
+        "unreached": [name for name in places if name not in reached],
         "seed": seed,
         "dtype": str(model.dtype),
     }
@@ -183,18 +206,57 @@ def _add_squares(
             squared[group.name, fmt.name] += float(row.double().square().sum())
 
 
-def _weight_errors(
+def _layer_errors(
     space: ResolvedSpace, bank: Bank, report: Report
-) -> dict[tuple[str, str], float]:
-    """Relative Frobenius error of each group in each of its formats."""
-    relative: dict[tuple[str, str], float] = {}
+) -> dict[tuple[str, str], dict[str, float]]:
+    """For each (group, format) and each layer, its squared error over the group's squared norm."""
+    shares: dict[tuple[str, str], dict[str, float]] = {}
     for index, group in enumerate(space.groups):
         report("decoding", index, len(space.groups))
-        errors, norm = torch.zeros(len(space.options[group.name]), dtype=torch.float64), 0.0
-        for layer in group.layers:
-            errors += _errors(group, layer.name, space, bank).square().sum(1).double().cpu()
-            norm += float(bank.model.originals[layer.name].float().square().sum())
-        for fmt, error in zip(space.options[group.name], errors, strict=True):
-            relative[group.name, fmt.name] = (float(error) / norm) ** 0.5 if norm else 0.0
+        errors = {
+            layer.name: _errors(group, layer.name, space, bank).square().sum(1).double().tolist()
+            for layer in group.layers
+        }
+        norm = sum(float(bank.model.originals[name].float().square().sum()) for name in errors)
+        for number, fmt in enumerate(space.options[group.name]):
+            shares[group.name, fmt.name] = {
+                name: of_formats[number] / norm if norm else 0.0
+                for name, of_formats in errors.items()
+            }
     report("decoding", len(space.groups), len(space.groups))
-    return relative
+    return shares
+
+
+def _with_unreached(
+    damage: Mapping[tuple[str, str], float],
+    errors: Mapping[tuple[str, str], Mapping[str, float]],
+    reached: Collection[str],
+    space: ResolvedSpace,
+) -> dict[tuple[str, str], float]:
+    """The damage with that of layers without gradients added; see the module's docstring.
+
+    Args:
+        errors: as `_layer_errors` gives them.
+        reached: names of the layers with gradients.
+    """
+    kind_of = {group.name: group.kind for group in space.groups}
+    seen = {
+        key: sum(error for name, error in of_layers.items() if name in reached)
+        for key, of_layers in errors.items()
+    }
+    rates = {key: damage[key] / seen[key] for key in damage if seen[key] and damage[key]}
+
+    def rate(group: str, fmt: str) -> float:
+        alike = [
+            value
+            for (other, its), value in rates.items()
+            if its == fmt and kind_of[other] == kind_of[group]
+        ]
+        of_format = [value for (_, its), value in rates.items() if its == fmt]
+        return rates.get((group, fmt)) or median(alike or of_format or [1.0])
+
+    unseen = {
+        key: sum(error for name, error in of_layers.items() if name not in reached)
+        for key, of_layers in errors.items()
+    }
+    return {key: damage[key] + unseen[key] * rate(*key) for key in damage}

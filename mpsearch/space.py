@@ -61,9 +61,8 @@ class SearchSpace:
 
     @classmethod
     def default(cls) -> SearchSpace:
-        """Every packed integer of compressed-tensors; the same as its file in search_spaces/."""
-        target = TARGETS["compressed-tensors"]
-        return cls(target, tuple(fmt.name for fmt in target.formats if fmt.quantized))
+        """Packed integers of four widths; the same as compressed_tensors.yaml in search_spaces/."""
+        return cls(TARGETS["compressed-tensors"], ("int2-g64", "int3-g64", "int4-g64", "int8-g64"))
 
     @classmethod
     def load(cls, path: str | Path) -> SearchSpace:
@@ -115,7 +114,7 @@ class SearchSpace:
                     "can be tied",
                 )
         ties = _union([*self.target.fused, *(tie for tie, _ in self.ties)])
-        groups = group_layers(model.layers, ties)
+        groups = group_layers(model.layers, ties, self.target.fuses_experts)
         options = {group.name: self._options(group) for group in groups}
         return ResolvedSpace(self, groups, options, model.kept_bytes)
 
@@ -253,8 +252,8 @@ class _Reader:
             if name not in held:
                 raise self.fault(
                     entry,
-                    f"format '{name}' cannot be stored in a {target.name} checkpoint, which holds "
-                    f"{', '.join(sorted(held))}; keep one container a space",
+                    f"format '{name}' cannot be stored in a {target.name} checkpoint; keep one "
+                    "container a space",
                 )
             if name in names:
                 raise self.fault(entry, f"format '{name}' stands twice; keep one")

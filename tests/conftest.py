@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -17,10 +18,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from mpsearch.facts import FactSet
-from mpsearch.models import Model, load_model
+from mpsearch.models import Model, from_module, load_model
 from mpsearch.space import ResolvedSpace, SearchSpace
 
 ANSWERS = {
@@ -76,6 +83,47 @@ def tiny_llama(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
         initializer_range=0.1,
     )
     return LlamaForCausalLM(config)
+
+
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16},
+    "gemma": {"head_dim": 16},
+    "phi3": {},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "gpt_neox": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {**_EXPERTS, "head_dim": 16},
+}
+
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    """A config of two blocks and hidden size 64 for any of `FAMILIES`."""
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    common = {"vocab_size": 71, "initializer_range": 0.1, "pad_token_id": 0}
+    common |= {"bos_token_id": None, "eos_token_id": None}
+    own = FAMILIES[family] if family == "gpt2" else {**sizes, **FAMILIES[family]}
+    return AutoConfig.for_model(family, **{**common, **own, **changes})
+
+
+def tiny_family(family: str, **changes: Any) -> Model:
+    """A model of that family with random weights, computing in float32."""
+    torch.manual_seed(0)
+    module = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
+    return from_module(
+        family, Path(), module, build_tokenizer(), torch.device("cpu"), torch.float32
+    )
 
 
 def teach(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

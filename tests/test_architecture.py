@@ -23,9 +23,9 @@ WITHOUT_TORCH = (
     *("front", "estimates", "allocate", "files", "facts", "run"),
 )
 WITH_TORCH = (
-    *("device", "builtin", "models", "forward", "codecs", "quantizers", "calibration", "bank"),
-    *("recall", "evaluate", "sensitivity", "samplers", "asked", "scorer", "search", "export"),
-    *("plot", "doctor", "console", "cli"),
+    *("device", "builtin", "places", "models", "forward", "codecs", "quantizers"),
+    *("calibration", "tensor_files", "bank", "recall", "evaluate", "sensitivity", "samplers"),
+    *("asked", "scorer", "search", "export", "plot", "doctor", "console", "cli"),
 )
 ORDER = (*WITHOUT_TORCH, *WITH_TORCH)
 LIGHT = (*WITHOUT_TORCH, "plot", "console", "cli")

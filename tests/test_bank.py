@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
+import os
 import re
 import shutil
 import struct
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mpsearch import bank as bank_module
-from mpsearch.bank import Bank, check_shapes
+from mpsearch import tensor_files
+from mpsearch.bank import Bank, check_formats
 from mpsearch.calibration import Calibration
 from mpsearch.codecs import decode
 from mpsearch.errors import CheckError, MpsearchError, ResourceError, RunError, UsageError
@@ -29,7 +34,7 @@ from mpsearch.layers import Layer
 from mpsearch.models import Model, from_module
 from mpsearch.quantizers import InputStatistics
 from mpsearch.quantizers.rounding import Rounding
-from mpsearch.space import ResolvedSpace, SearchSpace
+from mpsearch.space import ResolvedSpace
 
 INT2, INT4 = FORMATS["int2-g64"], FORMATS["int4-g64"]
 Wanted = list[tuple[Layer, Format]]
@@ -89,7 +94,8 @@ def weights_in(folder: Path) -> list[str]:
 
 
 def unfinished_in(folder: Path) -> list[str]:
-    return [name for name in files(folder) if name not in (*weights_in(folder), "settings.json")]
+    expected = (*weights_in(folder), "settings.json", ".claims")
+    return [name for name in files(folder) if name not in expected]
 
 
 def data_bytes(path: Path) -> int:
@@ -193,6 +199,89 @@ def test_building_again_does_nothing(tiny: Model, wanted: Wanted, tmp_path: Path
     assert len(quantizer.calls) == 5
 
 
+def in_processes(count: int, work: Callable[[], None]) -> None:
+    """Run the work in so many forked processes at once; each must end well."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work) for _ in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * count
+
+
+def test_processes_that_build_one_bank_share_the_work(
+    tiny: Model, wanted: Wanted, tmp_path: Path
+) -> None:
+    def note(call: int, stored: Stored) -> Stored:
+        with open(tmp_path / "calls", "a", encoding="utf-8") as calls:
+            calls.write(f"{os.getpid()}\n")
+        time.sleep(0.05)
+        return stored
+
+    def build() -> None:
+        Bank(tiny, Counting(note), root=tmp_path / "bank").build(wanted)
+        assert len(weights_in(tmp_path / "bank")) == 10
+
+    in_processes(3, build)
+    workers = (tmp_path / "calls").read_text().split()
+    assert len(workers) == 5
+    assert len(set(workers)) > 1
+
+
+def test_helpers_make_the_bank_that_one_process_makes(
+    tiny: Model, wanted: Wanted, tmp_path: Path
+) -> None:
+    Bank(tiny, Counting(), root=tmp_path / "one").build(wanted)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        Bank(tiny, Counting(), root=tmp_path / "three").build(wanted)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert weights_in(tmp_path / "three") == weights_in(tmp_path / "one")
+    for path in (tmp_path / "one").rglob("*.safetensors"):
+        other = tmp_path / "three" / path.relative_to(tmp_path / "one")
+        assert other.read_bytes() == path.read_bytes()
+    assert not multiprocessing.active_children()
+
+
+def test_what_a_dying_helper_leaves_is_done_by_the_caller(
+    tiny: Model, wanted: Wanted, tmp_path: Path
+) -> None:
+    caller = os.getpid()
+
+    def die_elsewhere(call: int, stored: Stored) -> Stored:
+        if os.getpid() != caller:
+            os._exit(1)
+        time.sleep(0.05)
+        return stored
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        Bank(tiny, Counting(die_elsewhere), root=tmp_path).build(wanted)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(weights_in(tmp_path)) == 10
+    assert not unfinished_in(tmp_path)
+
+
+def test_holdings_count_intact_files_and_their_bytes(
+    tiny: Model, wanted: Wanted, tmp_path: Path
+) -> None:
+    bank = Bank(tiny, Rounding(), root=tmp_path)
+    assert bank.holdings(wanted) == {"int2-g64": (0, 5, 0), "int4-g64": (0, 5, 0)}
+    bank.build(wanted[:4])
+    bank.path(wanted[1][0].name, INT4).write_bytes(b"damaged")
+    first, second = wanted[0][0], wanted[2][0]
+    assert bank.holdings(wanted) == {
+        "int2-g64": (2, 5, INT2.layer_bytes(first) + INT2.layer_bytes(second)),
+        "int4-g64": (1, 5, INT4.layer_bytes(second)),
+    }
+
+
 def test_a_kill_in_the_middle_costs_only_the_layer_it_hit(
     tiny: Model, wanted: Wanted, tmp_path: Path
 ) -> None:
@@ -203,7 +292,7 @@ def test_a_kill_in_the_middle_costs_only_the_layer_it_hit(
 
     with pytest.raises(KeyboardInterrupt):
         Bank(tiny, Counting(die), root=tmp_path).build(wanted)
-    finished = {name: stat for name, stat in files(tmp_path).items() if name != "settings.json"}
+    finished = {name: files(tmp_path)[name] for name in weights_in(tmp_path)}
     assert len(finished) == 4
     assert not unfinished_in(tmp_path)
 
@@ -232,10 +321,10 @@ def full_disk_after(count: int, error: Exception) -> Callable[[Mapping[str, Tens
 
     written = 0
 
-    def save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    def save(tensors: Mapping[str, Tensor], path: Path, **more: Any) -> None:
         nonlocal written
         written += 1
-        save_file(dict(tensors), path)
+        save_file(dict(tensors), path, **more)
         if written > count:
             Path(path).write_bytes(Path(path).read_bytes()[:100])
             raise error
@@ -254,7 +343,7 @@ def full_disk_after(count: int, error: Exception) -> Callable[[Mapping[str, Tens
 def test_a_disk_that_fills_up_leaves_a_usable_bank(
     monkeypatch: pytest.MonkeyPatch, tiny: Model, wanted: Wanted, tmp_path: Path, error: Exception
 ) -> None:
-    monkeypatch.setattr(bank_module, "save_file", full_disk_after(3, error))
+    monkeypatch.setattr(tensor_files, "save_file", full_disk_after(3, error))
     with pytest.raises(ResourceError, match=r"No space left.*free some disk space") as caught:
         Bank(tiny, Counting(), root=tmp_path).build(wanted)
     assert "\n" not in str(caught.value)
@@ -307,17 +396,73 @@ def test_a_truncated_file_is_a_check_error_that_names_it(
     bank.build(wanted)
     path = bank.path(tiny.layers[1].name, INT4)
     path.write_bytes(path.read_bytes()[:left])
-    with pytest.raises(CheckError, match=re.escape(f"'{path}'") + ".*delete it") as caught:
+    with pytest.raises(CheckError, match=re.escape(f"'{path}'") + ".*rebuilt") as caught:
         bank.weight(tiny.layers[1].name, INT4)
     assert "\n" not in str(caught.value)
-    path.unlink()
     bank.build(wanted)
     assert bank.weight(tiny.layers[1].name, INT4).shape == (32, 64)
 
 
-def test_a_file_that_was_never_made_is_a_check_error(tiny: Model, tmp_path: Path) -> None:
+def test_one_flipped_bit_is_found_and_only_that_file_rebuilt(
+    tiny: Model, wanted: Wanted, tmp_path: Path
+) -> None:
+    quantizer = Counting()
+    bank = Bank(tiny, quantizer, root=tmp_path)
+    bank.build(wanted)
+    path = bank.path(tiny.layers[1].name, INT4)
+    good = path.read_bytes()
+    path.write_bytes(good[:-100] + bytes([good[-100] ^ 1]) + good[-99:])
+    with pytest.raises(CheckError, match="damaged"):
+        bank.weight(tiny.layers[1].name, INT4)
+    quantizer.calls.clear()
+    bank.build(wanted)
+    assert quantizer.calls == [("int4-g64",)]
+    assert path.read_bytes() == good
+
+
+def test_a_missing_file_is_made_when_first_needed(tiny: Model, tmp_path: Path) -> None:
+    bank = Bank(tiny, Counting(), root=tmp_path)
+    assert bank.weight(tiny.layers[0].name, INT2).shape == (64, 64)
+    assert len(weights_in(tmp_path)) == 1
+
+
+def test_without_its_inputs_a_calibrated_layer_is_not_made_on_the_way(
+    tiny: Model, tmp_path: Path
+) -> None:
     with pytest.raises(CheckError, match="cannot be read"):
-        Bank(tiny, Rounding(), root=tmp_path).weight(tiny.layers[0].name, INT2)
+        Bank(tiny, Calibrated(), root=tmp_path).weight(tiny.layers[0].name, INT2)
+    assert not files(tmp_path)
+
+
+def test_inputs_that_are_nan_name_the_layer(
+    monkeypatch: pytest.MonkeyPatch, tiny: Model, wanted: Wanted, tmp_path: Path
+) -> None:
+    def broken(*_: object) -> dict[str, InputStatistics]:
+        gram = torch.eye(64)
+        gram[3, 3] = float("nan")
+        return {layer.name: InputStatistics(gram, 8) for layer in tiny.layers}
+
+    monkeypatch.setattr(bank_module, "input_statistics", broken)
+    with pytest.raises(CheckError, match=rf"inputs of '{tiny.layers[0].name}' .* in 1 of 64"):
+        Bank(tiny, Calibrated(), Calibration(2, 4), root=tmp_path).build(wanted)
+    assert not weights_in(tmp_path)
+
+
+def test_input_columns_that_are_never_used_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tiny: Model,
+    wanted: Wanted,
+    tmp_path: Path,
+) -> None:
+    def dead(*_: object) -> dict[str, InputStatistics]:
+        grams = {layer.name: torch.eye(layer.columns) for layer in tiny.layers}
+        grams[tiny.layers[2].name][5, 5] = 0
+        return {name: InputStatistics(gram, 8) for name, gram in grams.items()}
+
+    monkeypatch.setattr(bank_module, "input_statistics", dead)
+    Bank(tiny, Calibrated(), Calibration(2, 4), root=tmp_path).build(wanted)
+    assert f"1 of {len(tiny.layers)} layers have input columns" in caplog.text
 
 
 def shorter(stored: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -347,37 +492,31 @@ def test_tensors_other_than_promised_are_refused_and_not_written(
     assert not unfinished_in(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["rounding", "gptq"])
-def test_columns_that_groups_do_not_divide_work_or_are_refused(name: str, tmp_path: Path) -> None:
-    if name == "gptq":
-        pytest.importorskip("gptqmodel")
-    from mpsearch.quantizers import get_quantizer
+@pytest.mark.parametrize(
+    ("fmt", "nearest"), [("int4-g64", "int4-g32"), ("int3-g128-asym", "int3-g32-asym")]
+)
+def test_groups_that_do_not_divide_the_columns_are_refused_with_the_nearest_that_do(
+    tiny: Model, tmp_path: Path, fmt: str, nearest: str
+) -> None:
+    ragged = Layer("model.layers.0.mlp.down_proj", 64, 96)
+    quantizer = Counting()
+    with pytest.raises(UsageError, match=f"'{fmt}' cannot hold .* 96 columns; use {nearest},"):
+        Bank(tiny, quantizer, root=tmp_path).build([(ragged, FORMATS[fmt])])
+    assert not quantizer.calls
+    assert not files(tmp_path)
 
-    tokenizer = build_tokenizer()
-    module = tiny_llama(len(tokenizer))
-    for block in module.model.layers:
-        block.mlp.gate_proj = torch.nn.Linear(64, 96, bias=False)
-        block.mlp.up_proj = torch.nn.Linear(64, 96, bias=False)
-        block.mlp.down_proj = torch.nn.Linear(96, 64, bias=False)
-    model = from_module("ragged", Path(), module, tokenizer, torch.device("cpu"), torch.float32)
-    try:
-        space = SearchSpace.default().resolve(model)
-        bank = Bank(
-            model, get_quantizer(name, "compressed-tensors"), Calibration(4, 8), root=tmp_path
-        )
-        bank.build(all_layers(space))
-        for layer, fmt in all_layers(space):
-            assert bank.weight(layer.name, fmt).shape == (layer.rows, layer.columns)
-    except MpsearchError:
-        pass
+
+def test_a_format_that_the_quantizer_does_not_make_is_refused(tiny: Model, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="quantizer 'counting' does not make format 'nf4'"):
+        Bank(tiny, Counting(), root=tmp_path).build([(tiny.layers[0], FORMATS["nf4"])])
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(48, 64), (64, 80), (31, 64)])
 def test_sides_that_gptq_words_do_not_fill_are_refused_in_one_line(rows: int, columns: int) -> None:
     fmt = FORMATS["gptq4-g32"]
-    check_shapes([(Layer("a.b", 96, 64), fmt), (Layer("a.b", rows, columns), BF16)])
+    check_formats(Rounding(), [(Layer("a.b", 96, 64), fmt), (Layer("a.b", rows, columns), BF16)])
     with pytest.raises(UsageError, match=rf"'gptq4-g32' cannot hold .*a.b.*{rows} x {columns}"):
-        check_shapes([(Layer("a.b", rows, columns), fmt)])
+        check_formats(Rounding(), [(Layer("a.b", rows, columns), fmt)])
 
 
 # ------------------------------------------------------------------------------ decoded weights

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import build_tokenizer, tiny_llama
+from conftest import build_tokenizer, tiny_family, tiny_llama
 from torch import Tensor
 
-from mpsearch.calibration import Calibration, input_statistics, sample_text
+from mpsearch.calibration import (
+    Calibration,
+    calibration_tokens,
+    input_statistics,
+    sample_text,
+)
+from mpsearch.errors import UsageError
 from mpsearch.models import Model, from_module
 
 RECIPE = Calibration(sequences=11, length=24, seed=3)  # a full batch of eight and a part of one
@@ -31,7 +39,7 @@ def model() -> Model:
 def inputs_of(model: Model, layer: str, tokens: Tensor) -> Tensor:
     """`(tokens, columns)`: what one layer reads in a plain pass of one text after another."""
     seen: list[Tensor] = []
-    hook = model.linear(layer).register_forward_pre_hook(
+    hook = model.module.get_submodule(layer).register_forward_pre_hook(
         lambda module, inputs: seen.append(inputs[0][0].clone())
     )
     for text in tokens:
@@ -149,4 +157,134 @@ def test_no_hook_is_left_behind_even_after_an_interrupt(model: Model) -> None:
     with pytest.raises(KeyboardInterrupt):
         input_statistics(model, tokens, interrupt)
     input_statistics(model, tokens, ignore)
-    assert not any(model.linear(layer.name)._forward_pre_hooks for layer in model.layers)
+    assert not any(
+        model.module.get_submodule(layer.name)._forward_pre_hooks for layer in model.layers
+    )
+
+
+# ------------------------------------------------------------------------------ experts
+
+
+@torch.no_grad()
+def expert_inputs_one_by_one(model: Model, tokens: Tensor) -> dict[str, list[Tensor]]:
+    """Layer name to the vectors that it reads, from the block's definition, token by token."""
+    seen: dict[str, list[Tensor]] = {}
+    blocks = {name: m for name, m in model.module.named_modules() if hasattr(m, "experts")}
+
+    def watch(name: str, block: Any) -> Any:
+        def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
+            for x in inputs[0].flatten(0, 1):
+                chosen = (block.gate.weight @ x).topk(2).indices
+                for expert in chosen.tolist():
+                    up_and_gate = block.experts.gate_up_proj[expert] @ x
+                    gate, up = up_and_gate.chunk(2)
+                    path = f"{name}.experts.{expert}"
+                    seen.setdefault(f"{path}.gate_proj", []).append(x)
+                    seen.setdefault(f"{path}.up_proj", []).append(x)
+                    inner = torch.nn.functional.silu(gate) * up
+                    seen.setdefault(f"{path}.down_proj", []).append(inner)
+
+        return block.register_forward_pre_hook(hook)
+
+    hooks = [watch(name, block) for name, block in blocks.items()]
+    model.module(tokens)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_an_experts_matrices_are_of_its_own_tokens(family: str) -> None:
+    model = tiny_family(family)
+    tokens = torch.randint(5, 71, (3, 2), generator=torch.Generator().manual_seed(0))
+    seen = expert_inputs_one_by_one(model, tokens)
+    statistics = input_statistics(model, tokens, ignore)
+    assert set(statistics) == {layer.name for layer in model.layers}
+    missed = 0
+    for layer in model.layers:
+        if ".experts." not in layer.name:
+            continue
+        found = statistics[layer.name]
+        if layer.name not in seen:  # all inputs matter alike
+            missed += 1
+            assert torch.equal(found.gram, torch.eye(layer.columns))
+            assert found.tokens == 1
+            continue
+        inputs = torch.stack(seen[layer.name])
+        assert found.tokens == len(inputs)
+        torch.testing.assert_close(found.gram, inputs.T @ inputs, atol=1e-4, rtol=1e-4)
+    assert len(seen) > 12
+    assert missed == len([n for n in statistics if ".experts." in n]) - len(seen)
+
+
+def test_gate_and_up_of_an_expert_share_one_matrix() -> None:
+    model = tiny_family("mixtral")
+    statistics = input_statistics(model, torch.arange(5, 65)[None], ignore)
+    path = "model.layers.0.mlp.experts.0"
+    assert statistics[f"{path}.gate_proj"].gram is statistics[f"{path}.up_proj"].gram
+
+
+def test_an_expert_without_tokens_gets_the_identity() -> None:
+    model = tiny_family("mixtral")
+    gate = model.module.model.layers[0].mlp.gate
+    gate.weight.data = torch.zeros_like(gate.weight)  # ties go to the same two experts
+    statistics = input_statistics(model, torch.arange(5, 25)[None], ignore)
+    reached = {
+        name.split(".")[5]
+        for name, found in statistics.items()
+        if name.startswith("model.layers.0.mlp.experts.") and found.tokens == 20
+    }
+    assert len(reached) == 2
+    for expert in set("0123") - reached:
+        found = statistics[f"model.layers.0.mlp.experts.{expert}.down_proj"]
+        assert torch.equal(found.gram, torch.eye(128))
+
+
+def test_conv1d_layers_get_matrices_of_their_inputs() -> None:
+    model = tiny_family("gpt2")
+    tokens = torch.arange(5, 25)[None]
+    statistics = input_statistics(model, tokens, ignore)
+    for layer in model.layers:
+        seen = inputs_of(model, layer.name, tokens)
+        found = statistics[layer.name].gram
+        assert found.shape == (layer.columns, layer.columns)
+        torch.testing.assert_close(found, seen.T @ seen, atol=1e-3, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------ the user's text
+
+
+def test_a_text_is_cut_into_pieces_from_its_beginning(model: Model, tmp_path: Path) -> None:
+    words = "the color of s1 is red " * 10
+    (tmp_path / "text").write_text(words)
+    recipe = replace(Calibration.load(tmp_path / "text"), sequences=3, length=4)
+    tokens = calibration_tokens(model, recipe)
+    expected = model.tokenizer(words, add_special_tokens=False)["input_ids"][:12]
+    assert tokens.tolist() == [expected[:4], expected[4:8], expected[8:]]
+
+
+def test_settings_tell_texts_apart_and_lead_back_to_the_bank() -> None:
+    one, two = Calibration(text="one"), Calibration(text="two")
+    assert one.settings != two.settings
+    assert "seed" not in one.settings
+    assert Calibration.of(one.settings).settings == one.settings
+    sampled = Calibration(4, 5, 6)
+    assert Calibration.of(sampled.settings) == sampled
+
+
+def test_a_text_that_is_too_short_says_how_much_is_needed(model: Model) -> None:
+    with pytest.raises(UsageError, match=r"has 4 tokens, and 15 are needed \(3 pieces of 5\)"):
+        calibration_tokens(model, Calibration(3, 5, text="the color of s1"))
+
+
+def test_a_text_that_is_not_at_hand_is_asked_for(model: Model) -> None:
+    recipe = Calibration.of(Calibration(text="gone").settings)
+    with pytest.raises(UsageError, match="same --calibration file"):
+        calibration_tokens(model, recipe)
+
+
+def test_a_text_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for name in ("missing", "binary"):
+        with pytest.raises(UsageError, match=f"calibration text .*{name}.* cannot be read"):
+            Calibration.load(tmp_path / name)

@@ -23,13 +23,15 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-from mpsearch import cli
+from mpsearch import cli, models
 from mpsearch.evaluate import Bench
 from mpsearch.space import ResolvedSpace
 
 BUDGET = "57KiB"
 TRIALS = "40"
-COMMANDS = ("search", "layers", "sensitivity", "front", "show", "plot", "export", "doctor")
+COMMANDS = (
+    "search", "layers", "bank", "sensitivity", "front", "show", "plot", "export", "doctor",
+)  # fmt: skip
 TALK = re.compile(r"loading |budget [\d.]+ [KMGT]iB \([\d,]+ bytes\)$|[a-z][^:]*: \d+/\d+")
 
 
@@ -260,11 +262,29 @@ def test_the_other_commands_put_data_on_stdout_and_the_next_step_on_stderr(
             assert len(content["groups"]) == 8
             assert content["smallest_bytes"] == tiny_space.stored_bytes(tiny_space.smallest)
             assert content["largest_bytes"] == tiny_space.stored_bytes(tiny_space.largest)
+            kept = {row["reason"]: row for row in content["kept"]}
+            assert set(kept) == {"embedding, shared with the output head", "norm"}
+            assert len(kept["norm"]["names"]) == 5
+            assert sum(row["stored_bytes"] for row in content["kept"]) == content["kept_bytes"]
         if name == "sensitivity":
             assert len(content["rows"]) == 32
     elif name != "doctor":
         for group in tiny_space.groups:
             assert group.name in outcome.out
+        if name == "layers":
+            assert "embedding, shared with the output head" in outcome.out
+            assert "model.embed_tokens.weight" in outcome.out
+
+
+def test_a_large_weight_of_an_unknown_kind_is_said_on_stderr(
+    tiny_folder: Path, mpsearch: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "not recognised: 2-D 'weight' of Odd"
+    monkeypatch.setattr(models, "why_kept", lambda module, names: dict.fromkeys(names, reason))
+    outcome = mpsearch("layers", tiny_folder)
+    said = [line for line in outcome.err.splitlines() if reason in line]
+    assert said == [f"'model.embed_tokens.weight' stays as it is ({reason})"]
+    assert reason in outcome.out
 
 
 def test_search_as_json_prints_the_same_front(

@@ -13,22 +13,37 @@ from mpsearch.codecs import decode, import_bitsandbytes, pack, quantization_args
 from mpsearch.errors import CheckError, UsageError
 from mpsearch.formats import BF16, FORMATS, Format
 
-PACKED = [fmt for fmt in FORMATS.values() if fmt.container == "compressed-tensors"]
+PACKED = [
+    FORMATS[f"{name}{end}"]
+    for name in ("int2-g64", "int3-g64", "int4-g64", "int8-g64", "int5-g32", "int6-channel")
+    for end in ("", "-asym")
+]
 packed = pytest.mark.parametrize("fmt", PACKED, ids=lambda fmt: fmt.name)
 GPTQ = [fmt for fmt in FORMATS.values() if fmt.container == "gptq"]
 gptq = pytest.mark.parametrize("fmt", GPTQ, ids=lambda fmt: fmt.name)
 needs_bitsandbytes = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="not installed")
 
 
-def codes_and_scale(fmt: Format, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Random codes, the extremes among them, and positive bf16 scales."""
+def codes_and_scale(
+    fmt: Format, rows: int, columns: int
+) -> tuple[Tensor, Tensor, Format, Tensor | None]:
+    """What `pack` takes: random codes, the extremes among them, positive bf16 scales, zeros."""
     generator = torch.Generator().manual_seed(fmt.bits)
     half = 2 ** (fmt.bits - 1)
     codes = torch.randint(-half, half, (rows, columns), generator=generator, dtype=torch.int8)
     codes[0, 0], codes[0, -1], codes[-1, 0], codes[-1, -1] = -half, half - 1, half - 1, -half
     groups = columns // (fmt.group_size or columns)
     scale = torch.rand(rows, groups, generator=generator) * 0.1 + 1e-3
-    return codes, stored_scale(scale, fmt)
+    zero = torch.randint(-half, half, (rows, groups), generator=generator, dtype=torch.int8)
+    return codes, stored_scale(scale, fmt), fmt, None if fmt.symmetric else zero
+
+
+def exact(codes: Tensor, scale: Tensor, fmt: Format, zero: Tensor | None) -> Tensor:
+    """Code less zero-point, times scale, in float64."""
+    zeros = torch.zeros_like(scale) if zero is None else zero
+    width = codes.shape[1] // scale.shape[1]
+    steps = codes.double() - zeros.double().repeat_interleave(width, dim=1)
+    return steps * scale.double().repeat_interleave(width, dim=1)
 
 
 def bits_of(packed_weight: Tensor, bits: int, columns: int) -> Tensor:
@@ -43,8 +58,8 @@ def bits_of(packed_weight: Tensor, bits: int, columns: int) -> Tensor:
 @packed
 @pytest.mark.parametrize("columns", [64, 192, 70, 1])
 def test_packed_codes_are_a_dense_stream_of_bits(fmt: Format, columns: int) -> None:
-    codes, scale = codes_and_scale(fmt, 5, columns)
-    stored = pack(codes, scale, fmt)
+    codes, _, *_ = parts = codes_and_scale(fmt, 5, columns)
+    stored = pack(*parts)
     assert stored["weight_packed"].dtype == torch.int32
     assert stored["weight_packed"].shape == (5, -(-columns * fmt.bits // 32))
     assert torch.equal(bits_of(stored["weight_packed"], fmt.bits, columns), codes.long())
@@ -52,29 +67,28 @@ def test_packed_codes_are_a_dense_stream_of_bits(fmt: Format, columns: int) -> N
 
 @packed
 def test_packing_stores_scale_and_shape_as_they_are(fmt: Format) -> None:
-    codes, scale = codes_and_scale(fmt, 6, 128)
-    stored = pack(codes, scale, fmt)
+    _, scale, *_ = parts = codes_and_scale(fmt, 12, 128)
+    stored = pack(*parts)
     assert torch.equal(stored["weight_scale"], scale)
-    assert stored["weight_shape"].tolist() == [6, 128]
+    assert stored["weight_shape"].tolist() == [12, 128]
     assert all(tensor.is_contiguous() for tensor in stored.values())
 
 
 @packed
 def test_decoded_weight_is_code_times_scale_rounded_once_to_bf16(fmt: Format) -> None:
-    codes, scale = codes_and_scale(fmt, 6, 192)
-    exact = codes.double() * scale.double().repeat_interleave(fmt.group_size or 192, dim=1)
-    weight = decode(pack(codes, scale, fmt), fmt)
+    parts = codes_and_scale(fmt, 12, 192)
+    weight = decode(pack(*parts), fmt)
     assert weight.dtype == torch.bfloat16
-    assert torch.equal(weight, exact.to(torch.bfloat16))
+    assert torch.equal(weight, exact(*parts).to(torch.bfloat16))
 
 
 @packed
-def test_codes_read_off_a_decoded_weight_pack_to_the_same_words(fmt: Format) -> None:
-    codes, scale = codes_and_scale(fmt, 6, 192)
-    stored = pack(codes, scale, fmt)
-    per_column = scale.float().repeat_interleave(fmt.group_size or 192, dim=1)
-    again = (decode(stored, fmt).float() / per_column).round().to(torch.int8)
-    assert torch.equal(pack(again, scale, fmt)["weight_packed"], stored["weight_packed"])
+def test_zero_points_are_a_dense_stream_of_bits_down_the_rows(fmt: Format) -> None:
+    *_, zero = parts = codes_and_scale(fmt, 12, 192)
+    stored = pack(*parts)
+    assert ("weight_zero_point" in stored) is (zero is not None)
+    if zero is not None:
+        assert torch.equal(bits_of(stored["weight_zero_point"].T, fmt.bits, 12), zero.T.long())
 
 
 @packed
@@ -82,7 +96,7 @@ def test_decoding_is_what_the_library_decompresses(fmt: Format) -> None:
     from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
-    stored = pack(*codes_and_scale(fmt, 6, 192), fmt)
+    stored = pack(*codes_and_scale(fmt, 12, 192))
     scheme = QuantizationScheme(targets=["Linear"], weights=quantization_args(fmt))
     theirs = PackedQuantizationCompressor.decompress(dict(stored), scheme)["weight"]
     assert torch.equal(decode(stored, fmt), theirs)
@@ -90,7 +104,7 @@ def test_decoding_is_what_the_library_decompresses(fmt: Format) -> None:
 
 @packed
 def test_decoding_leaves_the_stored_tensors_alone(fmt: Format) -> None:
-    stored = pack(*codes_and_scale(fmt, 6, 192), fmt)
+    stored = pack(*codes_and_scale(fmt, 12, 192))
     before = {name: tensor.clone() for name, tensor in stored.items()}
     decode(stored, fmt)
     assert set(stored) == set(before)
@@ -100,8 +114,20 @@ def test_decoding_leaves_the_stored_tensors_alone(fmt: Format) -> None:
 @packed
 def test_arguments_say_what_the_format_is(fmt: Format) -> None:
     args = quantization_args(fmt)
-    assert (args.num_bits, args.group_size, args.symmetric) == (fmt.bits, fmt.group_size, True)
-    assert (args.type, args.strategy) == ("int", "group")
+    assert (args.num_bits, args.group_size) == (fmt.bits, fmt.group_size)
+    assert (args.symmetric, args.type) == (fmt.symmetric, "int")
+    assert args.strategy == ("group" if fmt.group_size else "channel")
+
+
+def test_fp8_is_stored_as_it_is_and_multiplied_by_its_scale() -> None:
+    fmt = FORMATS["fp8"]
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randn(6, 40, generator=generator).to(torch.float8_e4m3fn)
+    scale = torch.rand(6, 1, generator=generator).bfloat16()
+    stored = pack(codes, scale, fmt)
+    assert torch.equal(stored["weight"].float(), codes.float())
+    assert torch.equal(decode(stored, fmt), (codes.double() * scale.double()).bfloat16())
+    assert (quantization_args(fmt).type, quantization_args(fmt).strategy) == ("float", "channel")
 
 
 def test_unquantized_weights_are_handed_out_as_stored() -> None:
@@ -111,8 +137,8 @@ def test_unquantized_weights_are_handed_out_as_stored() -> None:
 
 @gptq
 def test_gptq_words_are_dense_streams_of_bits_down_the_columns(fmt: Format) -> None:
-    codes, scale = codes_and_scale(fmt, 32, 384)
-    stored = pack(codes, scale, fmt)
+    codes, scale, *_ = parts = codes_and_scale(fmt, 32, 384)
+    stored = pack(*parts)
     assert torch.equal(bits_of(stored["qweight"].T, fmt.bits, 384), codes.long())
     assert torch.equal(stored["scales"], scale.T)
     assert stored["g_idx"].tolist() == [column // fmt.group_size for column in range(384)]
@@ -121,18 +147,17 @@ def test_gptq_words_are_dense_streams_of_bits_down_the_columns(fmt: Format) -> N
 
 @gptq
 def test_gptq_zero_points_are_the_middle_code_stored_less_one(fmt: Format) -> None:
-    stored = pack(*codes_and_scale(fmt, 32, 384), fmt)
+    stored = pack(*codes_and_scale(fmt, 32, 384))
     middle = 2 ** (fmt.bits - 1)
     assert (bits_of(stored["qzeros"], fmt.bits, 32) + middle == middle - 1).all()
 
 
 @gptq
 def test_a_gptq_weight_is_code_times_scale_rounded_once_to_fp16(fmt: Format) -> None:
-    codes, scale = codes_and_scale(fmt, 64, 384)
-    exact = codes.double() * scale.double().repeat_interleave(fmt.group_size, dim=1)
-    weight = decode(pack(codes, scale, fmt), fmt)
+    parts = codes_and_scale(fmt, 64, 384)
+    weight = decode(pack(*parts), fmt)
     assert weight.dtype == torch.float16
-    assert torch.equal(weight, exact.to(torch.float16))
+    assert torch.equal(weight, exact(*parts).to(torch.float16))
 
 
 @gptq
@@ -144,7 +169,7 @@ def test_a_gptq_weight_is_what_gptqmodels_kernel_dequantizes(
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 
-    stored = pack(*codes_and_scale(fmt, 96, 384), fmt)
+    stored = pack(*codes_and_scale(fmt, 96, 384))
     module = TorchLinear(fmt.bits, fmt.group_size, True, False, 384, 96).eval()
     module.load_state_dict(stored)
     convert_gptq_v1_to_v2_format_module(module, fmt.bits, torch.int32)
@@ -154,7 +179,7 @@ def test_a_gptq_weight_is_what_gptqmodels_kernel_dequantizes(
 
 @gptq
 def test_gptq_refuses_weights_beyond_fp16_and_never_divides_by_zero(fmt: Format) -> None:
-    codes, scale = codes_and_scale(fmt, 32, 384)
+    codes, scale, *_ = codes_and_scale(fmt, 32, 384)
     with pytest.raises(CheckError, match=f"'{fmt.name}' computes in fp16, which cannot hold"):
         pack(codes, torch.full_like(scale, 65504 / 2 ** (fmt.bits - 1) * 1.01), fmt)
     assert (stored_scale(torch.tensor([0.0, 1e-30]), fmt) == 2.0**-24).all()

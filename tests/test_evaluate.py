@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import FAMILIES, tiny_family
 
 from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank
@@ -14,11 +16,11 @@ from mpsearch.errors import CheckError
 from mpsearch.estimates import relation_mean
 from mpsearch.evaluate import Bench, all_layers, quantized_layers
 from mpsearch.facts import FactSet
-from mpsearch.formats import BF16, FORMATS
+from mpsearch.formats import BF16, FORMATS, Format
 from mpsearch.models import Model
 from mpsearch.quantizers.rounding import Rounding
 from mpsearch.recall import RecallProxy
-from mpsearch.space import ResolvedSpace
+from mpsearch.space import ResolvedSpace, SearchSpace
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def digest(model: Model) -> str:
 
 
 def places(model: Model) -> dict[str, int]:
-    return {layer.name: model.linear(layer.name).weight.data_ptr() for layer in model.layers}
+    return {layer.name: model.places[layer.name].weight.data_ptr() for layer in model.layers}
 
 
 # ------------------------------------------------------------------------------ swapping
@@ -70,8 +72,8 @@ def test_every_layer_gets_the_weight_of_its_format(
     with Bench(tiny_space, bank) as bench:
         bench.put(mixed)
         for layer, fmt in tiny_space.layer_formats(mixed).items():
-            assert torch.equal(tiny.linear(layer).weight, bank.weight(layer, fmt))
-            changed = not torch.equal(tiny.linear(layer).weight, tiny.originals[layer])
+            assert torch.equal(tiny.places[layer].weight, bank.weight(layer, fmt))
+            changed = not torch.equal(tiny.places[layer].weight, tiny.originals[layer])
             assert changed == fmt.quantized
 
 
@@ -170,7 +172,7 @@ def test_a_layer_that_could_not_be_swapped_is_swapped_next_time(
         flaky.broken = ""
         bench.put(int2)
         for layer, fmt in tiny_space.layer_formats(int2).items():
-            assert torch.equal(tiny.linear(layer).weight, flaky.weight(layer, fmt))
+            assert torch.equal(tiny.places[layer].weight, flaky.weight(layer, fmt))
 
 
 # ------------------------------------------------------------------------------ scoring
@@ -276,3 +278,49 @@ def test_quantized_layers_leave_out_those_in_bf16(tiny: Model, tiny_space: Resol
         fmt is FORMATS["int2-g64" if "down" in layer.name else "int4-g64"]
         for layer, fmt in found.items()
     )
+
+
+# ------------------------------------------------------------------------------ other families
+
+
+FEW = "version: 1\ntarget: compressed-tensors\nformats: [int2-g64, int4-g64, bf16]\n"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_put_in_place_and_restored_to_the_bit(family: str, tmp_path: Path) -> None:
+    model = tiny_family(family)
+    space = SearchSpace.parse(FEW, "test").resolve(model)
+    bank = Bank(model, Rounding(), root=tmp_path)
+    bank.build(all_layers(space))
+    formats = ("int2-g64", "bf16", "int4-g64")
+    mixed = Assignment.of({name: formats[i % 3] for i, name in enumerate(space.options)})
+    bits, where = digest(model), places(model)
+    with pytest.raises(ZeroDivisionError), Bench(space, bank) as bench:
+        bench.put(uniform(space, "int4-g64"))
+        bench.put(mixed)
+        for layer, fmt in space.layer_formats(mixed).items():
+            assert torch.equal(model.places[layer].weight, bank.weight(layer, fmt))
+        assert digest(model) != bits
+        _ = 1 / 0
+    assert (digest(model), places(model)) == (bits, where)
+
+
+def test_an_interrupt_within_a_stack_of_experts_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_family("mixtral")
+    space = SearchSpace.parse(FEW, "test").resolve(model)
+    bank = Bank(model, Rounding(), root=tmp_path)
+    bank.build(all_layers(space))
+    weight = bank.weight
+
+    def interrupted(layer: str, fmt: Format) -> torch.Tensor:
+        if layer.endswith("experts.2.up_proj"):
+            raise KeyboardInterrupt
+        return weight(layer, fmt)
+
+    bits, where = digest(model), places(model)
+    monkeypatch.setattr(bank, "weight", interrupted)
+    with pytest.raises(KeyboardInterrupt), Bench(space, bank) as bench:
+        bench.put(uniform(space, "int2-g64"))
+    assert (digest(model), places(model)) == (bits, where)

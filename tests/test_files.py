@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from mpsearch.errors import ResourceError
-from mpsearch.files import published, write_atomically
+from mpsearch.files import Claims, published, write_atomically
 
 
 def full_disk(*_: object) -> None:
@@ -142,3 +144,32 @@ def test_a_rename_that_fails_for_another_reason_is_not_swallowed(
     with pytest.raises(OSError, match="No space left"), published(tmp_path / "a1b2"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------ claims
+
+
+def take_elsewhere(folder: Path, number: int) -> bool:
+    """Whether another process could take the piece."""
+    code = (
+        "import sys; from pathlib import Path; from mpsearch.files import Claims\n"
+        "with Claims(Path(sys.argv[1])) as claims: print(claims.take(int(sys.argv[2])))"
+    )
+    command = [sys.executable, "-c", code, str(folder), str(number)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout == "True\n"
+
+
+def test_a_claimed_piece_is_refused_elsewhere_until_it_is_released(tmp_path: Path) -> None:
+    with Claims(tmp_path) as claims:
+        assert claims.take(3)
+        assert not take_elsewhere(tmp_path, 3)
+        assert take_elsewhere(tmp_path, 2)
+        claims.release(3)
+        assert take_elsewhere(tmp_path, 3)
+
+
+def test_claims_end_with_their_process(tmp_path: Path) -> None:
+    assert take_elsewhere(tmp_path, 7)
+    with Claims(tmp_path) as claims:
+        assert claims.take(7)
+    assert take_elsewhere(tmp_path, 7)

@@ -24,7 +24,7 @@ GPTQ = {
     for bits in (2, 3, 4, 8)
     for size in (32, 64, 128)
 }
-PACKED = ("int2-g64", "int3-g64", "int4-g64", "int8-g64")
+PACKED = [f.name for f in FORMATS.values() if "weight_packed" in f.tensors(1, 1)]
 SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (5, 65), (7, 96), (1, 1), (3, 127))
 sides = st.integers(1, 400)
 
@@ -58,6 +58,10 @@ def size(name: str, rows: int, columns: int) -> int:
             ),
         ),
         ("int8", 576 * 576 + 576 * 4 + 1),
+        # 90 words a row + 18 scales a row + 18 zero-points of 5 bits for 576 rows + the shape
+        ("int5-g32-asym", 576 * 90 * 4 + 576 * 18 * 2 + 18 * 90 * 4 + 16),
+        ("int6-channel", 576 * 108 * 4 + 576 * 2 + 16),
+        ("fp8", 576 * 576 + 576 * 2),
         ("bf16", 576 * 576 * 2),
     ],
 )
@@ -107,9 +111,15 @@ def test_packed_shapes_are_those_of_compressed_tensors(name: str) -> None:
     fmt = FORMATS[name]
     for rows, columns in SHAPES:
         packed = pack_to_int32(torch.zeros(rows, columns, dtype=torch.int8), fmt.bits)
-        stored = fmt.tensors(rows, columns)["weight_packed"]
-        assert (stored.dtype, stored.shape) == ("int32", tuple(packed.shape))
+        stored = fmt.tensors(rows, columns)
+        found = stored["weight_packed"]
+        assert (found.dtype, found.shape) == ("int32", tuple(packed.shape))
         assert packed.dtype is torch.int32
+        assert ("weight_zero_point" in stored) is not fmt.symmetric
+        if not fmt.symmetric:
+            zeros = torch.zeros(stored["weight_scale"].shape, dtype=torch.int8)
+            packed = pack_to_int32(zeros, fmt.bits, packed_dim=0)
+            assert stored["weight_zero_point"].shape == tuple(packed.shape)
 
 
 @pytest.mark.parametrize("name", GPTQ)
@@ -129,24 +139,29 @@ def test_gptq_tensors_are_those_of_auto_gptqs_successor(name: str) -> None:
         }
 
 
-def test_nf4_tensors_are_those_of_bitsandbytes() -> None:
+@pytest.mark.parametrize("name", ["nf4", "nf4-dq", "fp4", "fp4-dq"])
+def test_four_bit_tensors_are_those_of_bitsandbytes(name: str) -> None:
     functional = pytest.importorskip("bitsandbytes").functional
     for rows, columns in SHAPES:
         codes, state = functional.quantize_4bit(
             torch.ones(rows, columns, dtype=torch.bfloat16),
-            quant_type="nf4",
+            quant_type=name[:3],
             blocksize=64,
-            compress_statistics=False,
+            compress_statistics="dq" in name,
         )
         real = {"weight": codes}
         real |= {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
-        described = FORMATS["nf4"].tensors(rows, columns)
-        assert {key: tuple(tensor.shape) for key, tensor in real.items()} == {
-            key: stored.shape for key, stored in described.items()
-        }
+        described = FORMATS[name].tensors(rows, columns)
         assert {key: str(tensor.dtype) for key, tensor in real.items()} == {
             key: f"torch.{stored.dtype}" for key, stored in described.items()
         }
+        shapes = {key: tuple(tensor.shape) for key, tensor in real.items()}
+        promised = {key: stored.shape for key, stored in described.items()}
+        described_at = f"weight.quant_state.bitsandbytes__{name[:3]}"
+        slack = promised.pop(described_at)[0] - shapes.pop(described_at)[0]
+        assert shapes == promised
+        # Room for the digits of the offset, which vary.
+        assert 0 <= slack < 24 if "dq" in name else slack == 0
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -163,8 +178,9 @@ def test_codes_take_at_least_their_nominal_bits(name: str, rows: int, columns: i
 @given(rows=sides, columns=sides)
 @settings(deadline=None, max_examples=50)
 def test_neither_more_bits_nor_a_larger_layer_takes_fewer_bytes(rows: int, columns: int) -> None:
-    sizes = [size(name, rows, columns) for name in PACKED]
-    assert sizes == sorted(sizes)
+    for kind in ("g32", "g64", "g128", "channel", "g64-asym", "channel-asym"):
+        sizes = [size(f"int{bits}-{kind}", rows, columns) for bits in (2, 3, 4, 5, 6, 8)]
+        assert sizes == sorted(sizes)
     for name in FORMATS:
         assert size(name, rows + 1, columns) >= size(name, rows, columns)
         assert size(name, rows, columns + 1) >= size(name, rows, columns)
@@ -184,22 +200,40 @@ def test_a_group_is_the_sum_of_its_layers() -> None:
 
 
 def test_the_formats_are_these() -> None:
+    integers = {
+        f"int{bits}-{'channel' if group is None else f'g{group}'}{'' if symmetric else '-asym'}": (
+            bits, "compressed-tensors", group, symmetric, "int",
+        )
+        for bits in (2, 3, 4, 5, 6, 8)
+        for group in (32, 64, 128, None)
+        for symmetric in (True, False)
+    }  # fmt: skip
     assert {
-        name: (fmt.bits, fmt.container, fmt.group_size, fmt.quantized)
+        name: (fmt.bits, fmt.container, fmt.group_size, fmt.symmetric, fmt.number)
         for name, fmt in FORMATS.items()
     } == {
-        "int2-g64": (2, "compressed-tensors", 64, True),
-        "int3-g64": (3, "compressed-tensors", 64, True),
-        "int4-g64": (4, "compressed-tensors", 64, True),
-        "int8-g64": (8, "compressed-tensors", 64, True),
-        **GPTQ,
-        "nf4": (4, "bitsandbytes", None, True),
-        "int8": (8, "bitsandbytes", None, True),
-        "bf16": (16, "any", None, False),
+        **integers,
+        **{name: (*said, "int") for name, said in GPTQ.items()},
+        "fp8": (8, "compressed-tensors", None, True, "float"),
+        "nf4": (4, "bitsandbytes", None, True, "float"),
+        "nf4-dq": (4, "bitsandbytes", None, True, "float"),
+        "fp4": (4, "bitsandbytes", None, True, "float"),
+        "fp4-dq": (4, "bitsandbytes", None, True, "float"),
+        "int8": (8, "bitsandbytes", None, True, "int"),
+        "bf16": (16, "any", None, True, "int"),
     }
     assert all(fmt.name == name for name, fmt in FORMATS.items())
+    assert [fmt.name for fmt in FORMATS.values() if not fmt.quantized] == ["bf16"]
     assert {name for name, fmt in FORMATS.items() if fmt.side_multiple != 1} == set(GPTQ)
     assert FORMATS["bf16"] is BF16
+
+
+def test_groups_fit_where_they_divide_the_columns() -> None:
+    layer = Layer("a.b", 8, 192)
+    assert FORMATS["int4-g64"].fits(layer)
+    assert not FORMATS["int4-g128"].fits(layer)
+    assert FORMATS["int4-channel"].fits(layer)
+    assert FORMATS["nf4"].fits(layer)
 
 
 def test_the_table_of_formats_cannot_be_changed() -> None:
@@ -225,4 +259,5 @@ def test_an_unknown_format_is_refused_with_the_nearest_name() -> None:
 
 def test_a_name_near_nothing_is_answered_with_all_that_is_known() -> None:
     assert nearest("zzz", ["one", "two"]) == "; known: one, two"
+    assert nearest("zzz", [f"n{i}" for i in range(20)]).endswith(", n11 and 8 more")
     assert nearest("onw", iter(["one", "two"])) == "; did you mean 'one'?"

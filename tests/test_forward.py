@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import FAMILIES, tiny_family, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -128,7 +128,7 @@ def test_each_run_uses_the_weights_of_its_moment() -> None:
     sequences = branching(6, seed=7)
     work = Pass(model, sequences)
     before = work.run()
-    model.linear("model.layers.0.mlp.down_proj").weight.data = torch.randn(64, 128)
+    model.places["model.layers.0.mlp.down_proj"].put(torch.randn(64, 128))
     expected = torch.tensor([sum_alone(model, sequence) for sequence in sequences])
     after = work.run()
     torch.testing.assert_close(after.float(), expected, atol=ROUNDING, rtol=0)
@@ -137,7 +137,7 @@ def test_each_run_uses_the_weights_of_its_moment() -> None:
 
 def test_nan_from_the_model_is_handed_on() -> None:
     model = float32_model(tiny_llama(VOCABULARY, seed=1))
-    model.linear("model.layers.1.mlp.down_proj").weight.data = torch.full((64, 128), torch.nan)
+    model.places["model.layers.1.mlp.down_proj"].put(torch.full((64, 128), torch.nan))
     assert Pass(model, branching(5, seed=8)).run().isnan().all()
 
 
@@ -273,3 +273,12 @@ def test_a_question_asked_with_many_answers_costs_its_context_once(model: Model)
 def test_a_continuation_must_be_preceded_by_something_and_not_be_empty(start: int) -> None:
     with pytest.raises(ValueError, match=rf"start {start} outside 1\.\.2"):
         TokenSequence((7, 8, 9), start)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_says_in_a_trie_what_it_says_alone(family: str) -> None:
+    model = tiny_family(family)
+    sequences = branching(12, seed=5)
+    found = Pass(model, sequences).run()
+    expected = torch.tensor([sum_alone(model, s) for s in sequences], dtype=torch.float64)
+    assert torch.allclose(found, expected, atol=ROUNDING, rtol=0)

@@ -143,3 +143,47 @@ def test_groups_hold_every_layer_once_in_the_order_of_their_first(
             if layer.name.rpartition(".")[2] in tie
         ]
         assert len(parents) == len(set(parents))
+
+
+# ------------------------------------------------------------------------------ experts
+
+
+def expert_layers(*blocks: int) -> list[Layer]:
+    return layers_named(
+        *(
+            f"m.{block}.mlp.experts.{expert}.{name}_proj"
+            for block in blocks
+            for expert in (0, 1)
+            for name in ("gate", "up", "down")
+        )
+    )
+
+
+def test_fused_experts_of_a_block_are_one_group_named_by_their_module() -> None:
+    layers = [*expert_layers(0, 3), *layers_named("m.0.mlp.shared_expert.gate_proj")]
+    groups = group_layers(layers, [MLP], fuse_experts=True)
+    assert [group.name for group in groups] == [
+        "m.0.mlp.experts",
+        "m.3.mlp.experts",
+        "m.0.mlp.shared_expert.gate_proj",
+    ]
+    assert [len(group.layers) for group in groups] == [6, 6, 1]
+    assert [(group.depth, group.kind) for group in groups[:2]] == [
+        (0, "mlp.experts"),
+        (3, "mlp.experts"),
+    ]
+
+
+def test_experts_that_are_not_fused_are_grouped_each_alone() -> None:
+    assert group_names(expert_layers(0), MLP) == [
+        "m.0.mlp.experts.0.gate_proj+up_proj",
+        "m.0.mlp.experts.0.down_proj",
+        "m.0.mlp.experts.1.gate_proj+up_proj",
+        "m.0.mlp.experts.1.down_proj",
+    ]
+
+
+def test_shared_experts_are_no_experts_of_a_block() -> None:
+    names = ("m.0.shared_experts.up_proj", "m.0.experts_norm.3.proj", "m.0.experts.gate")
+    groups = group_layers(layers_named(*names), [], fuse_experts=True)
+    assert [group.name for group in groups] == list(names)

@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from conftest import build_tokenizer, tiny_llama
+from conftest import FAMILIES, build_tokenizer, tiny_config, tiny_family, tiny_llama
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -21,11 +21,20 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from mpsearch import device
 from mpsearch.errors import CheckError, ModelError, MpsearchError, ResourceError
-from mpsearch.models import Model, check_folder, find_layers, from_module, load_model
+from mpsearch.models import Model, _fingerprint, check_folder, from_module, load_model
+from mpsearch.space import SearchSpace
 
 Edit = Callable[[Path], object]
 
@@ -186,7 +195,7 @@ def test_a_folder_without_tokenizer(folder: Path) -> None:
 
 
 def test_a_model_without_linear_layers() -> None:
-    module = GPT2LMHeadModel(GPT2Config(vocab_size=71, n_embd=8, n_layer=1, n_head=1))
+    module = GPT2LMHeadModel(GPT2Config(vocab_size=71, n_embd=8, n_layer=0, n_head=1))
     with pytest.raises(ModelError, match="no linear layers"):
         wrapped(module)
 
@@ -338,7 +347,7 @@ def test_the_module_is_a_frozen_reference(tiny: Model) -> None:
     assert tiny.dtype == device.compute_dtype(torch.device("cpu"))
     assert tiny.device == torch.device("cpu")
     for name, original in tiny.originals.items():
-        assert tiny.linear(name).weight.data_ptr() == original.data_ptr()
+        assert tiny.places[name].weight.data_ptr() == original.data_ptr()
 
 
 def test_the_reference_answers_as_transformers_does(tiny_folder: Path, tiny: Model) -> None:
@@ -385,8 +394,8 @@ def test_every_parameter_is_a_layer_or_kept_exactly_once(build: Callable[[], Any
 def test_embedding_and_head_are_kept_and_linears_searched_in_model_order(
     build: Callable[[], Any],
 ) -> None:
-    module = build()
-    assert [layer.name for layer in find_layers(module)] == [
+    model = wrapped(build())
+    assert [layer.name for layer in model.layers] == [
         f"model.layers.{block}.{part}_proj"
         for block in (0, 1)
         for part in (
@@ -394,9 +403,8 @@ def test_embedding_and_head_are_kept_and_linears_searched_in_model_order(
             *(f"mlp.{word}" for word in ("gate", "up", "down")),
         )
     ]
-    kept = wrapped(module).kept
-    assert "model.embed_tokens.weight" in kept
-    assert ("lm_head.weight" in kept) == (not module.config.tie_word_embeddings)
+    assert "model.embed_tokens.weight" in model.kept
+    assert ("lm_head.weight" in model.kept) == (not model.module.config.tie_word_embeddings)
 
 
 @architectures
@@ -410,6 +418,113 @@ def test_kept_bytes_are_what_safetensors_stores(build: Callable[[], Any], tmp_pa
     save_file({name: t.contiguous() for name, t in model.kept.items()}, tmp_path / "kept")
     content = (tmp_path / "kept").read_bytes()
     assert model.kept_bytes == len(content) - 8 - int.from_bytes(content[:8], "little")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_of_an_unquantized_assignment_are_what_safetensors_stores(
+    family: str, tmp_path: Path
+) -> None:
+    model = tiny_family(family)
+    file = "version: 1\ntarget: compressed-tensors\nformats: [bf16]\n"
+    space = SearchSpace.parse(file, "test").resolve(model)
+    model.module.to(torch.bfloat16).save_pretrained(tmp_path)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    assert space.stored_bytes(space.largest) == len(content) - header
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_untied_head_costs_what_the_embedding_costs(tied: bool) -> None:
+    model = tiny_family("llama", tie_word_embeddings=tied)
+    assert model.kept_bytes == 2 * ((1 if tied else 2) * 71 * 64 + 5 * 64)
+
+
+def test_kept_tensors_are_summed_by_reason_the_largest_first() -> None:
+    model = tiny_family("mixtral")
+    rows = model.kept_by_reason()
+    assert [row["reason"] for row in rows] == ["embedding", "output head", "router", "norm"]
+    assert [row["weights"] for row in rows] == [71 * 64, 71 * 64, 2 * 4 * 64, 5 * 64]
+    assert sum(row["stored_bytes"] for row in rows) == model.kept_bytes
+    assert sorted(name for row in rows for name in row["names"]) == sorted(model.kept)
+
+
+# ------------------------------------------------------------------------------ unknown kinds
+
+
+class Cube(nn.Module):
+    """A linear beside a weight that nobody knows."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.cube = nn.Parameter(torch.randn(size, 64, 64))
+        self.inner = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + x @ self.cube.sum(0) * 0.01
+
+
+@pytest.mark.parametrize(("size", "said"), [(8, True), (0, False)])
+def test_an_unknown_weight_is_said_if_it_is_large_and_linears_work(size: int, said: bool) -> None:
+    module = tiny_llama(71)
+    module.model.layers[0].mlp.act_fn = nn.SiLU()
+    module.model.layers[0].self_attn.o_proj = Cube(size)
+    model = wrapped(module)
+    name = "model.layers.0.self_attn.o_proj"
+    assert f"{name}.inner" in model.places
+    assert model.unrecognised == (
+        {f"{name}.cube": "not recognised: 3-D 'cube' of Cube"} if said else {}
+    )
+
+
+class Leak(nn.Module):
+    """Adds each token's state to the next one's, past any attention mask."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x + nn.functional.pad(x, (0, 0, 1, 0))[:, :-1])
+
+
+def test_a_model_whose_tokens_see_past_the_mask_is_refused() -> None:
+    module = tiny_llama(71)
+    module.model.layers[1].mlp = Leak(module.model.layers[1].mlp)
+    with pytest.raises(ModelError, match="lets a token see another that its mask hides"):
+        wrapped(module)
+
+
+def test_attention_that_takes_a_mask_for_numbers_is_refused() -> None:
+    module = tiny_llama(71)
+    module.set_attn_implementation("eager")
+    with pytest.raises(ModelError, match="lets a token see another that its mask hides"):
+        wrapped(module)
+
+
+def test_a_model_that_takes_no_general_mask_is_refused() -> None:
+    sizes = {"vocab_size": 71, "hidden_size": 64, "n_layer": 1, "n_head": 4}
+    module = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **sizes))
+    with pytest.raises(ModelError, match=r"\(BloomForCausalLM\) does not run under a general"):
+        wrapped(module)
+
+
+# ------------------------------------------------------------------------------ multimodal
+
+
+def test_a_multimodal_folder_loads_and_its_text_model_is_searched(tmp_path: Path) -> None:
+    vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64}
+    vision |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    config = LlavaConfig(text_config=tiny_config("llama"), vision_config=vision)
+    module = LlavaForConditionalGeneration(config).to(torch.bfloat16)
+    module.save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    assert type(model.module) is LlavaForConditionalGeneration
+    assert len(model.layers) == 14
+    assert all(".language_model.layers." in layer.name for layer in model.layers)
+    stored = load_file(tmp_path / "model.safetensors")
+    searched = sum(2 * layer.weights for layer in model.layers)
+    assert model.kept_bytes + searched == sum(tensor.nbytes for tensor in stored.values())
 
 
 # ------------------------------------------------------------------------------ its fingerprint
@@ -445,4 +560,4 @@ def test_the_same_bytes_in_another_shape_change_the_fingerprint() -> None:
     plain, turned = tiny_llama(71), tiny_llama(71)
     for block in turned.model.layers:
         block.mlp.down_proj.weight.data = block.mlp.down_proj.weight.data.view(128, 64)
-    assert wrapped(turned).fingerprint != wrapped(plain).fingerprint
+    assert _fingerprint(turned) != _fingerprint(plain)

@@ -46,10 +46,10 @@ def damaged(taught: Model) -> Iterator[Model]:
     layers = ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"]
     for layer in layers:
         noise = torch.randn(taught.originals[layer].shape, generator=generator)
-        taught.linear(layer).weight.data = taught.originals[layer] + 0.2 * noise
+        taught.places[layer].put(taught.originals[layer] + 0.2 * noise)
     yield taught
     for layer in layers:
-        taught.linear(layer).weight.data = taught.originals[layer]
+        taught.places[layer].put(taught.originals[layer])
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +114,12 @@ def test_kl_is_that_of_the_first_answer_token(taught: Model, wordy: FactSet) -> 
     proxy = RecallProxy(taught, wordy, facts, contrast=False)
     before = [naive_log_probs(taught, wordy, fact, fact.answer)[0] for fact in facts]
     layer = "model.layers.1.mlp.gate_proj"
-    taught.linear(layer).weight.data = taught.originals[layer] * -1
+    taught.places[layer].put(taught.originals[layer] * -1)
     try:
         found = proxy.score().kl
         after = [naive_log_probs(taught, wordy, fact, fact.answer)[0] for fact in facts]
     finally:
-        taught.linear(layer).weight.data = taught.originals[layer]
+        taught.places[layer].put(taught.originals[layer])
     expected = [
         float((p.exp() * (p - q)).sum()) for p, q in zip(before, after, strict=True)
     ]  # fmt: skip
@@ -287,12 +287,12 @@ def test_broken_weights_are_a_check_error(
 ) -> None:
     proxy = RecallProxy(taught, tiny_facts, tiny_facts.part("validation"), contrast=True)
     layer = "model.layers.1.self_attn.o_proj"
-    taught.linear(layer).weight.data = torch.full_like(taught.originals[layer], broken)
+    taught.places[layer].put(torch.full_like(taught.originals[layer], broken))
     try:
         with pytest.raises(CheckError, match="answer log-probabilities are NaN") as caught:
             proxy.score()
     finally:
-        taught.linear(layer).weight.data = taught.originals[layer]
+        taught.places[layer].put(taught.originals[layer])
     assert "\n" not in str(caught.value)
     assert (proxy.score().kl == 0).all()
 

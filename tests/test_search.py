@@ -167,8 +167,8 @@ def test_the_pick_fits_and_is_not_worse_than_the_best_simple_point(whole: Run, b
 
 def test_the_model_holds_its_reference_weights_afterwards(whole: Run, tiny: Model) -> None:
     for layer, original in tiny.originals.items():
-        assert tiny.linear(layer).weight.data_ptr() == original.data_ptr()
-        assert not tiny.linear(layer).weight.requires_grad
+        assert tiny.places[layer].weight.data_ptr() == original.data_ptr()
+        assert not tiny.places[layer].parameter.requires_grad
 
 
 def test_each_partition_sees_its_own_facts(whole: Run, tiny_facts: FactSet) -> None:
@@ -300,7 +300,7 @@ def test_a_search_interrupted_in_an_evaluation_resumes_to_the_same_front(
         with pytest.raises(KeyboardInterrupt):
             ask(tmp_path / "run")
     for layer, original in tiny.originals.items():
-        assert tiny.linear(layer).weight.data_ptr() == original.data_ptr()
+        assert tiny.places[layer].weight.data_ptr() == original.data_ptr()
     assert not Run.open(tmp_path / "run").finished
     assert result(ask(tmp_path / "run", resume=True)) == expected
 
@@ -546,9 +546,9 @@ def _break(monkeypatch: pytest.MonkeyPatch, broken: Callable[[Assignment], bool]
             asked.append(assignment.id)
             bench.put(assignment)
             layer = bench.space.groups[0].layers[0].name
-            linear = bench.bank.model.linear(layer)
+            place = bench.bank.model.places[layer]
             bench._in_place[layer] = "broken"  # so that the next candidate replaces it
-            linear.weight.data = torch.full_like(linear.weight.data, float("nan"))
+            place.put(torch.full_like(place.weight, float("nan")))
             proxy.score()
             raise AssertionError("NaN weights were scored")
         return evaluate(bench, assignment, proxy)

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import pytest
+from conftest import tiny_family
 
 from mpsearch.formats import BF16, FORMATS
 from mpsearch.layers import Layer, group_layers
+from mpsearch.space import SearchSpace
 from mpsearch.targets import TARGETS
 
 
 @pytest.mark.parametrize(
     ("target", "formats"),
     [
-        ("compressed-tensors", {"int2-g64", "int3-g64", "int4-g64", "int8-g64", "bf16"}),
+        (
+            "compressed-tensors",
+            {
+                *(
+                    f"int{bits}-{groups}{zero}"
+                    for bits in (2, 3, 4, 5, 6, 8)
+                    for groups in ("g32", "g64", "g128", "channel")
+                    for zero in ("", "-asym")
+                ),
+                "fp8",
+                "bf16",
+            },
+        ),
         (
             "gptq",
             {f"gptq{bits}-g{size}" for bits in (2, 3, 4, 8) for size in (32, 64, 128)} | {"bf16"},
         ),
-        ("bitsandbytes", {"nf4", "int8", "bf16"}),
+        ("bitsandbytes", {"nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "bf16"}),
     ],
 )
 def test_each_target_holds_its_formats(target: str, formats: set[str]) -> None:
@@ -65,3 +79,45 @@ def test_runtimes_fuse_query_key_value_and_gate_up(target: object) -> None:
 def test_the_table_of_targets_cannot_be_changed() -> None:
     with pytest.raises(TypeError):
         del TARGETS["bitsandbytes"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+def test_runtimes_run_the_experts_of_a_block_as_one(target: object) -> None:
+    assert target.fuses_experts  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("family", "groups"),
+    [
+        ("phi3", ["self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"]),
+        ("gpt2", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]),
+        (
+            "gpt_neox",
+            [
+                *("attention.query_key_value", "attention.dense"),
+                *("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+            ],
+        ),
+        ("mixtral", ["self_attn.q_proj+k_proj+v_proj", "self_attn.o_proj", "mlp.experts"]),
+        (
+            "qwen2_moe",
+            [
+                *("self_attn.q_proj+k_proj+v_proj", "self_attn.o_proj", "mlp.experts"),
+                *("mlp.shared_expert.gate_proj+up_proj", "mlp.shared_expert.down_proj"),
+            ],
+        ),
+        *(
+            (
+                family,
+                [
+                    *("self_attn.q_proj+k_proj+v_proj", "self_attn.o_proj"),
+                    *("mlp.gate_proj+up_proj", "mlp.down_proj"),
+                ],
+            )
+            for family in ("llama", "mistral", "qwen2", "qwen3", "gemma")
+        ),
+    ],
+)
+def test_groups_of_a_block_by_family(family: str, groups: list[str]) -> None:
+    resolved = SearchSpace.default().resolve(tiny_family(family))
+    assert [group.kind for group in resolved.groups] == groups * 2

@@ -14,8 +14,8 @@ import json
 import math
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -61,7 +61,9 @@ def write_layers(model: Model, folder: Path) -> None:
     get_quantizer("gptq", "gptq")  # it prepares gptqmodel for being imported
     from gptqmodel.quantization import QuantizeConfig
 
-    plain = partial(QuantizeConfig, **AS_AUTO_GPTQ)
+    def plain(**given: Any) -> QuantizeConfig:
+        return QuantizeConfig(**{**given, **AS_AUTO_GPTQ})
+
     tensors: dict[str, Tensor] = {}
     errors: dict[str, dict[str, float]] = {}
     for name in LAYERS:
@@ -101,7 +103,7 @@ def write_export(model: Model, folder: Path) -> None:
         scored, _ = answered(model, sequences)
     model.module.float()
     for name, fmt in space.layer_formats(candidate).items():
-        model.linear(name).weight.data = decode(bank.stored(name, fmt), fmt).float()
+        model.places[name].parameter.data = decode(bank.stored(name, fmt), fmt).float()
     exact, log_probs = answered(model, sequences)
     answers = [
         {"tokens": s.tokens, "start": s.start, "scored": a, "first": b, "log_prob": c}

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from mpsearch.bank import Bank
+from mpsearch.errors import UsageError
 from mpsearch.formats import Format
 from mpsearch.models import Model
 
@@ -30,11 +31,25 @@ def write_checkpoint(
         formats: layer name to format, for every searched layer.
         quantization: the `quantization_config` of config.json, by which loaders find their way.
         dtype: that loaders compute in by default.
+    Raises:
+        UsageError: a quantized layer is no linear, and so nothing could load it.
     """
     tensors = {name: tensor.contiguous() for name, tensor in model.kept.items()}
+    names = {parameter: name for name, parameter in model.module.named_parameters()}
     for layer, fmt in formats.items():
-        for suffix, tensor in bank.stored(layer, fmt).items():
-            tensors[f"{layer}.{suffix}"] = tensor
+        place = model.places[layer]
+        if not fmt.quantized:  # as the model stores it: transposed, or all experts in one
+            tensors[names[place.parameter]] = place.loaded.to("cpu", torch.bfloat16).contiguous()
+        elif place.transposed or place.expert is not None:
+            # transformers 5.23 dequantizes stacked experts by one scheme for the whole model, and
+            # compressed-tensors 0.20 and gptqmodel 7.6 store linears only.
+            raise UsageError(
+                f"'{layer}' is no linear, and what loads {fmt.container} quantizes linears only; "
+                "search a space whose rules leave such layers bf16"
+            )
+        else:
+            for suffix, tensor in bank.stored(layer, fmt).items():
+                tensors[f"{layer}.{suffix}"] = tensor
     weights = folder / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
     weights.chmod(0o644)  # a server may run as another user

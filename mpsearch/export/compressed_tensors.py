@@ -1,4 +1,4 @@
-"""compressed-tensors `pack-quantized`: mixed widths by layer, in one safetensors file."""
+"""compressed-tensors: packed integers of mixed widths and fp8, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpsearch.bank import Bank
-from mpsearch.codecs import quantization_args
+from mpsearch.codecs import COMPRESSION, quantization_args
 from mpsearch.export.checkpoint import write_checkpoint
 from mpsearch.formats import Format
 from mpsearch.models import Model
@@ -20,6 +20,9 @@ def write_compressed_tensors(
 
     Args:
         formats: layer name to format, for every searched layer.
+
+    Raises:
+        UsageError: a quantized layer is no linear, and so nothing could load it.
     """
     write_checkpoint(model, bank, formats, folder, quantization_config(model, formats))
 
@@ -38,12 +41,17 @@ def quantization_config(model: Model, formats: Mapping[str, Format]) -> dict[str
     used = {fmt.name: fmt for fmt in formats.values() if fmt.quantized}
     head = model.module.get_output_embeddings()
     heads = [name for name, module in model.module.named_modules() if module is head]
+    ways = {COMPRESSION[fmt.number] for fmt in used.values()}
     config = QuantizationConfig(
         config_groups={
-            name: QuantizationScheme(targets=layers_of[name], weights=quantization_args(fmt))
+            name: QuantizationScheme(
+                targets=layers_of[name],
+                weights=quantization_args(fmt),
+                format=COMPRESSION[fmt.number],
+            )
             for name, fmt in used.items()
         },
-        format="pack-quantized",
+        format=ways.pop() if len(ways) == 1 else "mixed-precision",
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=heads + [layer for layer, fmt in formats.items() if not fmt.quantized],
     )

@@ -36,6 +36,10 @@ class Quantizer(Protocol):
     name: str
     calibrated: bool
 
+    def makes(self, fmt: Format) -> bool:
+        """Whether it has codes for that format."""
+        ...
+
     @property
     def settings(self) -> Mapping[str, Any]:
         """Everything beside the arguments that decides the result, library version included."""
@@ -48,7 +52,7 @@ class Quantizer(Protocol):
 
 # By container; the first is its default.
 QUANTIZERS: Mapping[str, tuple[str, ...]] = {
-    "compressed-tensors": ("rounding", "gptq"),
+    "compressed-tensors": ("rounding", "gptq", "hqq"),
     "gptq": ("gptq", "rounding", "auto-gptq"),
     "bitsandbytes": ("bitsandbytes",),
 }
@@ -63,12 +67,14 @@ def get_quantizer(name: str | None, container: str) -> Quantizer:
     from mpsearch.quantizers.autogptq import AutoGptq
     from mpsearch.quantizers.bitsandbytes import BitsAndBytes
     from mpsearch.quantizers.gptq import Gptq
+    from mpsearch.quantizers.hqq import Hqq
     from mpsearch.quantizers.rounding import Rounding
 
     quantizers: dict[str, type[Quantizer]] = {
         "rounding": Rounding,
         "gptq": Gptq,
         "auto-gptq": AutoGptq,
+        "hqq": Hqq,
         "bitsandbytes": BitsAndBytes,
     }
     if name is not None and name not in quantizers:

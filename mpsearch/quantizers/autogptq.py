@@ -47,6 +47,9 @@ class AutoGptq:
     def settings(self) -> Mapping[str, Any]:
         return {"auto-gptq": version("auto-gptq"), "clip": CLIP}
 
+    def makes(self, fmt: Format) -> bool:
+        return fmt.container == "gptq"
+
     def quantize(
         self, weight: Tensor, formats: Sequence[Format], statistics: InputStatistics | None
     ) -> dict[str, dict[str, Tensor]]:
@@ -84,5 +87,5 @@ def _quantize(weight: Tensor, fmt: Format, statistics: InputStatistics) -> dict[
     # It waits for a GPU when it is done, also where there is none.
     waiting = nullcontext() if torch.cuda.is_available() else patch("torch.cuda.synchronize")
     with waiting:
-        scale, _, _ = task.fasterquant(group_size=fmt.group_size or -1)
-    return pack_dequantized(linear.weight.data, scale, fmt)
+        scale, zero, _ = task.fasterquant(group_size=fmt.group_size or -1)
+    return pack_dequantized(linear.weight.data, scale, zero, fmt)

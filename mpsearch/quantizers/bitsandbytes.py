@@ -1,4 +1,4 @@
-"""NF4 and LLM.int8 through bitsandbytes (Dettmers et al., arXiv:2305.14314 and 2208.07339)."""
+"""NF4, FP4 and LLM.int8 through bitsandbytes (Dettmers et al., arXiv:2305.14314 and 2208.07339)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpsearch.codecs import import_bitsandbytes
-from mpsearch.formats import Format
+from mpsearch.formats import FOUR_BIT_BLOCK, Format
 from mpsearch.quantizers import InputStatistics
 
 
@@ -26,19 +26,34 @@ class BitsAndBytes:
     def settings(self) -> Mapping[str, str]:
         return {"bitsandbytes": version("bitsandbytes")}
 
+    def makes(self, fmt: Format) -> bool:
+        return fmt.container == "bitsandbytes"
+
     @torch.no_grad()
     def quantize(
         self, weight: Tensor, formats: Sequence[Format], statistics: InputStatistics | None
     ) -> dict[str, dict[str, Tensor]]:
-        make = {"nf4": self._nf4, "int8": self._int8}
-        return {fmt.name: make[fmt.name](weight) for fmt in formats}
+        return {
+            fmt.name: self._int8(weight) if fmt.number == "int" else self._four_bits(weight, fmt)
+            for fmt in formats
+        }
 
-    def _nf4(self, weight: Tensor) -> dict[str, Tensor]:
+    def _four_bits(self, weight: Tensor, fmt: Format) -> dict[str, Tensor]:
+        name, _, double = fmt.name.partition("-")
         packed, state = self._functional.quantize_4bit(
-            weight.to(torch.bfloat16), blocksize=64, quant_type="nf4", compress_statistics=False
+            weight.to(torch.bfloat16),
+            blocksize=FOUR_BIT_BLOCK,
+            quant_type=name,
+            compress_statistics=bool(double),
         )
-        extra = {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
-        return {"weight": packed, **extra}
+        stored = {f"weight.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
+        described = f"weight.quant_state.bitsandbytes__{name}"
+        # The digits of an offset vary in number; blanks after the JSON make its length that of
+        # the format.
+        (length,) = fmt.tensors(*weight.shape)[described].shape
+        missing = length - len(stored[described])
+        stored[described] = nn.functional.pad(stored[described], (0, missing), value=ord(" "))
+        return {"weight": packed, **stored}
 
     def _int8(self, weight: Tensor) -> dict[str, Tensor]:
         codes, row_absmax, _ = self._functional.int8_vectorwise_quant(weight.to(torch.float16))

@@ -16,6 +16,7 @@ from mpsearch.codecs import pack, stored_scale
 from mpsearch.errors import UsageError
 from mpsearch.formats import Format
 from mpsearch.quantizers import InputStatistics
+from mpsearch.quantizers.rounding import Rounding
 
 # Of a group's range, shrunk by 0 to 11 twentieths, the one with the least squared error is kept.
 CLIP = {"power": 2.0, "grid": 20, "maxshrink": 0.6}
@@ -26,13 +27,15 @@ class Gptq:
 
     All widths of a layer share its Hessian and its factorization. A group's range is the one of
     `CLIP` that leaves the least squared error. Scales are rounded as they are stored inside the
-    column loop, so the errors that later columns absorb are those of the checkpoint.
+    column loop, so the errors that later columns absorb are those of the checkpoint. Floating-point
+    formats have no such scheme in the library: they are rounded to nearest.
     """
 
     name = "gptq"
     calibrated = True
 
     def __init__(self) -> None:
+        self._rounding = Rounding()
         # On two cores gptqmodel's worker pool crashes unless told its size.
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
         # Its first forward otherwise compiles for minutes.
@@ -51,7 +54,14 @@ class Gptq:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return {"gptqmodel": version("gptqmodel"), "clip": CLIP}
+        return {
+            "gptqmodel": version("gptqmodel"),
+            "clip": CLIP,
+            "floats": dict(self._rounding.settings),
+        }
+
+    def makes(self, fmt: Format) -> bool:
+        return fmt.container in ("compressed-tensors", "gptq")
 
     def quantize(
         self, weight: Tensor, formats: Sequence[Format], statistics: InputStatistics | None
@@ -60,20 +70,23 @@ class Gptq:
 
         if statistics is None:
             raise ValueError("GPTQ needs input statistics")
+        floats = [fmt for fmt in formats if fmt.number == "float"]
+        stored = self._rounding.quantize(weight, floats, None)
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
         linear.weight.data = weight.float()
         leader = _task(linear, formats[0])
         leader.H = statistics.gram * (2 / statistics.tokens)
         leader.nsamples = statistics.tokens
         factors = SharedHessianFactorCache(generation=0, cohort="layer")
-        stored = {}
         for fmt in formats:
+            if fmt in floats:
+                continue
             task = _task(linear, fmt)
             task.adopt_hessian_from(leader)
             task.attach_shared_hessian_cache(factors)
-            dequantized, scale, *_ = task.quantize()
+            dequantized, scale, zero, *_ = task.quantize()
             task.free()
-            stored[fmt.name] = pack_dequantized(dequantized.float(), scale, fmt)
+            stored[fmt.name] = pack_dequantized(dequantized.float(), scale, zero, fmt)
         return stored
 
 
@@ -96,9 +109,10 @@ def _task(linear: nn.Linear, fmt: Format) -> Any:
 
     config = QuantizeConfig(
         bits=fmt.bits,
-        group_size=fmt.group_size,
-        sym=True,
+        group_size=fmt.group_size or -1,
+        sym=fmt.symmetric,
         desc_act=False,
+        act_group_aware=bool(fmt.group_size),
         mse=CLIP["power"],
         offload_to_disk=False,
     )
@@ -109,15 +123,23 @@ def _task(linear: nn.Linear, fmt: Format) -> Any:
 
 
 @torch.no_grad()
-def pack_dequantized(dequantized: Tensor, scale: Tensor, fmt: Format) -> dict[str, Tensor]:
+def pack_dequantized(
+    dequantized: Tensor, scale: Tensor, zero: Tensor, fmt: Format
+) -> dict[str, Tensor]:
     """Stored tensors from GPTQ's dequantized weights; exact, since those are code times scale.
 
     Args:
         dequantized: `(rows, columns)` float32.
         scale: `(rows, groups)`, as stored.
+        zero: `(rows, groups)` the unsigned code that means zero.
     """
     group_size = fmt.group_size or dequantized.shape[1]
-    per_column = scale.repeat_interleave(group_size, dim=1)[:, : dequantized.shape[1]]
     half = 2 ** (fmt.bits - 1)
-    codes = (dequantized / per_column).round().clamp(-half, half - 1).to(torch.int8)
-    return pack(codes, stored_scale(scale, fmt), fmt)
+    zero_point = (zero - half).to(torch.int8)
+
+    def per_column(of_groups: Tensor) -> Tensor:
+        return of_groups.repeat_interleave(group_size, dim=1)[:, : dequantized.shape[1]]
+
+    codes = (dequantized / per_column(scale)).round() + per_column(zero_point)
+    codes = codes.clamp(-half, half - 1).to(torch.int8)
+    return pack(codes, stored_scale(scale, fmt), fmt, None if fmt.symmetric else zero_point)

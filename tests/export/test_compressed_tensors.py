@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_family
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import mpsearch as mps
 from mpsearch.assignment import Assignment
@@ -66,7 +68,7 @@ def check_export(
         bench.put(assignment)
         logits = model.module(torch.tensor([tokens])).logits
         weights = {
-            layer.name: model.linear(layer.name).weight.detach().clone() for layer in model.layers
+            layer.name: model.places[layer.name].weight.detach().clone() for layer in model.layers
         }
     loaded = reload(folder, tokens, tmp_path / "reloaded.safetensors")
     for name, weight in weights.items():
@@ -88,6 +90,18 @@ def test_every_width_reloads_bit_equal_in_a_fresh_process(
 ) -> None:
     assignment = mixed(tiny_space, ["int2-g64", "int3-g64", "int4-g64", "int8-g64"])
     check_export(tiny, tiny_space, assignment, [2, 5, 3, 23, 4], tmp_path)
+
+
+def test_zero_points_other_groups_and_fp8_reload_bit_equal(tiny: Model, tmp_path: Path) -> None:
+    formats = [
+        "int4-g64-asym", "int3-g32-asym", "int5-g32", "int6-channel", "fp8", "int2-channel-asym",
+        "int8-g64-asym", "bf16",
+    ]  # fmt: skip
+    space = SearchSpace.parse(
+        f"version: 1\ntarget: compressed-tensors\nformats: [{', '.join(formats)}]\n", "test"
+    ).resolve(tiny)
+    assert len(space.groups) == len(formats)
+    check_export(tiny, space, mixed(space, formats), [2, 5, 3, 23, 4], tmp_path)
 
 
 def test_layers_kept_in_bf16_reload_bit_equal(tiny: Model, tmp_path: Path) -> None:
@@ -152,3 +166,48 @@ def test_a_full_disk_leaves_nothing_that_looks_finished(
     with pytest.raises((OSError, ResourceError)):
         mps.export(tiny, tiny_space.smallest, out=tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
+
+
+FEW = "version: 1\ntarget: compressed-tensors\nformats: [int4-g64, bf16]\n"
+
+
+@pytest.mark.parametrize(
+    ("family", "layer"),
+    [
+        ("gpt2", "transformer.h.0.attn.c_attn"),
+        ("mixtral", "model.layers.0.mlp.experts.0.gate_proj"),
+    ],
+)
+def test_what_no_loader_holds_is_refused_and_leaves_nothing(
+    family: str, layer: str, tmp_path: Path
+) -> None:
+    model = tiny_family(family)
+    space = SearchSpace.parse(FEW, "test").resolve(model)
+    with pytest.raises(UsageError, match=f"'{layer}' is no linear"):
+        mps.export(model, space.smallest, out=tmp_path / "export", space=space)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox", "qwen3", "mixtral", "qwen2_moe"])
+def test_other_families_reload_bit_equal(family: str, tmp_path: Path) -> None:
+    """With experts left in bf16, which are then stored as transformers stores them."""
+    model = tiny_family(family)
+    rules = "rules:\n- match: '*.experts.*'\n  formats: [bf16]\n"
+    text = FEW + (rules if family in ("mixtral", "qwen2_moe") else "")
+    space = SearchSpace.parse(text, "test").resolve(model)
+    folder = mps.export(model, space.smallest, out=tmp_path / "export", space=space)
+    theirs, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not any(info.values())
+    tokens = torch.arange(5, 20)[None]
+    with torch.no_grad():
+        theirs(tokens)  # decompresses its weights on the first pass
+    found = dict(theirs.named_parameters())
+    bank = Bank(model, get_quantizer(None, "compressed-tensors"))
+    with Bench(space, bank) as bench:
+        bench.put(space.smallest)
+        for name, parameter in model.module.named_parameters():
+            assert torch.equal(found[name], parameter.to(torch.bfloat16)), name
+    stored = load_file(folder / "model.safetensors")
+    assert sum(t.nbytes for t in stored.values()) == space.stored_bytes(space.smallest)

@@ -83,11 +83,10 @@ def test_a_mix_reloads_bit_equal_in_gptqmodel_in_a_fresh_process(
     for name, fmt in space.layer_formats(assignment).items():
         weight = decode(bank.stored(name, fmt), fmt)
         assert torch.equal(loaded[name], weight.to(torch.float16)), name
-        tiny.linear(name).weight.data = weight.to(tiny.dtype)
+        tiny.places[name].put(weight.to(tiny.dtype))
     with torch.inference_mode():
         logits = tiny.module(torch.tensor([tokens])).logits
-    for name, original in tiny.originals.items():
-        tiny.linear(name).weight.data = original
+    tiny.restore()
     assert torch.allclose(loaded["logits"].float(), logits.float(), atol=0.5, rtol=0.05)
 
 
