@@ -92,6 +92,7 @@ def _resume_hint(args: argparse.Namespace) -> str:
         value = getattr(args, flag)
         if value is not None and value != args.defaults.get(flag):
             given.append(f"--{flag.replace('_', '-')} {shlex.quote(str(value))}")
+    given += ["--awq"] * args.awq + ["--chat-template"] * args.chat_template
     model, out = shlex.quote(args.model), shlex.quote(args.out)
     return f"; continue with: mpsearch search {model} {' '.join(given)} --resume -o {out}"
 
@@ -102,23 +103,26 @@ def _resume_hint(args: argparse.Namespace) -> str:
 def _search(args: argparse.Namespace) -> None:
     from mpsearch.budget import format_size, parse_size
     from mpsearch.console import Progress, emit_json, front_json, say, show_front
+    from mpsearch.run import Run
 
     # Whatever can be refused without the model is refused before it is loaded.
     budget_bytes = parse_size(args.budget)
     seconds = None if args.time is None else _parse_seconds(args.time)
     out = Path(args.out)
     if args.resume:
-        from mpsearch.run import Run
-
         Run.open(out)
     elif out.exists():
         raise RunError(f"'{out}' exists; continue it with --resume, or choose another -o")
     space_file, facts, calibration = _space(args), _facts(args), _calibration(args)
     model = _model(args)
+    from mpsearch import awq
     from mpsearch.search import search
 
     say(f"budget {format_size(budget_bytes)} ({budget_bytes:,} bytes)")
     with Progress() as report:
+        if args.awq:
+            known = Run.open(out).preparation if args.resume else {}
+            model = awq.fold(model, known) if known else awq.prepare(model, calibration, report)
         run = search(
             model,
             space_file,
@@ -149,32 +153,13 @@ def _search(args: argparse.Namespace) -> None:
 
 
 def _layers(args: argparse.Namespace) -> None:
-    from mpsearch.console import emit_json, say, show_kept, show_layers
+    from mpsearch.console import emit_json, layers_json, say, show_kept, show_layers
 
     space_file = _space(args)
     model = _model(args)
     space = space_file.resolve(model)
     if args.json:
-        emit_json(
-            {
-                "model": args.model,
-                "kept_bytes": space.kept_bytes,
-                "smallest_bytes": space.stored_bytes(space.smallest),
-                "largest_bytes": space.stored_bytes(space.largest),
-                "groups": [
-                    {
-                        "name": group.name,
-                        "layers": [layer.name for layer in group.layers],
-                        "weights": group.weights,
-                        "stored_bytes": {
-                            fmt.name: fmt.stored_bytes(group) for fmt in space.options[group.name]
-                        },
-                    }
-                    for group in space.groups
-                ],
-                "kept": model.kept_by_reason(),
-            }
-        )
+        emit_json({"model": args.model, **layers_json(space), "kept": model.kept_by_reason()})
     else:
         show_layers(space, args.model)
         show_kept(model.kept_by_reason())
@@ -287,10 +272,13 @@ def _export(args: argparse.Namespace) -> None:
     point = run.find(args.point)
     if Path(args.out).exists():
         raise RunError(f"'{args.out}' exists; choose another -o")
+    from mpsearch.awq import fold
     from mpsearch.export import export
     from mpsearch.models import load_model
 
     model = load_model(run.question["model"])
+    if run.preparation:
+        model = fold(model, run.preparation)
     if model.fingerprint != run.question["fingerprint"]:
         raise RunError(
             f"'{run.question['model']}' is not the model that '{args.run}' searched: its weights "
@@ -396,6 +384,9 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--search-facts", type=int, default=500, help="facts that score a candidate (500)"
     )
+    search.add_argument(
+        "--awq", action="store_true", help="fold activation-aware scales into the norms first"
+    )
     search.add_argument("--time", metavar="10m", help="stop proposing after this time")
     search.add_argument("--sampler", default="level-switch", help="level-switch, nsga2 or tpe")
     search.add_argument("--resume", action="store_true", help="continue the run in RUN")
@@ -422,6 +413,9 @@ def _parser() -> argparse.ArgumentParser:
         )
     for command in (search, sensitivity):
         command.add_argument("--facts", metavar="FILE", help="JSONL of facts (the built-in ones)")
+        command.add_argument(
+            "--chat-template", action="store_true", help="ask facts through the model's template"
+        )
         command.add_argument("--seed", type=int, default=0, help="of every random choice (0)")
 
     add("front", _front, "print the validated points of a run").add_argument("run")

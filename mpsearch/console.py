@@ -258,6 +258,25 @@ def show_layers(space: Any, model_name: str) -> None:
     )
 
 
+def layers_json(space: Any) -> dict[str, Any]:
+    return {
+        "kept_bytes": space.kept_bytes,
+        "smallest_bytes": space.stored_bytes(space.smallest),
+        "largest_bytes": space.stored_bytes(space.largest),
+        "groups": [
+            {
+                "name": group.name,
+                "layers": [layer.name for layer in group.layers],
+                "weights": group.weights,
+                "stored_bytes": {
+                    fmt.name: fmt.stored_bytes(group) for fmt in space.options[group.name]
+                },
+            }
+            for group in space.groups
+        ],
+    }
+
+
 def show_bank(held: Mapping[str, tuple[int, int, int]]) -> None:
     """A row a format: files there, files wanted, stored bytes."""
     rows = [[name, f"{have} of {of}", f"{size:,}"] for name, (have, of, size) in held.items()]

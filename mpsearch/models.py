@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ class Model:
         kept: every other stored tensor by state-dict name, shared ones once, as bf16 if floating.
         why_kept: for each of those, why it is no layer.
         fingerprint: hex digest over all names, shapes and bf16 values.
+        preparation: what was folded into the weights that were loaded, as JSON; see
+            `mpsearch.awq`.
+        chat: whether it is asked through its tokenizer's chat template.
     """
 
     name: str
@@ -58,6 +62,8 @@ class Model:
     kept: dict[str, Tensor]
     why_kept: dict[str, str]
     fingerprint: str
+    preparation: Mapping[str, Any] = field(default_factory=dict)
+    chat: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -108,9 +114,11 @@ class Model:
         return list({id(place.parameter): place for place in self.places.values()}.values())
 
 
-def load_model(name: str) -> Model:
+def load_model(name: str, chat_template: bool = False) -> Model:
     """Load `builtin:smollm2-135m`, a local folder (one safetensors file or shards) or a hub id.
 
+    Args:
+        chat_template: ask facts as a user's turn in the tokenizer's chat template.
     Raises:
         ModelError: it cannot be had, is stored as pickle, or is already quantized.
         CheckError: a weight is NaN or infinite.
@@ -160,7 +168,12 @@ def load_model(name: str) -> Model:
             f"model '{name}' has no fast tokenizer, which locating answers needs; "
             "add its tokenizer.json"
         )
-    return from_module(name, folder, module, tokenizer, device, dtype)
+    if chat_template and not tokenizer.chat_template:
+        raise ModelError(
+            f"model '{name}' has no chat template in its tokenizer; leave --chat-template away"
+        )
+    model = from_module(name, folder, module, tokenizer, device, dtype)
+    return replace(model, chat=chat_template)
 
 
 def from_module(

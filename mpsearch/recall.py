@@ -74,13 +74,12 @@ class RecallProxy:
         self._answers_of: list[list[int]] = []
         sequences: list[TokenSequence] = []
         for fact in self.facts:
-            context = prompt(fact_set, fact, shots)
             distractors = fact_set.distractors(fact) if contrast else ()
             self._answers_of.append(
                 list(range(len(sequences), len(sequences) + 1 + len(distractors)))
             )
             sequences += [
-                encode(model.tokenizer, context, answer) for answer in (fact.answer, *distractors)
+                ask(model, fact_set, fact, answer, shots) for answer in (fact.answer, *distractors)
             ]
         self._lengths = np.array([len(s.tokens) - s.start for s in sequences])
         self._contrast = contrast
@@ -150,13 +149,28 @@ def prompt(fact_set: FactSet, fact: Fact, shots: int) -> str:
     return "".join(f"{e.prompt} {e.answer}\n" for e in examples) + fact.prompt
 
 
-def encode(tokenizer: object, context: str, answer: str) -> TokenSequence:
-    """Tokens of `context + " " + answer`, and where the answer starts.
+def ask(model: Model, fact_set: FactSet, fact: Fact, answer: str, shots: int) -> TokenSequence:
+    """A fact's question and one answer to it, in the model's chat template if it is asked so."""
+    context = prompt(fact_set, fact, shots)
+    if not model.chat:
+        return encode(model.tokenizer, context, f" {answer}")
+    turn = [{"role": "user", "content": context}]
+    context = model.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    # The template has written the special tokens.
+    return encode(model.tokenizer, context, answer, add_special_tokens=False)
+
+
+def encode(
+    tokenizer: Any, context: str, continuation: str, add_special_tokens: bool = True
+) -> TokenSequence:
+    """Tokens of context and continuation, and where the continuation starts.
 
     The text is tokenized whole, so a token that covers both sides of the boundary counts as the
-    answer's. Special tokens that the tokenizer puts in front stay, those behind are dropped.
+    continuation's. Special tokens that the tokenizer puts in front stay, those behind are dropped.
     """
-    encoded = tokenizer(f"{context} {answer}", return_offsets_mapping=True)  # type: ignore[operator]
+    encoded = tokenizer(
+        context + continuation, return_offsets_mapping=True, add_special_tokens=add_special_tokens
+    )
     tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
     while offsets[-1][0] == offsets[-1][1]:
         tokens, offsets = tokens[:-1], offsets[:-1]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -128,9 +128,17 @@ class Run:
         self.content = content
 
     @classmethod
-    def create(cls, folder: Path, question: dict[str, Any], space: ResolvedSpace) -> Run:
+    def create(
+        cls,
+        folder: Path,
+        question: dict[str, Any],
+        space: ResolvedSpace,
+        preparation: Mapping[str, Any] | None = None,
+    ) -> Run:
         """Write a new run folder.
 
+        Args:
+            preparation: of the model, by which an export prepares it again.
         Raises:
             RunError: something exists at that path.
             ResourceError: it cannot be written.
@@ -141,6 +149,8 @@ class Run:
         try:
             with published(folder) as unfinished:
                 write_atomically(unfinished / "run.json", run._text)
+                if preparation:
+                    write_atomically(unfinished / "preparation.json", json.dumps(preparation))
         except OSError as error:
             raise ResourceError(f"cannot create '{folder}': {error.strerror}") from None
         return run
@@ -182,6 +192,21 @@ class Run:
     def question(self) -> dict[str, Any]:
         question: dict[str, Any] = self.content["question"]
         return question
+
+    @property
+    def preparation(self) -> dict[str, Any]:
+        """What was folded into the model that was searched; empty if it was as loaded.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        path = self.folder / "preparation.json"
+        if not path.exists():
+            return {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(f"'{path}' cannot be read ({error}); search again") from None
 
     @property
     def budget_bytes(self) -> int:

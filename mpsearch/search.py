@@ -131,11 +131,21 @@ class _Search:
         quantizer = get_quantizer(wish.quantizer, space.target.name)
         check_formats(quantizer, all_layers(space))
         self.bank = Bank(model, quantizer, wish.calibration)
+        odd = sum(place.transposed or place.expert is not None for place in model.places.values())
+        if odd:
+            log.warning(
+                "%d of %d layers are stored transposed or are stacked experts, which exports "
+                "cannot hold quantized yet: what is found can be studied, not served",
+                odd,
+                len(model.places),
+            )
 
     @property
     def question(self) -> dict[str, Any]:
         return {
             "model": self.model.name,
+            "awq": bool(self.model.preparation),
+            "chat_template": self.model.chat,
             "fingerprint": self.model.fingerprint,
             "target": self.space.target.name,
             "formats": {
@@ -158,15 +168,15 @@ class _Search:
             run.check_question(self.question)
         else:
             self._check_resources(out)
-            run = Run.create(out, self.question, self.space)
+            run = Run.create(out, self.question, self.space, self.model.preparation)
         with run.locked():
             run.mend()
             run.content["finished"] = False
             run.save()
-            self.bank.build(all_layers(self.space), self.report)
             self.report("asking the reference", 0, 1)
             freeze_facts(run, self.model, self.facts, self.wish.search_facts)
             self.report("asking the reference", 1, 1)
+            self.bank.build(all_layers(self.space), self.report)
             damage = self._sensitivity(run).fisher_nats
             with Bench(self.space, self.bank) as bench:
                 work = _Work(self, run, bench)

@@ -38,7 +38,7 @@ from mpsearch.facts import Fact, FactSet
 from mpsearch.files import write_atomically
 from mpsearch.forward import Pass, PreparedRow
 from mpsearch.layers import LayerGroup
-from mpsearch.recall import SHOTS, encode, prompt
+from mpsearch.recall import SHOTS, ask
 from mpsearch.space import ResolvedSpace
 
 _ROW_NODES = 128  # smaller rows than for scoring: each gives one independent sample a draw
@@ -107,7 +107,7 @@ def measure_sensitivity(
     squared = dict.fromkeys(weight_error, 0.0)
     reached: set[str] = set()
     generator = torch.Generator().manual_seed(seed)
-    sequences = [encode(model.tokenizer, prompt(fact_set, f, SHOTS), f.answer) for f in facts]
+    sequences = [ask(model, fact_set, fact, fact.answer, SHOTS) for fact in facts]
     work = Pass(model, sequences, max_nodes=_ROW_NODES)
     draws = -(-_SAMPLES // len(work.rows))
     places = {

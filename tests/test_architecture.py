@@ -24,7 +24,16 @@ WITHOUT_TORCH = (
 )
 WITH_TORCH = (
     *("device", "builtin", "places", "models", "forward", "codecs", "quantizers"),
-    *("calibration", "tensor_files", "bank", "recall", "evaluate", "sensitivity", "samplers"),
+    *(
+        "calibration",
+        "awq",
+        "tensor_files",
+        "bank",
+        "recall",
+        "evaluate",
+        "sensitivity",
+        "samplers",
+    ),
     *("asked", "scorer", "search", "export", "plot", "doctor", "console", "cli"),
 )
 ORDER = (*WITHOUT_TORCH, *WITH_TORCH)

@@ -20,10 +20,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mpsearch.errors import CheckError
+from mpsearch.errors import CheckError, ModelError
 from mpsearch.facts import Fact, FactSet
-from mpsearch.models import Model, from_module
-from mpsearch.recall import RecallProxy, encode, kl_divergence, known_relations, prompt
+from mpsearch.models import Model, from_module, load_model
+from mpsearch.recall import RecallProxy, ask, encode, kl_divergence, known_relations, prompt
 
 ROUNDING = 5e-5  # nats, float32 sums in another order; see test_forward.py
 
@@ -337,20 +337,20 @@ def pieces(tokenizer: PreTrainedTokenizerFast, tokens: tuple[int, ...]) -> list[
 
 def test_the_answer_starts_at_the_space_before_it() -> None:
     tokenizer = character_tokenizer()
-    sequence = encode(tokenizer, "it is", "red")
+    sequence = encode(tokenizer, "it is", " red")
     assert pieces(tokenizer, sequence.tokens[sequence.start :]) == [" ", "r", "e", "d"]
 
 
 def test_a_token_over_the_boundary_counts_as_the_answers() -> None:
     tokenizer = character_tokenizer(("s", " "), ("s ", "r"))
-    sequence = encode(tokenizer, "it is", "red")
+    sequence = encode(tokenizer, "it is", " red")
     assert pieces(tokenizer, sequence.tokens) == ["i", "t", " ", "i", "s r", "e", "d"]
     assert pieces(tokenizer, sequence.tokens[sequence.start :]) == ["s r", "e", "d"]
 
 
 def test_a_merge_inside_the_context_does_not_move_the_start() -> None:
     tokenizer = character_tokenizer(("s", " "), ("i", "s"))
-    sequence = encode(tokenizer, "is it", "red")
+    sequence = encode(tokenizer, "is it", " red")
     assert pieces(tokenizer, sequence.tokens) == ["i", "s ", *"it red"]
     assert pieces(tokenizer, sequence.tokens[sequence.start :]) == list(" red")
 
@@ -358,10 +358,10 @@ def test_a_merge_inside_the_context_does_not_move_the_start() -> None:
 @pytest.mark.parametrize("template", ["<s> $A", "$A </s>", "<s> $A </s>", "<s> <s> $A </s> </s>"])
 def test_special_tokens_in_front_stay_and_those_behind_go(template: str) -> None:
     tokenizer = character_tokenizer(bos_token="<s>", eos_token="</s>")
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+    tokenizer.backend_tokenizer.post_processor = processors.processors.TemplateProcessing(
         single=template, special_tokens=[("<s>", 0), ("</s>", 1)]
     )
-    sequence = encode(tokenizer, "it is", "red")
+    sequence = encode(tokenizer, "it is", " red")
     front = template.count("<s>")
     assert pieces(tokenizer, sequence.tokens) == ["<s>"] * front + list("it is red")
     assert sequence.start == front + len("it is")
@@ -378,7 +378,7 @@ def test_byte_level_tokenizers_are_understood_with_and_without_trimmed_offsets(
     backend.post_processor = processors.ByteLevel(trim_offsets=trim)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    sequence = encode(tokenizer, "the é", answer)
+    sequence = encode(tokenizer, "the é", f" {answer}")
     decoded = tokenizer.decode(list(sequence.tokens[sequence.start :]))
     context = tokenizer.decode(list(sequence.tokens[: sequence.start]))
     assert (context.rstrip(), decoded.strip()) == ("the é", answer)
@@ -392,6 +392,46 @@ def test_metaspace_tokenizers_start_the_answer_at_its_own_token() -> None:
     )
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-    sequence = encode(tokenizer, "it is", "red")
+    sequence = encode(tokenizer, "it is", " red")
     assert pieces(tokenizer, sequence.tokens) == ["▁it", "▁is", "▁red"]
     assert sequence.start == 2
+
+
+# ------------------------------------------------------------------------------ chat templates
+
+TEMPLATE = (
+    "{% for message in messages %}is {{ message['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}of the{% endif %} "
+)
+
+
+def test_through_a_chat_template_the_question_is_a_turn_and_the_answer_its_reply(
+    tiny: Model, tiny_facts: FactSet
+) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    chatting = replace(tiny, tokenizer=tokenizer, chat=True)
+    fact = tiny_facts.part("search")[0]
+    plain = ask(tiny, tiny_facts, fact, fact.answer, 2)
+    asked = ask(chatting, tiny_facts, fact, fact.answer, 2)
+    words = tokenizer.convert_ids_to_tokens(list(asked.tokens))
+    question = tiny.tokenizer.convert_ids_to_tokens(list(plain.tokens[: plain.start]))
+    assert words == ["is", *question, "of", "the", *fact.answer.split()]
+    assert words[asked.start :] == fact.answer.split()
+
+
+def test_special_tokens_are_the_templates_own(tiny: Model, tiny_facts: FactSet) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> $A", special_tokens=[("<pad>", 0)]
+    )
+    fact = tiny_facts.part("search")[0]
+    tokenizer.chat_template = TEMPLATE
+    begun = replace(tiny, tokenizer=tokenizer)
+    assert ask(begun, tiny_facts, fact, fact.answer, 1).tokens[0] == 0
+    assert ask(replace(begun, chat=True), tiny_facts, fact, fact.answer, 1).tokens[0] != 0
+
+
+def test_a_model_without_a_template_is_refused_in_one_line(tiny_folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"no chat template.*leave --chat-template away"):
+        load_model(str(tiny_folder), chat_template=True)

@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from conftest import tiny_family
 
 from mpsearch.allocate import greedy, knapsack, uniform
 from mpsearch.assignment import Assignment
@@ -26,7 +27,7 @@ from mpsearch.recall import RecallProxy
 from mpsearch.run import SIMPLE_KINDS, Point, Run
 from mpsearch.search import Wish, check_wish, search
 from mpsearch.sensitivity import Sensitivity
-from mpsearch.space import ResolvedSpace
+from mpsearch.space import ResolvedSpace, SearchSpace
 
 TRIALS = 6
 FACTS = 30
@@ -621,3 +622,17 @@ def test_a_reference_that_knows_nothing_is_a_failed_check(
     )
     with pytest.raises(CheckError, match="no relation better than chance"):
         ask(tmp_path / "run", facts=FactSet(shuffled, "shuffled answers"))
+
+
+def test_what_cannot_be_exported_is_said_before_the_search(
+    tiny_facts: FactSet, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckError):  # random weights know nothing
+        search(
+            tiny_family("gpt2"),
+            SearchSpace.default(),
+            budget="1MiB",
+            out=tmp_path / "run",
+            facts=tiny_facts,
+        )
+    assert "8 of 8 layers are stored transposed or are stacked experts" in caplog.text

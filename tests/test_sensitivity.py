@@ -26,7 +26,7 @@ from mpsearch.layers import Layer
 from mpsearch.models import Model, from_module
 from mpsearch.quantizers import InputStatistics
 from mpsearch.quantizers.rounding import Rounding
-from mpsearch.recall import SHOTS, RecallProxy, encode, prompt
+from mpsearch.recall import SHOTS, RecallProxy, ask
 from mpsearch.sensitivity import Sensitivity, _with_unreached, measure_sensitivity
 from mpsearch.space import ResolvedSpace, SearchSpace
 
@@ -152,9 +152,7 @@ def exact_damage(
     whole vocabulary; the derivative by central differences.
     """
     model = bank.model
-    work = Pass(
-        model, [encode(model.tokenizer, prompt(fact_set, f, SHOTS), f.answer) for f in facts]
-    )
+    work = Pass(model, [ask(model, fact_set, f, f.answer, SHOTS) for f in facts])
 
     def log_probs(step: float, group: str, fmt: Format) -> Tensor:
         for layer in (layer for g in space.groups if g.name == group for layer in g.layers):
