@@ -1,11 +1,12 @@
 # make demo   install, prepare the model, search, plot, export and reload it
 # make test   install, lint, type-check and run the tests
+# make test-autogptq   compare with auto-gptq, in an environment of its own
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 MODEL := builtin:smollm2-135m
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-autogptq check bench clean
 
 # gptqmodel and hqq are built from source and need torch while they are built.
 .venv/installed: pyproject.toml constraints.txt
@@ -31,9 +32,25 @@ check: .venv/installed
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+AUTOGPTQ := .venv-autogptq/bin/python
+AUTOGPTQ_PIP := $(AUTOGPTQ) -m pip install --quiet --disable-pip-version-check \
+	-c constraints-autogptq.txt
+
+# auto-gptq is built from source, without its kernels for GPUs.
+.venv-autogptq/installed: constraints-autogptq.txt
+	$(PYTHON) -m venv .venv-autogptq
+	$(AUTOGPTQ_PIP) torch setuptools wheel numpy
+	BUILD_CUDA_EXT=0 $(AUTOGPTQ_PIP) --no-build-isolation auto-gptq transformers datasets peft \
+		accelerate huggingface-hub compressed-tensors pytest
+	touch $@
+
+test-autogptq: .venv/installed .venv-autogptq/installed
+	$(BIN)/python tests_autogptq/prepare.py build/autogptq
+	PYTHONPATH=. $(AUTOGPTQ) -m pytest tests_autogptq
+
 bench: .venv/installed
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/bank.py
 
 clean:
-	rm -rf .venv runs exports
+	rm -rf .venv .venv-autogptq build runs exports

@@ -54,6 +54,12 @@ def check_formats(quantizer: Quantizer, wanted: Iterable[tuple[Layer, Format]]) 
                 f"quantizer '{quantizer.name}' does not make format '{fmt.name}'; use another, or "
                 "leave the format out of the space"
             )
+        if layer.rows % fmt.side_multiple or layer.columns % fmt.side_multiple:
+            raise UsageError(
+                f"format '{fmt.name}' cannot hold layer '{layer.name}': its {layer.rows} x "
+                f"{layer.columns} weights are no multiples of {fmt.side_multiple} on both sides; "
+                "give it bf16 by a rule of the space"
+            )
         if not fmt.fits(layer):
             raise UsageError(
                 f"format '{fmt.name}' cannot hold layer '{layer.name}': groups of "

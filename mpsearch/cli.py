@@ -407,7 +407,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (search, layers, sensitivity, bank):
         command.add_argument("--space", metavar="FILE", help="search space (compressed-tensors)")
     for command in (search, sensitivity, bank):
-        command.add_argument("--quantizer", help="rounding, gptq, hqq or bitsandbytes")
+        command.add_argument("--quantizer", help="rounding, gptq, auto-gptq, hqq or bitsandbytes")
         command.add_argument(
             "--calibration", metavar="FILE", help="text for gptq (the model writes its own)"
         )

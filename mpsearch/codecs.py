@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpsearch.errors import UsageError
+from mpsearch.errors import CheckError, UsageError
 from mpsearch.formats import Format
 
 Stored = Mapping[str, Tensor]
@@ -31,6 +31,13 @@ def quantization_args(fmt: Format) -> Any:
     )
 
 
+def stored_scale(scale: Tensor, fmt: Format) -> Tensor:
+    """Scales in the dtype that the checkpoint holds, kept from zero, by which codes are divided."""
+    if fmt.container == "gptq":
+        return scale.clamp(min=2.0**-24).to(torch.float16)  # the smallest subnormal
+    return scale.clamp(min=torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
+
+
 def compressor(fmt: Format) -> Any:
     """compressed-tensors' class that stores and restores a format; its `name` is the config's."""
     from compressed_tensors.compressors import BaseCompressor
@@ -44,18 +51,22 @@ COMPRESSION = {"int": "pack-quantized", "float": "float-quantized"}
 def pack(
     codes: Tensor, scale: Tensor, fmt: Format, zero_point: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Tensors of a compressed-tensors layer.
+    """Tensors of a compressed-tensors or GPTQ layer.
 
     Its own `compress()` would quantize again from a float weight; this packs the codes that were
     chosen.
 
     Args:
         codes: `(rows, columns)`; int8, each in `[-2^(bits-1), 2^(bits-1) - 1]`, or float8.
-        scale: `(rows, groups)` bfloat16.
+        scale: `(rows, groups)`, from `stored_scale`.
         zero_point: `(rows, groups)` int8 of asymmetric formats, in the range of the codes.
+    Raises:
+        CheckError: GPTQ's fp16 cannot hold the weights.
     """
     from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
+    if fmt.container == "gptq":
+        return _pack_gptq(codes, scale, fmt)
     if fmt.number == "float":
         return {"weight": codes.contiguous(), "weight_scale": scale.contiguous()}
     stored = {
@@ -69,13 +80,40 @@ def pack(
     return stored
 
 
+def _pack_gptq(codes: Tensor, scale: Tensor, fmt: Format) -> dict[str, Tensor]:
+    """A GPTQ layer in the first checkpoint version, where a zero-point is stored less one.
+
+    Its dense words are those of compressed-tensors, transposed.
+    """
+    from compressed_tensors.compressors.pack_quantized import pack_to_int32
+
+    largest = float(scale.float().max()) * 2 ** (fmt.bits - 1)
+    if not largest <= torch.finfo(torch.float16).max:
+        raise CheckError(
+            f"format '{fmt.name}' computes in fp16, which cannot hold weights of {largest:.3g}; "
+            "give this layer bf16 by a rule of the space"
+        )
+    rows, columns = codes.shape
+    # The packer adds half the range: -1 is stored as the middle code less one.
+    zeros = torch.full((scale.shape[1], rows), -1, dtype=torch.int8, device=codes.device)
+    group = torch.arange(columns, device=codes.device) // (fmt.group_size or columns)
+    return {
+        "qweight": pack_to_int32(codes, fmt.bits).T.contiguous(),
+        "qzeros": pack_to_int32(zeros, fmt.bits).contiguous(),
+        "scales": scale.T.contiguous(),
+        "g_idx": group.to(torch.int32),
+    }
+
+
 @torch.no_grad()
 def decode(stored: Stored, fmt: Format) -> Tensor:
-    """The `(rows, columns)` bfloat16 weight that a loader makes of stored tensors."""
+    """The `(rows, columns)` weight that a loader makes of stored tensors: fp16 from GPTQ's, else
+    bf16."""
     if not fmt.quantized:
         return stored["weight"]
     decode_container = {
         "compressed-tensors": _decode_compressed,
+        "gptq": _decode_gptq,
         "bitsandbytes": _decode_bitsandbytes,
     }
     weight: Tensor = decode_container[fmt.container](stored, fmt)
@@ -87,6 +125,18 @@ def _decode_compressed(stored: Stored, fmt: Format) -> Any:
 
     scheme = QuantizationScheme(targets=["Linear"], weights=quantization_args(fmt))
     return compressor(fmt).decompress(dict(stored), scheme)["weight"]
+
+
+def _decode_gptq(stored: Stored, fmt: Format) -> Any:
+    """Scale times code less zero-point, rounded once to fp16, as GPTQ's loaders compute it."""
+    from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+
+    scale, group = stored["scales"], stored["g_idx"].long()
+    (groups, rows), columns = scale.shape, len(group)
+    words = stored["qweight"].T.contiguous()
+    codes = unpack_from_int32(words, fmt.bits, torch.Size((rows, columns))).to(torch.int16)
+    zeros = unpack_from_int32(stored["qzeros"], fmt.bits, torch.Size((groups, rows))) + 1
+    return scale.T[:, group] * (codes - zeros.T[:, group])
 
 
 def _decode_bitsandbytes(stored: Stored, fmt: Format) -> Any:

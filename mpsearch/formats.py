@@ -22,6 +22,7 @@ ITEM_BYTES = MappingProxyType(
         "int32": 4,
         "float32": 4,
         "bfloat16": 2,
+        "float16": 2,
         "float8_e4m3fn": 1,
         "int8": 1,
         "uint8": 1,
@@ -52,6 +53,7 @@ class Format:
             another rule.
         symmetric: no zero-point; zero is the middle code.
         number: what a code is, `int` or `float`.
+        side_multiple: rows and columns must both be multiples of it.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Format:
     group_size: int | None = None
     symmetric: bool = True
     number: str = "int"
+    side_multiple: int = 1
 
     def fits(self, layer: Layer) -> bool:
         """Whether its groups divide the layer's columns, without which no loader takes it."""
@@ -112,6 +115,27 @@ def _packed_integer(bits: int, group_size: int | None, symmetric: bool) -> Forma
         group_size=group_size,
         symmetric=symmetric,
     )
+
+
+def _gptq(bits: int, group_size: int) -> Format:
+    """Symmetric integers of a GPTQ checkpoint, all tensors transposed: inputs run downwards.
+
+    A column's codes are packed densely into 32-bit words, and so are a group's zero-points; an
+    fp16 scale a group; the group of each input. Kernels read whole words on both sides.
+    Source: gptqmodel 7.6, nn_modules/qlinear, `_register_gptq_buffers`.
+    """
+
+    def tensors(rows: int, columns: int) -> dict[str, StoredTensor]:
+        groups = ceil(columns / group_size)
+        return {
+            "qweight": StoredTensor("int32", (ceil(columns * bits / 32), rows)),
+            "qzeros": StoredTensor("int32", (groups, ceil(rows * bits / 32))),
+            "scales": StoredTensor("float16", (groups, rows)),
+            "g_idx": StoredTensor("int32", (columns,)),
+        }
+
+    name = f"gptq{bits}-g{group_size}"
+    return Format(name, bits, "gptq", tensors, group_size=group_size, side_multiple=32)
 
 
 def _fp8(rows: int, columns: int) -> dict[str, StoredTensor]:
@@ -187,6 +211,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
                 for group_size in (32, 64, 128, None)
                 for bits in (2, 3, 4, 5, 6, 8)
             ),
+            *(_gptq(bits, size) for bits in (2, 3, 4, 8) for size in (32, 64, 128)),
             Format("fp8", 8, "compressed-tensors", _fp8, number="float"),
             *(_four_bits(name, double) for name in ("nf4", "fp4") for double in (False, True)),
             Format("int8", 8, "bitsandbytes", _int8),

@@ -44,6 +44,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         for target in (
             # vLLM refuses a block whose gate, up and down of all experts have not one scheme.
             Target("compressed-tensors", mixes=True, fused=_FUSED, fuses_experts=True),
+            # Several widths load in gptqmodel (7.6); other loaders read one beside bf16.
+            Target("gptq", mixes=True, fused=_FUSED, fuses_experts=True),
             # nf4 beside int8 in one checkpoint does not load in transformers (5.23).
             Target("bitsandbytes", mixes=False, fused=_FUSED, fuses_experts=True),
         )

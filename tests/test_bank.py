@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mpsearch import bank as bank_module
 from mpsearch import tensor_files
-from mpsearch.bank import Bank
+from mpsearch.bank import Bank, check_formats
 from mpsearch.calibration import Calibration
 from mpsearch.codecs import decode
 from mpsearch.errors import CheckError, MpsearchError, ResourceError, RunError, UsageError
@@ -509,6 +509,14 @@ def test_groups_that_do_not_divide_the_columns_are_refused_with_the_nearest_that
 def test_a_format_that_the_quantizer_does_not_make_is_refused(tiny: Model, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="quantizer 'counting' does not make format 'nf4'"):
         Bank(tiny, Counting(), root=tmp_path).build([(tiny.layers[0], FORMATS["nf4"])])
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(48, 64), (64, 80), (31, 64)])
+def test_sides_that_gptq_words_do_not_fill_are_refused_in_one_line(rows: int, columns: int) -> None:
+    fmt = FORMATS["gptq4-g32"]
+    check_formats(Rounding(), [(Layer("a.b", 96, 64), fmt), (Layer("a.b", rows, columns), BF16)])
+    with pytest.raises(UsageError, match=rf"'gptq4-g32' cannot hold .*a.b.*{rows} x {columns}"):
+        check_formats(Rounding(), [(Layer("a.b", rows, columns), fmt)])
 
 
 # ------------------------------------------------------------------------------ decoded weights

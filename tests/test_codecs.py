@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpsearch.codecs import decode, import_bitsandbytes, pack, quantization_args
-from mpsearch.errors import UsageError
+from mpsearch.codecs import decode, import_bitsandbytes, pack, quantization_args, stored_scale
+from mpsearch.errors import CheckError, UsageError
 from mpsearch.formats import BF16, FORMATS, Format
 
 PACKED = [
@@ -19,6 +19,8 @@ PACKED = [
     for end in ("", "-asym")
 ]
 packed = pytest.mark.parametrize("fmt", PACKED, ids=lambda fmt: fmt.name)
+GPTQ = [fmt for fmt in FORMATS.values() if fmt.container == "gptq"]
+gptq = pytest.mark.parametrize("fmt", GPTQ, ids=lambda fmt: fmt.name)
 needs_bitsandbytes = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="not installed")
 
 
@@ -33,7 +35,7 @@ def codes_and_scale(
     groups = columns // (fmt.group_size or columns)
     scale = torch.rand(rows, groups, generator=generator) * 0.1 + 1e-3
     zero = torch.randint(-half, half, (rows, groups), generator=generator, dtype=torch.int8)
-    return codes, scale.to(torch.bfloat16), fmt, None if fmt.symmetric else zero
+    return codes, stored_scale(scale, fmt), fmt, None if fmt.symmetric else zero
 
 
 def exact(codes: Tensor, scale: Tensor, fmt: Format, zero: Tensor | None) -> Tensor:
@@ -131,6 +133,56 @@ def test_fp8_is_stored_as_it_is_and_multiplied_by_its_scale() -> None:
 def test_unquantized_weights_are_handed_out_as_stored() -> None:
     weight = torch.randn(3, 4).to(torch.bfloat16)
     assert torch.equal(decode({"weight": weight}, BF16), weight)
+
+
+@gptq
+def test_gptq_words_are_dense_streams_of_bits_down_the_columns(fmt: Format) -> None:
+    codes, scale, *_ = parts = codes_and_scale(fmt, 32, 384)
+    stored = pack(*parts)
+    assert torch.equal(bits_of(stored["qweight"].T, fmt.bits, 384), codes.long())
+    assert torch.equal(stored["scales"], scale.T)
+    assert stored["g_idx"].tolist() == [column // fmt.group_size for column in range(384)]
+    assert all(tensor.is_contiguous() for tensor in stored.values())
+
+
+@gptq
+def test_gptq_zero_points_are_the_middle_code_stored_less_one(fmt: Format) -> None:
+    stored = pack(*codes_and_scale(fmt, 32, 384))
+    middle = 2 ** (fmt.bits - 1)
+    assert (bits_of(stored["qzeros"], fmt.bits, 32) + middle == middle - 1).all()
+
+
+@gptq
+def test_a_gptq_weight_is_code_times_scale_rounded_once_to_fp16(fmt: Format) -> None:
+    parts = codes_and_scale(fmt, 64, 384)
+    weight = decode(pack(*parts), fmt)
+    assert weight.dtype == torch.float16
+    assert torch.equal(weight, exact(*parts).to(torch.float16))
+
+
+@gptq
+def test_a_gptq_weight_is_what_gptqmodels_kernel_dequantizes(
+    fmt: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # it compiles its kernel otherwise
+    pytest.importorskip("gptqmodel")
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+
+    stored = pack(*codes_and_scale(fmt, 96, 384))
+    module = TorchLinear(fmt.bits, fmt.group_size, True, False, 384, 96).eval()
+    module.load_state_dict(stored)
+    convert_gptq_v1_to_v2_format_module(module, fmt.bits, torch.int32)
+    module._init_wf_unsqueeze_buffers()
+    assert torch.equal(decode(stored, fmt), module.dequantize_weight().T)
+
+
+@gptq
+def test_gptq_refuses_weights_beyond_fp16_and_never_divides_by_zero(fmt: Format) -> None:
+    codes, scale, *_ = codes_and_scale(fmt, 32, 384)
+    with pytest.raises(CheckError, match=f"'{fmt.name}' computes in fp16, which cannot hold"):
+        pack(codes, torch.full_like(scale, 65504 / 2 ** (fmt.bits - 1) * 1.01), fmt)
+    assert (stored_scale(torch.tensor([0.0, 1e-30]), fmt) == 2.0**-24).all()
 
 
 @needs_bitsandbytes

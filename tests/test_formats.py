@@ -19,6 +19,11 @@ from mpsearch.formats import (
 )
 from mpsearch.layers import Layer, LayerGroup
 
+GPTQ = {
+    f"gptq{bits}-g{size}": (bits, "gptq", size, True)
+    for bits in (2, 3, 4, 8)
+    for size in (32, 64, 128)
+}
 PACKED = [f.name for f in FORMATS.values() if "weight_packed" in f.tensors(1, 1)]
 SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (5, 65), (7, 96), (1, 1), (3, 127))
 sides = st.integers(1, 400)
@@ -36,6 +41,12 @@ def size(name: str, rows: int, columns: int) -> int:
         ("int3-g64", 576 * 54 * 4 + 576 * 9 * 2 + 16),
         ("int4-g64", 576 * 72 * 4 + 576 * 9 * 2 + 16),
         ("int8-g64", 576 * 144 * 4 + 576 * 9 * 2 + 16),
+        # code words and zero-point words x 4 bytes, fp16 scales, an int32 for each input
+        ("gptq2-g64", 36 * 576 * 4 + 9 * 36 * 4 + 9 * 576 * 2 + 576 * 4),
+        ("gptq3-g64", 54 * 576 * 4 + 9 * 54 * 4 + 9 * 576 * 2 + 576 * 4),
+        ("gptq4-g64", 72 * 576 * 4 + 9 * 72 * 4 + 9 * 576 * 2 + 576 * 4),
+        ("gptq4-g32", 72 * 576 * 4 + 18 * 72 * 4 + 18 * 576 * 2 + 576 * 4),
+        ("gptq8-g64", 144 * 576 * 4 + 9 * 144 * 4 + 9 * 576 * 2 + 576 * 4),
         # half a byte a weight + an fp32 absmax for each 64 + 16 fp32 levels + the state as JSON
         (
             "nf4",
@@ -109,6 +120,23 @@ def test_packed_shapes_are_those_of_compressed_tensors(name: str) -> None:
             zeros = torch.zeros(stored["weight_scale"].shape, dtype=torch.int8)
             packed = pack_to_int32(zeros, fmt.bits, packed_dim=0)
             assert stored["weight_zero_point"].shape == tuple(packed.shape)
+
+
+@pytest.mark.parametrize("name", GPTQ)
+def test_gptq_tensors_are_those_of_auto_gptqs_successor(name: str) -> None:
+    pytest.importorskip("gptqmodel")
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    fmt = FORMATS[name]
+    for rows, columns in ((64, 128), (96, 256), (576, 1536)):
+        module = TorchLinear(fmt.bits, fmt.group_size, True, False, columns, rows)
+        assert {
+            key: (str(tensor.dtype), tuple(tensor.shape))
+            for key, tensor in module.state_dict().items()
+        } == {
+            key: (f"torch.{stored.dtype}", stored.shape)
+            for key, stored in fmt.tensors(rows, columns).items()
+        }
 
 
 @pytest.mark.parametrize("name", ["nf4", "nf4-dq", "fp4", "fp4-dq"])
@@ -185,6 +213,7 @@ def test_the_formats_are_these() -> None:
         for name, fmt in FORMATS.items()
     } == {
         **integers,
+        **{name: (*said, "int") for name, said in GPTQ.items()},
         "fp8": (8, "compressed-tensors", None, True, "float"),
         "nf4": (4, "bitsandbytes", None, True, "float"),
         "nf4-dq": (4, "bitsandbytes", None, True, "float"),
@@ -195,6 +224,7 @@ def test_the_formats_are_these() -> None:
     }
     assert all(fmt.name == name for name, fmt in FORMATS.items())
     assert [fmt.name for fmt in FORMATS.values() if not fmt.quantized] == ["bf16"]
+    assert {name for name, fmt in FORMATS.items() if fmt.side_multiple != 1} == set(GPTQ)
     assert FORMATS["bf16"] is BF16
 
 

@@ -98,7 +98,7 @@ def test_the_shipped_bitsandbytes_file_has_nf4_beside_bf16() -> None:
 
 def test_every_shipped_file_resolves_against_a_llama() -> None:
     files = sorted(SHIPPED.glob("*.yaml"))
-    assert [path.stem for path in files] == ["bitsandbytes", "compressed_tensors"]
+    assert [path.stem for path in files] == ["bitsandbytes", "compressed_tensors", "gptq"]
     for path in files:
         assert len(SearchSpace.load(path).resolve(TWO_BLOCKS).groups) == 8
 

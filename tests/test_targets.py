@@ -27,6 +27,10 @@ from mpsearch.targets import TARGETS
                 "bf16",
             },
         ),
+        (
+            "gptq",
+            {f"gptq{bits}-g{size}" for bits in (2, 3, 4, 8) for size in (32, 64, 128)} | {"bf16"},
+        ),
         ("bitsandbytes", {"nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "bf16"}),
     ],
 )
@@ -34,9 +38,10 @@ def test_each_target_holds_its_formats(target: str, formats: set[str]) -> None:
     assert {fmt.name for fmt in TARGETS[target].formats} == formats
 
 
-def test_there_are_two_targets_by_their_names() -> None:
+def test_there_are_three_targets_by_their_names() -> None:
     assert {name: target.name for name, target in TARGETS.items()} == {
         "compressed-tensors": "compressed-tensors",
+        "gptq": "gptq",
         "bitsandbytes": "bitsandbytes",
     }
 
@@ -51,9 +56,10 @@ def test_every_target_holds_unquantized_weights() -> None:
     assert all(BF16 in target.formats for target in TARGETS.values())
 
 
-def test_only_compressed_tensors_mixes_quantized_formats() -> None:
+def test_all_but_bitsandbytes_mix_quantized_formats() -> None:
     assert {name: target.mixes for name, target in TARGETS.items()} == {
         "compressed-tensors": True,
+        "gptq": True,
         "bitsandbytes": False,
     }
 

@@ -11,13 +11,14 @@ from mpsearch.device import require_disk
 from mpsearch.errors import InfeasibleError, RunError, UsageError
 from mpsearch.evaluate import quantized_layers
 from mpsearch.export.compressed_tensors import write_compressed_tensors
+from mpsearch.export.gptq import write_gptq
 from mpsearch.files import published
 from mpsearch.formats import nearest
 from mpsearch.models import Model
 from mpsearch.quantizers import get_quantizer
 from mpsearch.space import ResolvedSpace, SearchSpace
 
-WRITERS = {"compressed-tensors": write_compressed_tensors}
+WRITERS = {"compressed-tensors": write_compressed_tensors, "gptq": write_gptq}
 
 
 def export(

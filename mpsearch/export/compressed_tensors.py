@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 from mpsearch.bank import Bank
 from mpsearch.codecs import COMPRESSION, quantization_args
-from mpsearch.errors import UsageError
+from mpsearch.export.checkpoint import write_checkpoint
 from mpsearch.formats import Format
 from mpsearch.models import Model
 
@@ -29,37 +24,7 @@ def write_compressed_tensors(
     Raises:
         UsageError: a quantized layer is no linear, and so nothing could load it.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in model.kept.items()}
-    names = {parameter: name for name, parameter in model.module.named_parameters()}
-    for layer, fmt in formats.items():
-        place = model.places[layer]
-        if not fmt.quantized:  # as the model stores it: transposed, or all experts in one
-            tensors[names[place.parameter]] = place.loaded.to("cpu", torch.bfloat16).contiguous()
-        elif place.transposed or place.expert is not None:
-            # transformers 5.23 dequantizes stacked experts by one scheme for the whole model, and
-            # compressed-tensors 0.20 compresses linears only.
-            raise UsageError(
-                f"'{layer}' is no linear, and what loads compressed-tensors quantizes linears "
-                "only; search a space whose rules leave such layers bf16"
-            )
-        else:
-            for suffix, tensor in bank.stored(layer, fmt).items():
-                tensors[f"{layer}.{suffix}"] = tensor
-    weights = folder / "model.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    weights.chmod(0o644)  # a server may run as another user
-
-    module = model.module
-    config = module.config.to_dict()
-    config["dtype"] = str(torch.bfloat16).removeprefix("torch.")
-    config["architectures"] = [type(module).__name__]
-    config["quantization_config"] = quantization_config(model, formats)
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    if module.generation_config is not None:
-        module.generation_config.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
-    for license_file in model.folder.glob("LICENSE*"):
-        shutil.copy(license_file, folder)
+    write_checkpoint(model, bank, formats, folder, quantization_config(model, formats))
 
 
 def quantization_config(model: Model, formats: Mapping[str, Format]) -> dict[str, Any]:

@@ -34,7 +34,6 @@ class Quantizer(Protocol):
     """
 
     name: str
-    container: str
     calibrated: bool
 
     def makes(self, fmt: Format) -> bool:
@@ -54,6 +53,7 @@ class Quantizer(Protocol):
 # By container; the first is its default.
 QUANTIZERS: Mapping[str, tuple[str, ...]] = {
     "compressed-tensors": ("rounding", "gptq", "hqq"),
+    "gptq": ("gptq", "rounding", "auto-gptq"),
     "bitsandbytes": ("bitsandbytes",),
 }
 
@@ -64,6 +64,7 @@ def get_quantizer(name: str | None, container: str) -> Quantizer:
     Raises:
         UsageError: unknown, missing its library, or made for another container.
     """
+    from mpsearch.quantizers.autogptq import AutoGptq
     from mpsearch.quantizers.bitsandbytes import BitsAndBytes
     from mpsearch.quantizers.gptq import Gptq
     from mpsearch.quantizers.hqq import Hqq
@@ -72,6 +73,7 @@ def get_quantizer(name: str | None, container: str) -> Quantizer:
     quantizers: dict[str, type[Quantizer]] = {
         "rounding": Rounding,
         "gptq": Gptq,
+        "auto-gptq": AutoGptq,
         "hqq": Hqq,
         "bitsandbytes": BitsAndBytes,
     }

@@ -17,7 +17,6 @@ class BitsAndBytes:
     """The library's own kernels choose codes and scales; stored under its own tensor names."""
 
     name = "bitsandbytes"
-    container = "bitsandbytes"
     calibrated = False
 
     def __init__(self) -> None:
@@ -28,7 +27,7 @@ class BitsAndBytes:
         return {"bitsandbytes": version("bitsandbytes")}
 
     def makes(self, fmt: Format) -> bool:
-        return fmt.container == self.container
+        return fmt.container == "bitsandbytes"
 
     @torch.no_grad()
     def quantize(

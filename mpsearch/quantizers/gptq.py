@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpsearch.codecs import pack
+from mpsearch.codecs import pack, stored_scale
 from mpsearch.errors import UsageError
 from mpsearch.formats import Format
 from mpsearch.quantizers import InputStatistics
@@ -26,13 +26,12 @@ class Gptq:
     """Columns are quantized one after another, each one's error spread over those still to come.
 
     All widths of a layer share its Hessian and its factorization. A group's range is the one of
-    `CLIP` that leaves the least squared error. Scales are rounded to bf16 inside the column loop,
-    so the errors that later columns absorb are those of the stored scales. Floating-point formats
-    have no such scheme in the library: they are rounded to nearest.
+    `CLIP` that leaves the least squared error. Scales are rounded as they are stored inside the
+    column loop, so the errors that later columns absorb are those of the checkpoint. Floating-point
+    formats have no such scheme in the library: they are rounded to nearest.
     """
 
     name = "gptq"
-    container = "compressed-tensors"
     calibrated = True
 
     def __init__(self) -> None:
@@ -62,7 +61,7 @@ class Gptq:
         }
 
     def makes(self, fmt: Format) -> bool:
-        return fmt.container == self.container
+        return fmt.container in ("compressed-tensors", "gptq")
 
     def quantize(
         self, weight: Tensor, formats: Sequence[Format], statistics: InputStatistics | None
@@ -87,7 +86,7 @@ class Gptq:
             task.attach_shared_hessian_cache(factors)
             dequantized, scale, zero, *_ = task.quantize()
             task.free()
-            stored[fmt.name] = _pack(dequantized.float(), scale, zero, fmt)
+            stored[fmt.name] = pack_dequantized(dequantized.float(), scale, zero, fmt)
         return stored
 
 
@@ -102,7 +101,7 @@ def _task(linear: nn.Linear, fmt: Format) -> Any:
 
         def find_params(self, x: Tensor, weight: bool = False) -> None:
             super().find_params(x, weight)
-            self.scale: Tensor = self.scale.bfloat16().float()
+            self.scale: Tensor = stored_scale(self.scale, fmt).float()
 
     class Task(GPTQ):  # type: ignore[misc]
         def create_quantizer(self, name: str) -> StoredScales:
@@ -124,10 +123,14 @@ def _task(linear: nn.Linear, fmt: Format) -> Any:
 
 
 @torch.no_grad()
-def _pack(dequantized: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> dict[str, Tensor]:
-    """Codes from gptqmodel's dequantized weights; exact, since those are code times scale.
+def pack_dequantized(
+    dequantized: Tensor, scale: Tensor, zero: Tensor, fmt: Format
+) -> dict[str, Tensor]:
+    """Stored tensors from GPTQ's dequantized weights; exact, since those are code times scale.
 
     Args:
+        dequantized: `(rows, columns)` float32.
+        scale: `(rows, groups)`, as stored.
         zero: `(rows, groups)` the unsigned code that means zero.
     """
     group_size = fmt.group_size or dequantized.shape[1]
@@ -139,4 +142,4 @@ def _pack(dequantized: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> dict
 
     codes = (dequantized / per_column(scale)).round() + per_column(zero_point)
     codes = codes.clamp(-half, half - 1).to(torch.int8)
-    return pack(codes, scale.to(torch.bfloat16), fmt, None if fmt.symmetric else zero_point)
+    return pack(codes, stored_scale(scale, fmt), fmt, None if fmt.symmetric else zero_point)

@@ -23,7 +23,6 @@ class Hqq:
     """
 
     name = "hqq"
-    container = "compressed-tensors"
     calibrated = False
 
     def __init__(self) -> None:
@@ -40,7 +39,8 @@ class Hqq:
         return {"hqq": version("hqq")}
 
     def makes(self, fmt: Format) -> bool:
-        return fmt.container == self.container and fmt.number == "int" and not fmt.symmetric
+        packed = fmt.container == "compressed-tensors" and fmt.number == "int"
+        return packed and not fmt.symmetric
 
     @torch.no_grad()
     def quantize(

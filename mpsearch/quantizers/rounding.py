@@ -1,4 +1,4 @@
-"""Rounding to nearest, on compressed-tensors' own grid."""
+"""Rounding to nearest, on compressed-tensors' own grid, which is also GPTQ's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpsearch.codecs import pack, quantization_args
+from mpsearch.codecs import pack, quantization_args, stored_scale
 from mpsearch.formats import Format
 from mpsearch.quantizers import InputStatistics
 
@@ -20,11 +20,10 @@ CLIP = {"grid": 20, "steps": 12}
 class Rounding:
     """Each weight takes the nearest code; each group's range is the one of `CLIP` that errs least.
 
-    Scales are rounded to bf16 before codes are chosen, so these suit the scales that are stored.
+    Scales are rounded as they are stored before codes are chosen, so these suit them.
     """
 
     name = "rounding"
-    container = "compressed-tensors"
     calibrated = False
 
     @property
@@ -32,7 +31,7 @@ class Rounding:
         return {"compressed-tensors": version("compressed-tensors"), "clip": CLIP}
 
     def makes(self, fmt: Format) -> bool:
-        return fmt.container == self.container
+        return fmt.container in ("compressed-tensors", "gptq")
 
     @torch.no_grad()
     def quantize(
@@ -54,8 +53,7 @@ class Rounding:
         for step in range(steps):
             kept = 1 - step / CLIP["grid"]
             tried, zero = calculate_qparams(low * kept, high * kept, args)
-            # An all-zero group gets the smallest scale that bf16 holds without becoming zero.
-            tried = tried.clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16().float()
+            tried = stored_scale(tried, fmt).float()
             rounded = fake_quantize(weight, tried, zero, args).reshape(grouped.shape)
             error = (rounded - grouped).square().sum(-1)
             better = error < least
@@ -63,4 +61,4 @@ class Rounding:
             scale = torch.where(better, tried, scale)
             zero_point = torch.where(better, zero, zero_point)
         codes = quantize(weight, scale, zero_point, args, dtype=args.pytorch_dtype())
-        return pack(codes, scale.bfloat16(), fmt, None if fmt.symmetric else zero_point)
+        return pack(codes, stored_scale(scale, fmt), fmt, None if fmt.symmetric else zero_point)

@@ -161,7 +161,7 @@ def test_a_full_disk_leaves_nothing_that_looks_finished(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    writer = sys.modules["mpsearch.export.compressed_tensors"]
+    writer = sys.modules["mpsearch.export.checkpoint"]
     monkeypatch.setattr(writer, "save_file", full)
     with pytest.raises((OSError, ResourceError)):
         mps.export(tiny, tiny_space.smallest, out=tmp_path / "export")

@@ -1,0 +1,140 @@
+"""A GPTQ export, reloaded by gptqmodel in a fresh process, is the candidate."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mpsearch as mps
+from mpsearch.assignment import Assignment
+from mpsearch.bank import Bank
+from mpsearch.codecs import decode
+from mpsearch.errors import UsageError
+from mpsearch.export.gptq import quantization_config
+from mpsearch.formats import BF16, FORMATS
+from mpsearch.models import Model
+from mpsearch.quantizers import get_quantizer
+from mpsearch.space import ResolvedSpace, SearchSpace
+
+RELOAD = """
+import sys, torch
+from safetensors.torch import save_file
+from gptqmodel import BACKEND, GPTQModel
+folder, tokens, out = sys.argv[1], eval(sys.argv[2]), sys.argv[3]
+loaded = GPTQModel.load(folder, backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16)
+model = loaded.model.eval()
+with torch.inference_mode():
+    logits = model(torch.tensor([tokens])).logits
+weights = {}
+for name, module in model.named_modules():
+    if hasattr(module, "qweight"):
+        weights[name] = module.dequantize_weight().T.contiguous()
+    elif isinstance(module, torch.nn.Linear) and name != "lm_head":
+        weights[name] = module.weight.detach().contiguous()
+assert "mpsearch" not in sys.modules
+save_file({"logits": logits.contiguous(), **weights}, out)
+"""
+EVERY_WIDTH = ("gptq2-g64", "gptq3-g32", "gptq4-g64", "gptq8-g32", "bf16", "gptq3-g64")
+
+
+@pytest.fixture(scope="module")
+def space(tiny: Model) -> ResolvedSpace:
+    formats = ", ".join(dict.fromkeys(EVERY_WIDTH))
+    text = f"version: 1\ntarget: gptq\nformats: [{formats}]\n"
+    return SearchSpace.parse(text, "test").resolve(tiny)
+
+
+@pytest.fixture(scope="module")
+def bank(tiny: Model) -> Bank:
+    return Bank(tiny, get_quantizer("rounding", "gptq"))
+
+
+def mixed(space: ResolvedSpace, bank: Bank) -> Assignment:
+    """Every format in turn, with the bank that made it."""
+    names = [group.name for group in space.groups]
+    turns = {name: EVERY_WIDTH[i % len(EVERY_WIDTH)] for i, name in enumerate(names)}
+    return Assignment.of(turns, json.dumps(bank.settings))
+
+
+def test_a_mix_reloads_bit_equal_in_gptqmodel_in_a_fresh_process(
+    tiny: Model, space: ResolvedSpace, bank: Bank, tmp_path: Path
+) -> None:
+    pytest.importorskip("gptqmodel")
+    assignment = mixed(space, bank)
+    folder = mps.export(tiny, assignment, to="gptq", out=tmp_path / "export", space=space)
+    tokens = [2, 5, 3, 23, 4]
+    out = tmp_path / "reloaded.safetensors"
+    subprocess.run(
+        [sys.executable, "-c", RELOAD, str(folder), repr(tokens), str(out)],
+        check=True,
+        capture_output=True,
+        timeout=300,
+        env={**os.environ, "TORCHDYNAMO_DISABLE": "1", "GPTQMODEL_CPU_WORKERS": "2"},
+    )
+    loaded = load_file(out)
+    for name, fmt in space.layer_formats(assignment).items():
+        weight = decode(bank.stored(name, fmt), fmt)
+        assert torch.equal(loaded[name], weight.to(torch.float16)), name
+        tiny.places[name].put(weight.to(tiny.dtype))
+    with torch.inference_mode():
+        logits = tiny.module(torch.tensor([tokens])).logits
+    tiny.restore()
+    assert torch.allclose(loaded["logits"].float(), logits.float(), atol=0.5, rtol=0.05)
+
+
+def test_stored_tensors_are_the_banks_own_and_of_the_predicted_size(
+    tiny: Model, space: ResolvedSpace, bank: Bank, tmp_path: Path
+) -> None:
+    assignment = mixed(space, bank)
+    folder = mps.export(tiny, assignment, to="gptq", out=tmp_path / "export", space=space)
+    stored = load_file(folder / "model.safetensors")
+    assert sum(tensor.nbytes for tensor in stored.values()) == space.stored_bytes(assignment)
+    for name, fmt in space.layer_formats(assignment).items():
+        for suffix, tensor in bank.stored(name, fmt).items():
+            assert torch.equal(stored[f"{name}.{suffix}"], tensor)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "float16"
+    assert config["quantization_config"] == json.loads(
+        (folder / "quantize_config.json").read_text()
+    )
+
+
+def test_one_width_is_what_every_loader_reads_and_names_no_layer() -> None:
+    config = quantization_config({f"m.{i}.q": FORMATS["gptq4-g64"] for i in range(3)})
+    assert config == {
+        **{"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "desc_act": False},
+        **{"checkpoint_format": "gptq", "pack_dtype": "int32", "lm_head": False},
+    }
+
+
+def test_layers_that_differ_from_the_commonest_format_are_named_one_by_one() -> None:
+    formats = {
+        **{f"m.{i}.q": FORMATS["gptq4-g64"] for i in range(3)},
+        **{"m.1.o": FORMATS["gptq4-g32"], "m.1.out": FORMATS["gptq8-g64"], "m.2.o": BF16},
+    }
+    config = quantization_config(formats)
+    assert (config["bits"], config["group_size"]) == (4, 64)
+    found = {}
+    for pattern, overrides in config["dynamic"].items():
+        matched = [name for name in formats if re.match(pattern[2:], name)]
+        found[(pattern[:2], *matched)] = overrides
+    assert found == {
+        ("+:", "m.1.o"): {"bits": 4, "group_size": 32},
+        ("+:", "m.1.out"): {"bits": 8, "group_size": 64},
+        ("-:", "m.2.o"): {},
+    }
+
+
+def test_formats_of_another_container_are_refused(
+    tiny: Model, tiny_space: ResolvedSpace, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="a gptq checkpoint cannot hold int2-g64"):
+        mps.export(tiny, tiny_space.smallest, to="gptq", out=tmp_path / "out", space=tiny_space)
