@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from mpsearch.codecs import COMPRESSION, quantization_args
 from mpsearch.export.checkpoint import write_checkpoint
 from mpsearch.formats import Format
 from mpsearch.models import Model
+
+log = logging.getLogger(__name__)
 
 
 def write_compressed_tensors(
@@ -24,6 +27,11 @@ def write_compressed_tensors(
     Raises:
         UsageError: a quantized layer is no linear, and so nothing could load it.
     """
+    if any(not fmt.symmetric for fmt in formats.values()):
+        log.warning(
+            "transformers cannot load the zero-points of compressed-tensors (5.23): serve this with "
+            "vLLM, or search symmetric formats"
+        )
     write_checkpoint(model, bank, formats, folder, quantization_config(model, formats))
 
 

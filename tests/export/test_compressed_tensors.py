@@ -92,16 +92,44 @@ def test_every_width_reloads_bit_equal_in_a_fresh_process(
     check_export(tiny, tiny_space, assignment, [2, 5, 3, 23, 4], tmp_path)
 
 
-def test_zero_points_other_groups_and_fp8_reload_bit_equal(tiny: Model, tmp_path: Path) -> None:
-    formats = [
-        "int4-g64-asym", "int3-g32-asym", "int5-g32", "int6-channel", "fp8", "int2-channel-asym",
-        "int8-g64-asym", "bf16",
-    ]  # fmt: skip
+def test_other_groups_and_widths_and_fp8_reload_bit_equal(tiny: Model, tmp_path: Path) -> None:
+    formats = ["int4-g32", "int3-g64", "int5-g32", "int6-channel", "fp8", "bf16", "int8-channel"]
     space = SearchSpace.parse(
         f"version: 1\ntarget: compressed-tensors\nformats: [{', '.join(formats)}]\n", "test"
     ).resolve(tiny)
-    assert len(space.groups) == len(formats)
+    assert len(space.groups) > len(formats)
     check_export(tiny, space, mixed(space, formats), [2, 5, 3, 23, 4], tmp_path)
+
+
+def test_zero_points_are_stored_as_compressed_tensors_unpacks_them(
+    tiny: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers (5.23) does not load them: it builds the model with unpacked zero-points."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    formats = ["int4-g64-asym", "int3-g32-asym", "int2-channel-asym", "int8-g64-asym"]
+    space = SearchSpace.parse(
+        f"version: 1\ntarget: compressed-tensors\nformats: [{', '.join(formats)}]\n", "test"
+    ).resolve(tiny)
+    assignment = mixed(space, formats)
+    folder = mps.export(tiny, assignment, out=tmp_path / "export", space=space)
+    assert "transformers cannot load" in caplog.text
+    bank = Bank(tiny, get_quantizer(None, "compressed-tensors"))
+    stored = load_file(folder / "model.safetensors")
+    described = json.loads((folder / "config.json").read_text())["quantization_config"]
+    schemes = QuantizationConfig.model_validate(described).config_groups.values()
+    for layer, fmt in quantized_layers(space, assignment):
+        (scheme,) = [scheme for scheme in schemes if layer.name in scheme.targets]
+        tensors = {
+            name.removeprefix(f"{layer.name}."): tensor
+            for name, tensor in stored.items()
+            if name.startswith(f"{layer.name}.")
+        }
+        library = BaseCompressor.load_from_registry(scheme.format or described["format"])
+        weight = library.decompress(tensors, scheme)["weight"]
+        assert torch.equal(weight.to(tiny.dtype), bank.weight(layer.name, fmt))
+    assert sum(t.nbytes for t in stored.values()) == space.stored_bytes(assignment)
 
 
 def test_layers_kept_in_bf16_reload_bit_equal(tiny: Model, tmp_path: Path) -> None:
