@@ -18,8 +18,8 @@ MODEL := builtin:smollm2-135m
 
 demo: .venv/installed
 	rm -rf runs/demo exports/demo
-	$(BIN)/mpsearch search $(MODEL) --budget 103MiB --quantizer gptq --trials 50 \
-		--search-facts 240 -o runs/demo
+	$(BIN)/mpsearch search $(MODEL) --budget 103MiB --quantizer gptq --trials 30 \
+		--search-facts 200 -o runs/demo
 	$(BIN)/mpsearch plot runs/demo -o runs/demo/tradeoff.png
 	$(BIN)/mpsearch export runs/demo best -o exports/demo
 	$(BIN)/python examples/reload.py exports/demo

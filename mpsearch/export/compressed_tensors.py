@@ -29,8 +29,8 @@ def write_compressed_tensors(
     """
     if any(not fmt.symmetric for fmt in formats.values()):
         log.warning(
-            "transformers cannot load the zero-points of compressed-tensors (5.23): serve this with "
-            "vLLM, or search symmetric formats"
+            "transformers cannot load the zero-points of compressed-tensors (5.23): serve this "
+            "with vLLM, or search symmetric formats"
         )
     write_checkpoint(model, bank, formats, folder, quantization_config(model, formats))
 
