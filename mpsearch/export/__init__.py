@@ -74,6 +74,7 @@ def export(
         facts = {
             "base_model": model.name,
             "base_fingerprint": model.fingerprint,
+            "awq": bool(model.preparation),
             "target": to,
             "assignment_id": assignment.id,
             "assignment": dict(assignment),
