@@ -34,7 +34,7 @@ from mpsearch.formats import FORMATS
 from mpsearch.forward import Pass, TokenSequence
 from mpsearch.models import Model
 from mpsearch.quantizers import InputStatistics, get_quantizer
-from mpsearch.recall import SHOTS, encode, prompt
+from mpsearch.recall import SHOTS, ask
 from mpsearch.space import SearchSpace
 
 SPACE = "version: 1\ntarget: gptq\nformats: [gptq4-g64]\n"
@@ -97,7 +97,7 @@ def write_export(model: Model, folder: Path) -> None:
 
     facts = FactSet.builtin()
     asked = balanced(facts.part("test"), FACTS)
-    sequences = [encode(model.tokenizer, prompt(facts, f, SHOTS), f.answer) for f in asked]
+    sequences = [ask(model, facts, fact, fact.answer, SHOTS) for fact in asked]
     with Bench(space, bank) as bench:
         bench.put(candidate)
         scored, _ = answered(model, sequences)
