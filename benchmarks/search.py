@@ -92,7 +92,8 @@ def main() -> None:
                 )
             seconds = time.monotonic() - start
             result["rows"] += _rows(run, model, space, size, seed, seconds)
-            result["peak_memory_bytes"] = peak_memory_bytes()
+            most = max(result.get("peak_memory_bytes", 0), peak_memory_bytes())
+            result["peak_memory_bytes"] = most
             _save(args.out, result)
     if "cost" not in result:
         result["cost"] = _cost(run, model, space)
