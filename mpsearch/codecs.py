@@ -17,6 +17,9 @@ from mpsearch.formats import Format
 
 Stored = Mapping[str, Tensor]
 
+# What a config.json of compressed-tensors calls the way in which its formats are stored.
+COMPRESSION = {"int": "pack-quantized", "float": "float-quantized"}
+
 
 def quantization_args(fmt: Format) -> Any:
     """compressed-tensors' description of one of its formats."""
@@ -39,13 +42,10 @@ def stored_scale(scale: Tensor, fmt: Format) -> Tensor:
 
 
 def compressor(fmt: Format) -> Any:
-    """compressed-tensors' class that stores and restores a format; its `name` is the config's."""
+    """compressed-tensors' class that stores and restores one of its formats."""
     from compressed_tensors.compressors import BaseCompressor
 
     return BaseCompressor.load_from_registry(COMPRESSION[fmt.number])
-
-
-COMPRESSION = {"int": "pack-quantized", "float": "float-quantized"}
 
 
 def pack(

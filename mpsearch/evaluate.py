@@ -45,8 +45,7 @@ class Bench:
 
     Swapping points a layer at another tensor of the bank (an expert's is copied into its stack):
     only layers whose format changed are touched, and the reference's own tensors are never written
-    to. Use it as a context manager; it
-    leaves the reference in place, whatever happens.
+    to. Use it as a context manager; it leaves the reference in place, whatever happens.
     """
 
     def __init__(self, space: ResolvedSpace, bank: Bank):

@@ -46,6 +46,11 @@ class Place:
         return (tensor.t() if self.transposed else tensor)[self.rows]
 
     @property
+    def is_linear(self) -> bool:
+        """Whether it is stored as a linear's weight, the only way that checkpoints quantize."""
+        return not self.transposed and self.expert is None
+
+    @property
     def weight(self) -> Tensor:
         """The `(rows, columns)` weight that the model computes with now."""
         return self.part(self.parameter.data)

@@ -131,7 +131,7 @@ class _Search:
         quantizer = get_quantizer(wish.quantizer, space.target.name)
         check_formats(quantizer, all_layers(space))
         self.bank = Bank(model, quantizer, wish.calibration)
-        odd = sum(place.transposed or place.expert is not None for place in model.places.values())
+        odd = sum(not place.is_linear for place in model.places.values())
         if odd:
             log.warning(
                 "%d of %d layers are stored transposed or are stacked experts, which exports "

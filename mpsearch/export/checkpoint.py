@@ -40,7 +40,7 @@ def write_checkpoint(
         place = model.places[layer]
         if not fmt.quantized:  # as the model stores it: transposed, or all experts in one
             tensors[names[place.parameter]] = place.loaded.to("cpu", torch.bfloat16).contiguous()
-        elif place.transposed or place.expert is not None:
+        elif not place.is_linear:
             # transformers 5.23 dequantizes stacked experts by one scheme for the whole model, and
             # compressed-tensors 0.20 and gptqmodel 7.6 store linears only.
             raise UsageError(

@@ -78,9 +78,7 @@ class Gptq:
         leader.H = statistics.gram * (2 / statistics.tokens)
         leader.nsamples = statistics.tokens
         factors = SharedHessianFactorCache(generation=0, cohort="layer")
-        for fmt in formats:
-            if fmt in floats:
-                continue
+        for fmt in (fmt for fmt in formats if fmt.number == "int"):
             task = _task(linear, fmt)
             task.adopt_hessian_from(leader)
             task.attach_shared_hessian_cache(factors)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpsearch.codecs import pack
+from mpsearch.codecs import pack, stored_scale
 from mpsearch.errors import UsageError
 from mpsearch.formats import Format
 from mpsearch.quantizers import InputStatistics
@@ -62,14 +62,13 @@ class Hqq:
             device=str(weight.device),
         )
         highest = 2**fmt.bits - 1
-        scale = (found["scale"].float() * magnitude).clamp(min=torch.finfo(torch.bfloat16).tiny)
-        scale = scale.bfloat16().float()
+        scale = stored_scale(found["scale"].float() * magnitude, fmt)
         zero = found["zero"].float().round().clamp(0, highest)
-        codes = (weight.reshape(-1, group_size) / scale + zero).round().clamp(0, highest)
+        codes = (weight.reshape(-1, group_size) / scale.float() + zero).round().clamp(0, highest)
         half = 2 ** (fmt.bits - 1)
         return pack(
             (codes - half).to(torch.int8).reshape(rows, columns),
-            scale.bfloat16().reshape(rows, -1),
+            scale.reshape(rows, -1),
             fmt,
             (zero - half).to(torch.int8).reshape(rows, -1),
         )
