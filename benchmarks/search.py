@@ -10,8 +10,9 @@ decide nothing. Bias left: all searches share one bank, so the calibration text 
     python benchmarks/search.py [--trials 60] [--seeds 3] [--quantizer gptq] [--out FILE]
 
 Writes one JSON: `rows` of size, budget, rival, seed, stored bytes, answer loss, its standard
-error, KL, recall, paired difference to the knapsack; `cost` of an evaluation beside its linear
-layers alone on the same tokens. A row that is there already is not measured again.
+error, KL, recall, paired difference to the knapsack, dtype of the arithmetic; `cost` of an
+evaluation beside its linear layers alone on the same tokens. A row that is there already is not
+measured again.
 """
 
 from __future__ import annotations
@@ -66,7 +67,6 @@ def main() -> None:
         "quantizer": args.quantizer,
         "trials": args.trials,
         "search_facts": args.search_facts,
-        "dtype": str(model.dtype),
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("mpsearch", "torch", "optuna")},
     }
@@ -131,6 +131,7 @@ def _rows(
             "against_knapsack": against.mean,
             "against_knapsack_stderr": against.stderr,
             "test_facts": len(proxy.facts),
+            "dtype": str(model.dtype),
             "search_seconds": seconds if name == "search" else None,
         }
 

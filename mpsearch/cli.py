@@ -20,6 +20,8 @@ from mpsearch.errors import EXIT_INTERRUPTED, MpsearchError, ResourceError, RunE
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every expected failure is one line."""
     args = _parser().parse_args(arguments)
+    # Threads that spin while they wait make each other several times slower on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     signal.signal(signal.SIGINT, _on_interrupt)
     from mpsearch.console import quiet_libraries, say
 
