@@ -1,17 +1,19 @@
 """What each quantizer makes of each format, what the whole bank costs, and how fast it swaps.
 
-Protocol: the built-in model, calibration text of its own. For each quantizer and format all linears
-are quantized into an empty bank; `weight_error` and `output_error` are relative errors over all of
-them (of outputs: on the calibration inputs), `answer_loss` is with all linears in that format, on
-search facts. Then the whole bank at 2, 3, 4 and 8 bits with GPTQ, together and at one width alone.
-Then putting 5 layers and all layers in place, decoded weights at hand and not, beside a copy of
-the same bytes in memory; medians of `--repeats`.
+Protocol: the built-in model, calibration text of its own, drawn once for all rows. For each
+quantizer and format all linears are quantized into an empty bank; `weight_error` and `output_error`
+are relative errors over all of them (of outputs: on the calibration inputs), `answer_loss` is with
+all linears in that format, on search facts. Rows of `awq` are of the model that AWQ prepared, which
+is the same function; its weights have a scale of their own, so only `output_error` compares. The
+whole bank at 2, 3, 4 and 8 bits with GPTQ, together and at one width alone, calibration included.
+Putting 5 groups and all groups in place, decoded weights at hand and not, beside a copy of the same
+bytes in memory; medians of `--repeats`.
 
     python benchmarks/bank.py [--facts 240] [--repeats 15] [--out FILE]
 
 Writes one JSON: `rows` of quantizer, format, weight_error, output_error, answer_loss, seconds,
 stored_bits_per_weight; `bank_seconds`, `bank_bytes`, `peak_bytes`, `one_width_seconds`; `swap` in
-milliseconds.
+milliseconds; `awq_seconds`. What is there already is not measured again, so it can run in parts.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 import mpsearch as mps
+from mpsearch import awq
 from mpsearch.asked import known_facts
 from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank
@@ -38,51 +42,86 @@ from mpsearch.device import peak_memory_bytes
 from mpsearch.evaluate import Bench
 from mpsearch.files import write_atomically
 from mpsearch.formats import FORMATS, Format
-from mpsearch.quantizers import QUANTIZERS, InputStatistics, get_quantizer
+from mpsearch.quantizers import InputStatistics, get_quantizer
 from mpsearch.space import ResolvedSpace, SearchSpace
 
-MODEL = "builtin:smollm2-135m"
 PACKED = [f"int{bits}-g64" for bits in (2, 3, 4, 5, 6, 8)]
+WITH_ZERO_POINTS = [f"{name}-asym" for name in PACKED]
+OTHER_GROUPS = ["int4-g32", "int4-channel"]
 COMPARED = {
-    "compressed-tensors": [*PACKED, *(f"{name}-asym" for name in PACKED), "int4-g32",
-                           "int4-channel", "fp8"],
+    "rounding": [*PACKED, *WITH_ZERO_POINTS, *OTHER_GROUPS, "fp8"],
+    "gptq": [*PACKED, "int4-g64-asym", *OTHER_GROUPS, *(f"gptq{b}-g64" for b in (2, 3, 4, 8))],
+    "hqq": WITH_ZERO_POINTS,
     "bitsandbytes": ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"],
-}  # fmt: skip
+}
+AFTER_AWQ = {name: ["int3-g64", "int4-g64", "int4-g64-asym"] for name in ("rounding", "gptq")}
 WHOLE = ("int2-g64", "int3-g64", "int4-g64", "int8-g64")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="builtin:smollm2-135m")
     parser.add_argument("--facts", type=int, default=240)
+    parser.add_argument("--fact-file", type=Path, help="the built-in facts")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/bank.json"))
     args = parser.parse_args()
     quiet_libraries()
-    model = mps.load_model(MODEL)
-    facts = mps.FactSet.builtin()
-    proxy = mps.RecallProxy(model, facts, known_facts(model, facts, args.facts)[1], contrast=False)
-    text = calibration_tokens(model, Calibration())
-    inputs = input_statistics(model, text, lambda done, total: None)
-    result: dict[str, Any] = {
-        "conditions": {
-            "model": MODEL,
-            "fingerprint": model.fingerprint,
-            "facts": len(proxy.facts),
-            "threads": torch.get_num_threads(),
-            "versions": {name: version(name) for name in ("mpsearch", "torch")},
-        }
+    model = mps.load_model(args.model)
+    facts = mps.FactSet.load(args.fact_file) if args.fact_file else mps.FactSet.builtin()
+    asked = known_facts(model, facts, args.facts)[1]
+    result = _load(args.out)
+    result["conditions"] = {
+        "model": args.model,
+        "fingerprint": model.fingerprint,
+        "facts": len(asked),
+        "dtype": str(model.dtype),
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("mpsearch", "torch")},
     }
-    result |= _whole_bank(model, args.repeats)
-    result["rows"] = [
-        _row(model, quantizer, FORMATS[name], proxy, inputs)
-        for container, quantizers in QUANTIZERS.items()
-        for quantizer in quantizers
-        for name in COMPARED[container]
-        if get_quantizer(quantizer, container).makes(FORMATS[name])
-    ]
-    result["peak_bytes"] = peak_memory_bytes()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out, json.dumps(result, indent=1) + "\n")
+
+    def save(found: dict[str, Any]) -> None:
+        result.update(found)
+        result["peak_bytes"] = max(result.get("peak_bytes", 0), peak_memory_bytes())
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(args.out, json.dumps(result, indent=1) + "\n")
+
+    def missing(after: str, compared: dict[str, list[str]]) -> list[tuple[str, str, Format]]:
+        known = {(row["quantizer"], row["format"]) for row in result["rows"]}
+        return [
+            (quantizer, after, FORMATS[name])
+            for quantizer, names in compared.items()
+            for name in names
+            if (quantizer + after, name) not in known
+        ]
+
+    def measure(model: mps.Model, rows: list[tuple[str, str, Format]]) -> None:
+        text = calibration_tokens(model, Calibration())
+        inputs = input_statistics(model, text, lambda done, total: None)
+        proxy = mps.RecallProxy(model, facts, asked, contrast=False)
+        with (
+            patch("mpsearch.bank.calibration_tokens", lambda *_: text),
+            patch("mpsearch.bank.input_statistics", lambda *_: inputs),
+        ):
+            for row in rows:
+                save({"rows": [*result["rows"], _row(model, *row, proxy, inputs)]})
+
+    if "bank_seconds" not in result:
+        save(_whole_bank(model, args.repeats))
+    if rows := missing("", COMPARED):
+        measure(model, rows)
+    if rows := missing(" after awq", AFTER_AWQ):
+        with Progress() as report:
+            start = time.perf_counter()
+            model = awq.prepare(model, report=report)
+            save({"awq_seconds": time.perf_counter() - start})
+        measure(model, rows)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if path.exists():
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    return {"rows": []}
 
 
 def _space(model: mps.Model, container: str, names: tuple[str, ...]) -> ResolvedSpace:
@@ -93,12 +132,13 @@ def _space(model: mps.Model, container: str, names: tuple[str, ...]) -> Resolved
 def _row(
     model: mps.Model,
     quantizer: str,
+    after: str,
     fmt: Format,
     proxy: mps.RecallProxy,
     inputs: dict[str, InputStatistics],
 ) -> dict[str, Any]:
     """One quantizer and format on all linears."""
-    say(f"{quantizer} {fmt.name}")
+    say(f"{quantizer}{after} {fmt.name}")
     space = _space(model, fmt.container, (fmt.name,))
     with tempfile.TemporaryDirectory() as folder:
         bank = Bank(model, get_quantizer(quantizer, fmt.container), root=Path(folder))
@@ -127,7 +167,7 @@ def _row(
             evaluation = bench.evaluate(space.largest, proxy)
     group_bytes = sum(fmt.layer_bytes(layer) for layer in model.layers)
     return {
-        "quantizer": quantizer,
+        "quantizer": quantizer + after,
         "format": fmt.name,
         "weight_error": float(errors[0] / errors[1]) ** 0.5,
         "output_error": float(errors[2] / errors[3]) ** 0.5,

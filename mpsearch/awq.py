@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from mpsearch.quantizers.rounding import Rounding
 # Of an activation's root mean square: how much of it goes into the scale.
 _STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 _TRIED_ON = (FORMATS["int3-g64"], FORMATS["int3-g32"], FORMATS["int3-channel"])
+# Of the layers that read a norm together, evenly spread: some outputs tell which scale is best.
+_MOST_ROWS = 512
 
 
 def prepare(
@@ -38,8 +41,9 @@ def prepare(
 ) -> Model:
     """The same function with the scales folded in under which its linears err least.
 
-    Errors are of the outputs of the linears that read a norm, rounded to 3 bits, on the
-    calibration text; the choice is among powers of each channel's root mean square.
+    Errors are of the outputs of the linears that read a norm, or of a few hundred of them,
+    rounded to 3 bits, on the calibration text; the choice is among powers of each channel's root
+    mean square.
 
     Args:
         model: must not be used any more afterwards.
@@ -139,8 +143,10 @@ def _readers(model: Model, tokens: Tensor) -> dict[str, list[str]]:
 @torch.no_grad()
 def _best_exponents(model: Model, layers: list[str], seen: InputStatistics) -> list[int]:
     """The exponents, among those of all strengths, with the least error of the layers' outputs."""
-    weights = [model.originals[layer].float() for layer in layers]
-    columns = weights[0].shape[1]
+    weights = [model.originals[layer] for layer in layers]
+    step = ceil(sum(len(rows) for rows in weights) / _MOST_ROWS)
+    weight = torch.cat([rows[::step] for rows in weights]).float()
+    columns = weight.shape[1]
     fmt = next(f for f in _TRIED_ON if f.group_size is None or columns % f.group_size == 0)
     rms = (seen.gram.diagonal() / seen.tokens).sqrt()
     used = rms > 0
@@ -149,11 +155,9 @@ def _best_exponents(model: Model, layers: list[str], seen: InputStatistics) -> l
     for strength in _STRENGTHS:
         exponents = (strength * (size - size.mean())).round()
         scale = 2.0**exponents
-        error = 0.0
-        for weight in weights:
-            stored = Rounding().quantize(weight * scale, [fmt], None)[fmt.name]
-            wrong = decode(stored, fmt).float() / scale - weight
-            error += float(((wrong @ seen.gram) * wrong).sum())
+        stored = Rounding().quantize(weight * scale, [fmt], None)[fmt.name]
+        wrong = decode(stored, fmt).float() / scale - weight
+        error = float(((wrong @ seen.gram) * wrong).sum())
         if error < least:
             best, least = exponents, error
     return [int(exponent) for exponent in best]

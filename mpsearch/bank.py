@@ -46,6 +46,21 @@ def silent(stage: str, done: int, total: int) -> None:
     """A progress report that goes nowhere."""
 
 
+Wanted = list[tuple[Layer, Format]]
+
+
+def holdings(wanted: Wanted, missing: Wanted) -> dict[str, tuple[int, int, int]]:
+    """By format: files there, files wanted, and stored bytes of those that are there."""
+    held: dict[str, tuple[int, int, int]] = {}
+    lacking = set(missing)
+    for layer, fmt in wanted:
+        if fmt.quantized:
+            there = (layer, fmt) not in lacking
+            have, of, size = held.get(fmt.name, (0, 0, 0))
+            held[fmt.name] = (have + there, of + 1, size + there * fmt.layer_bytes(layer))
+    return held
+
+
 def check_formats(quantizer: Quantizer, wanted: Iterable[tuple[Layer, Format]]) -> None:
     """Raise `UsageError` for a format that the quantizer or a layer's shape cannot take."""
     for layer, fmt in wanted:
@@ -79,6 +94,17 @@ def _nearest_fit(fmt: Format, layer: Layer) -> Format:
         and (other.group_size or 0) < (fmt.group_size or 0)
     ]
     return max(alike, key=lambda other: other.group_size or 0)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many threads of torch's, and afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Bank:
@@ -145,20 +171,42 @@ class Bank:
         """A file inside the bank, whatever characters the layer's name has."""
         return self.folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', layer)}.{fmt.name}.safetensors"
 
-    def build(self, wanted: Iterable[tuple[Layer, Format]], report: Report = silent) -> None:
+    def missing(self, wanted: Iterable[tuple[Layer, Format]]) -> Wanted:
+        """Those of the wanted that have no file, or a damaged one. Reads every file.
+
+        Raises:
+            UsageError: a format that a layer's shape or the quantizer cannot take.
+        """
+        wanted = list(wanted)
+        check_formats(self.quantizer, wanted)
+        return [
+            (layer, fmt)
+            for layer, fmt in wanted
+            if fmt.quantized and not intact(self.path(layer.name, fmt))
+        ]
+
+    def build(
+        self,
+        wanted: Iterable[tuple[Layer, Format]],
+        report: Report = silent,
+        estimated: Callable[[float], None] | None = None,
+    ) -> None:
         """Quantize what is missing or damaged among the wanted (layer, format) pairs.
 
         Any number of processes may build one bank: none does what another has done or is doing.
 
+        Args:
+            estimated: called with the seconds that the work will take, as soon as a layer of each
+                shape is made, which is done first and timed if this is given.
         Raises:
-            UsageError: a format that a layer's shape cannot take.
+            UsageError: a format that a layer's shape or the quantizer cannot take.
             ResourceError: the disk is or becomes too small; finished files stay.
             CheckError: NaN at a layer's input, or a quantizer that returned something else than
                 its format stores.
         """
-        wanted = list(wanted)
-        check_formats(self.quantizer, wanted)
-        missing = self._missing(wanted)
+        missing: dict[str, list[Format]] = {}
+        for layer, fmt in self.missing(wanted):
+            missing.setdefault(layer.name, []).append(fmt)
         if not missing:
             return
         needed = sum(
@@ -176,28 +224,12 @@ class Bank:
             ) from None
         write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=1))
         statistics = self._statistics(report)
+        if estimated is not None:
+            missing, seconds = self._time(missing, statistics, report)
+            if missing:
+                estimated(seconds)
         with self._helpers(missing, statistics):
             self._fill(missing, statistics, report)
-
-    def holdings(self, wanted: Iterable[tuple[Layer, Format]]) -> dict[str, tuple[int, int, int]]:
-        """By format: intact files, wanted files, and stored bytes of the intact ones."""
-        held: dict[str, tuple[int, int, int]] = {}
-        for layer, fmt in wanted:
-            if fmt.quantized:
-                there = intact(self.path(layer.name, fmt))
-                have, of, size = held.get(fmt.name, (0, 0, 0))
-                held[fmt.name] = (
-                    have + there, of + 1, size + there * fmt.layer_bytes(layer),
-                )  # fmt: skip
-        return held
-
-    def _missing(self, wanted: Iterable[tuple[Layer, Format]]) -> dict[str, list[Format]]:
-        """Formats of each layer that have no file, or a damaged one."""
-        missing: dict[str, list[Format]] = {}
-        for layer, fmt in wanted:
-            if fmt.quantized and not intact(self.path(layer.name, fmt)):
-                missing.setdefault(layer.name, []).append(fmt)
-        return missing
 
     def _statistics(self, report: Report) -> dict[str, InputStatistics]:
         """What calibration says about the inputs of every layer; empty if nothing asks for it."""
@@ -225,6 +257,37 @@ class Bank:
                 len(statistics),
             )
         return statistics
+
+    def _time(
+        self,
+        missing: Mapping[str, list[Format]],
+        statistics: Mapping[str, InputStatistics],
+        report: Report,
+    ) -> tuple[dict[str, list[Format]], float]:
+        """Quantize a layer of each shape; what is left, and the seconds that it will take.
+
+        A layer takes the seconds that the timed one of its shape and formats took, and processes
+        share them.
+        """
+        alike: dict[tuple[object, ...], list[str]] = {}
+        for name, formats in missing.items():
+            layer = self._layers[name]
+            alike.setdefault((layer.rows, layer.columns, *formats), []).append(name)
+        left, seconds = dict(missing), 0.0
+
+        def make(name: str) -> float:
+            start = time.perf_counter()
+            self._fill({name: left.pop(name)}, statistics, silent)
+            return time.perf_counter() - start
+
+        with _threads(1 if self._processes(missing) > 1 else torch.get_num_threads()):
+            make(next(iter(missing)))  # libraries load meanwhile, so its time says nothing
+            for index, same in enumerate(alike.values()):
+                report("timing a layer of each shape", index, len(alike))
+                if others := [name for name in same if name in left]:
+                    seconds += make(others[0]) * (len(others) - 1)
+        report("timing a layer of each shape", len(alike), len(alike))
+        return left, seconds / self._processes(left)
 
     def _fill(
         self,
@@ -264,6 +327,11 @@ class Bank:
             self._check(self._layers[name], fmt, stored[fmt.name])
             write_tensors(self.path(name, fmt), stored[fmt.name])
 
+    def _processes(self, missing: Mapping[str, list[Format]]) -> int:
+        """How many share the work: one a thread where processes can be forked."""
+        forks = self.model.device.type == "cpu" and sys.platform == "linux"
+        return max(1, min(torch.get_num_threads(), len(missing))) if forks else 1
+
     @contextmanager
     def _helpers(
         self, missing: Mapping[str, list[Format]], statistics: Mapping[str, InputStatistics]
@@ -273,9 +341,8 @@ class Bank:
         They share the work by its claims, and what one leaves undone the caller does. Forked, as
         torch's data loaders are, since a started one would run the caller's script again.
         """
-        threads = torch.get_num_threads()
-        count = min(threads, len(missing)) - 1
-        if self.model.device.type != "cpu" or sys.platform != "linux" or count < 1:
+        count = self._processes(missing) - 1
+        if not count:
             yield
             return
 
@@ -289,11 +356,10 @@ class Bank:
         helpers = [context.Process(target=help_out, daemon=True) for _ in range(count)]
         for helper in helpers:
             helper.start()
-        torch.set_num_threads(1)
         try:
-            yield
+            with _threads(1):
+                yield
         finally:
-            torch.set_num_threads(threads)
             for helper in helpers:
                 helper.terminate()
                 helper.join()

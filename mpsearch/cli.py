@@ -170,35 +170,41 @@ def _layers(args: argparse.Namespace) -> None:
 
 def _bank(args: argparse.Namespace) -> None:
     from mpsearch.budget import format_size
-    from mpsearch.console import Progress, emit_json, say, show_bank
+    from mpsearch.console import Progress, emit_json, format_seconds, say, show_bank
 
     space_file, calibration = _space(args), _calibration(args)
     model = _model(args)
-    from mpsearch.bank import Bank
+    from mpsearch.bank import Bank, holdings
     from mpsearch.evaluate import all_layers
     from mpsearch.quantizers import get_quantizer
 
     space = space_file.resolve(model)
     bank = Bank(model, get_quantizer(args.quantizer, space.target.name), calibration)
     wanted = all_layers(space)
+    missing = bank.missing(wanted)
     if not args.list:
-        held = bank.holdings(wanted).values()
-        in_all = sum(fmt.layer_bytes(layer) for layer, fmt in wanted if fmt.quantized)
         say(
-            f"{bank.folder}: {sum(h[1] - h[0] for h in held)} of {sum(h[1] for h in held)} files "
-            f"to write, {format_size(in_all - sum(h[2] for h in held))}"
+            f"{bank.folder}: {len(missing)} of {sum(fmt.quantized for _, fmt in wanted)} files to "
+            f"write, {format_size(sum(fmt.layer_bytes(layer) for layer, fmt in missing))}"
         )
         with Progress() as report:
-            bank.build(wanted, report)
-    held_now = bank.holdings(wanted)
+            bank.build(
+                missing,
+                report,
+                lambda seconds: say(
+                    f"about {format_seconds(seconds)} for the rest, by a layer of each shape"
+                ),
+            )
+        missing = []
+    held = holdings(wanted, missing)
     if args.json:
         rows = [
             {"format": name, "files": have, "wanted": of, "stored_bytes": size}
-            for name, (have, of, size) in held_now.items()
+            for name, (have, of, size) in held.items()
         ]
         emit_json({"folder": str(bank.folder), "settings": bank.settings, "formats": rows})
     else:
-        show_bank(held_now)
+        show_bank(held)
     say(f"next: mpsearch search {args.model} --budget SIZE -o runs/NAME")
 
 

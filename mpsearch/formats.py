@@ -66,7 +66,16 @@ class Format:
     side_multiple: int = 1
 
     def fits(self, layer: Layer) -> bool:
-        """Whether its groups divide the layer's columns, without which no loader takes it."""
+        """Whether loaders take a layer of so many columns.
+
+        A GPTQ checkpoint names the group of each column, so the last group may be short.
+        compressed-tensors wants whole groups: `_process_group` (0.20) raises otherwise, also when
+        it only decompresses, and no `g_idx` is stored.
+        """
+        return self.container == "gptq" or self.whole_groups(layer)
+
+    def whole_groups(self, layer: Layer) -> bool:
+        """Whether the layer's columns fill the last group."""
         return self.group_size is None or layer.columns % self.group_size == 0
 
     @property
@@ -121,8 +130,9 @@ def _gptq(bits: int, group_size: int) -> Format:
     """Symmetric integers of a GPTQ checkpoint, all tensors transposed: inputs run downwards.
 
     A column's codes are packed densely into 32-bit words, and so are a group's zero-points; an
-    fp16 scale a group; the group of each input. Kernels read whole words on both sides.
-    Source: gptqmodel 7.6, nn_modules/qlinear, `_register_gptq_buffers`.
+    fp16 scale a group; the group of each input. Kernels read whole words on both sides. The last
+    group has the columns that are left. Source: gptqmodel 7.6, nn_modules/qlinear,
+    `_register_gptq_buffers`.
     """
 
     def tensors(rows: int, columns: int) -> dict[str, StoredTensor]:

@@ -26,7 +26,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mpsearch.bank import Wanted
 from mpsearch.facts import FactSet
+from mpsearch.formats import FORMATS
 from mpsearch.models import Model, from_module, load_model
 from mpsearch.space import ResolvedSpace, SearchSpace
 
@@ -186,6 +188,13 @@ def tiny_facts(facts_file: Path) -> FactSet:
 def tiny_space(tiny: Model) -> ResolvedSpace:
     """The default space on the tiny model: 8 groups, int2 to int8."""
     return SearchSpace.default().resolve(tiny)
+
+
+@pytest.fixture
+def wanted(tiny: Model) -> Wanted:
+    """Five layers in two formats each."""
+    formats = (FORMATS["int2-g64"], FORMATS["int4-g64"])
+    return [(layer, fmt) for layer in tiny.layers[:5] for fmt in formats]
 
 
 @pytest.fixture(scope="session", autouse=True)

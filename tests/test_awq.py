@@ -84,6 +84,26 @@ def test_linears_behind_loud_channels_err_less_and_others_are_untouched() -> Non
     assert sum(after[x] for x in readers) < 0.97 * sum(before[x] for x in readers)
 
 
+def test_of_a_large_layer_some_rows_are_tried_and_tell_nearly_as_much(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    by_all = awq.prepare(uneven(), TEXT).preparation
+    tried: list[int] = []
+
+    class Noted(Rounding):
+        def quantize(self, weight: torch.Tensor, *rest: Any) -> dict[str, dict[str, torch.Tensor]]:
+            tried.append(len(weight))
+            return super().quantize(weight, *rest)
+
+    monkeypatch.setattr(awq, "Rounding", Noted)
+    monkeypatch.setattr(awq, "_MOST_ROWS", 64)
+    by_some = awq.prepare(uneven(), TEXT).preparation
+    # Every second of 64 rows of q, 32 of k and of v; every fourth of 128 of gate and of up.
+    assert set(tried) == {32 + 16 + 16, 32 + 32}
+    same = sum(by_some[norm]["exponents"] == by_all[norm]["exponents"] for norm in by_all)
+    assert same >= NORMS - 1
+
+
 def test_scales_are_powers_of_two_shared_by_all_readers_of_a_norm() -> None:
     before = {name: weight.clone() for name, weight in uneven().originals.items()}
     prepared = awq.prepare(uneven(), TEXT)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors import safe_open
 
-from mpsearch import cli
+from mpsearch import cli, tensor_files
 
 SPACE = "version: 1\ntarget: compressed-tensors\nformats: [int4-g64, int3-g32-asym]\n"
 LAYERS = 14  # of the tiny model
@@ -43,7 +45,8 @@ def test_listing_makes_nothing_and_building_says_what_it_will_write(
     code, out, err = bank(capsys, tiny_folder, "--space", space)
     assert code == 0
     assert f"{2 * LAYERS} of {2 * LAYERS} files to write" in err
-    assert err.index("to write") < err.index("quantizing (rounding): 0/")
+    told = err.index(" for the rest, by a layer of each shape")
+    assert err.index("to write") < told < err.index("quantizing (rounding): 0/")
     assert err.splitlines()[-1].startswith("next: mpsearch search ")
     assert f"{2 * LAYERS} of {2 * LAYERS}" in out
     made = files(tmp_path / "home")
@@ -60,6 +63,26 @@ def test_listing_makes_nothing_and_building_says_what_it_will_write(
     on_disk = sum(file.stat().st_size for file in made)
     assert payload < on_disk < payload + 1000 * len(made)  # their headers
     assert told["settings"]["quantizer"] == "rounding"
+
+
+def test_every_file_is_read_once(
+    tiny_folder: Path,
+    space: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[str] = []
+
+    def noted(path: Path, framework: str) -> Any:
+        read.append(path.name)
+        return safe_open(path, framework)
+
+    monkeypatch.setattr(tensor_files, "safe_open", noted)
+    assert bank(capsys, tiny_folder, "--space", space)[0] == 0
+    assert read == []  # all is new
+    assert bank(capsys, tiny_folder, "--space", space)[0] == 0
+    assert sorted(read) == [file.name for file in files(tmp_path / "home")]
 
 
 def test_another_text_is_another_bank(
@@ -90,4 +113,5 @@ def test_a_format_that_a_quantizer_does_not_make_is_one_line(
     code, out, err = bank(capsys, tiny_folder, "--space", space, "--quantizer", "hqq")
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith("mpsearch: quantizer 'hqq' does not make format 'int4-")
+    assert "to write" not in err
     assert not files(tmp_path / "home")

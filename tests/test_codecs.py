@@ -21,6 +21,8 @@ PACKED = [
 packed = pytest.mark.parametrize("fmt", PACKED, ids=lambda fmt: fmt.name)
 GPTQ = [fmt for fmt in FORMATS.values() if fmt.container == "gptq"]
 gptq = pytest.mark.parametrize("fmt", GPTQ, ids=lambda fmt: fmt.name)
+# Whole groups of every size; last groups of 96 and 32 columns; less than one group.
+short_last_group = pytest.mark.parametrize("columns", [384, 352, 32])
 needs_bitsandbytes = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="not installed")
 
 
@@ -32,7 +34,7 @@ def codes_and_scale(
     half = 2 ** (fmt.bits - 1)
     codes = torch.randint(-half, half, (rows, columns), generator=generator, dtype=torch.int8)
     codes[0, 0], codes[0, -1], codes[-1, 0], codes[-1, -1] = -half, half - 1, half - 1, -half
-    groups = columns // (fmt.group_size or columns)
+    groups = -(-columns // (fmt.group_size or columns))
     scale = torch.rand(rows, groups, generator=generator) * 0.1 + 1e-3
     zero = torch.randint(-half, half, (rows, groups), generator=generator, dtype=torch.int8)
     return codes, stored_scale(scale, fmt), fmt, None if fmt.symmetric else zero
@@ -41,9 +43,13 @@ def codes_and_scale(
 def exact(codes: Tensor, scale: Tensor, fmt: Format, zero: Tensor | None) -> Tensor:
     """Code less zero-point, times scale, in float64."""
     zeros = torch.zeros_like(scale) if zero is None else zero
-    width = codes.shape[1] // scale.shape[1]
-    steps = codes.double() - zeros.double().repeat_interleave(width, dim=1)
-    return steps * scale.double().repeat_interleave(width, dim=1)
+    columns = codes.shape[1]
+
+    def spread(of_groups: Tensor) -> Tensor:
+        wide = of_groups.double().repeat_interleave(fmt.group_size or columns, dim=1)
+        return wide[:, :columns]
+
+    return (codes.double() - spread(zeros)) * spread(scale)
 
 
 def bits_of(packed_weight: Tensor, bits: int, columns: int) -> Tensor:
@@ -136,12 +142,13 @@ def test_unquantized_weights_are_handed_out_as_stored() -> None:
 
 
 @gptq
-def test_gptq_words_are_dense_streams_of_bits_down_the_columns(fmt: Format) -> None:
-    codes, scale, *_ = parts = codes_and_scale(fmt, 32, 384)
+@short_last_group
+def test_gptq_words_are_dense_streams_of_bits_down_the_columns(fmt: Format, columns: int) -> None:
+    codes, scale, *_ = parts = codes_and_scale(fmt, 32, columns)
     stored = pack(*parts)
-    assert torch.equal(bits_of(stored["qweight"].T, fmt.bits, 384), codes.long())
+    assert torch.equal(bits_of(stored["qweight"].T, fmt.bits, columns), codes.long())
     assert torch.equal(stored["scales"], scale.T)
-    assert stored["g_idx"].tolist() == [column // fmt.group_size for column in range(384)]
+    assert stored["g_idx"].tolist() == [column // fmt.group_size for column in range(columns)]
     assert all(tensor.is_contiguous() for tensor in stored.values())
 
 
@@ -153,24 +160,26 @@ def test_gptq_zero_points_are_the_middle_code_stored_less_one(fmt: Format) -> No
 
 
 @gptq
-def test_a_gptq_weight_is_code_times_scale_rounded_once_to_fp16(fmt: Format) -> None:
-    parts = codes_and_scale(fmt, 64, 384)
+@short_last_group
+def test_a_gptq_weight_is_code_times_scale_rounded_once_to_fp16(fmt: Format, columns: int) -> None:
+    parts = codes_and_scale(fmt, 64, columns)
     weight = decode(pack(*parts), fmt)
     assert weight.dtype == torch.float16
     assert torch.equal(weight, exact(*parts).to(torch.float16))
 
 
 @gptq
+@short_last_group
 def test_a_gptq_weight_is_what_gptqmodels_kernel_dequantizes(
-    fmt: Format, monkeypatch: pytest.MonkeyPatch
+    fmt: Format, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # it compiles its kernel otherwise
     pytest.importorskip("gptqmodel")
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 
-    stored = pack(*codes_and_scale(fmt, 96, 384))
-    module = TorchLinear(fmt.bits, fmt.group_size, True, False, 384, 96).eval()
+    stored = pack(*codes_and_scale(fmt, 96, columns))
+    module = TorchLinear(fmt.bits, fmt.group_size, True, False, columns, 96).eval()
     module.load_state_dict(stored)
     convert_gptq_v1_to_v2_format_module(module, fmt.bits, torch.int32)
     module._init_wf_unsqueeze_buffers()

@@ -128,7 +128,7 @@ def test_gptq_tensors_are_those_of_auto_gptqs_successor(name: str) -> None:
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
     fmt = FORMATS[name]
-    for rows, columns in ((64, 128), (96, 256), (576, 1536)):
+    for rows, columns in ((64, 128), (96, 256), (576, 1536), (64, 576), (32, 32), (96, 224)):
         module = TorchLinear(fmt.bits, fmt.group_size, True, False, columns, rows)
         assert {
             key: (str(tensor.dtype), tuple(tensor.shape))
@@ -228,8 +228,9 @@ def test_the_formats_are_these() -> None:
     assert FORMATS["bf16"] is BF16
 
 
-def test_groups_fit_where_they_divide_the_columns() -> None:
+def test_groups_fit_where_they_divide_the_columns_and_in_gptq_everywhere() -> None:
     layer = Layer("a.b", 8, 192)
+    assert FORMATS["gptq4-g128"].fits(layer)
     assert FORMATS["int4-g64"].fits(layer)
     assert not FORMATS["int4-g128"].fits(layer)
     assert FORMATS["int4-channel"].fits(layer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,22 @@ def test_what_is_written_is_read_by_us_and_by_others(tmp_path: Path) -> None:
     assert intact(path)
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+def test_tensors_are_mapped_and_not_copied_into_memory(tmp_path: Path) -> None:
+    path, large = tmp_path / "large.safetensors", torch.arange(2**20)
+
+    def read_bytes() -> int:
+        """What this process has read by system calls so far."""
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    write_tensors(path, {"large": large})
+    before = read_bytes()
+    found = read_tensors(path)["large"]
+    assert read_bytes() - before < large.nbytes / 8  # the header; all else comes as it is touched
+    assert str(path) in Path("/proc/self/maps").read_text()
+    assert torch.equal(found, large)
 
 
 def test_views_are_written_as_they_look(tmp_path: Path) -> None:

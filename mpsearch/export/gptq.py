@@ -7,6 +7,7 @@ gptqmodel reads (7.6) and transformers, with one width for all, does not (5.23).
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from mpsearch.export.checkpoint import write_checkpoint
 from mpsearch.formats import Format
 from mpsearch.models import Model
 
+log = logging.getLogger(__name__)
+
 
 def write_gptq(model: Model, bank: Bank, formats: Mapping[str, Format], folder: Path) -> None:
     """Write weights, config and tokenizer into a folder.
@@ -29,6 +32,12 @@ def write_gptq(model: Model, bank: Bank, formats: Mapping[str, Format], folder: 
     Args:
         formats: layer name to format, for every searched layer.
     """
+    searched = (layer for layer in model.layers if layer.name in formats)
+    if not all(formats[layer.name].whole_groups(layer) for layer in searched):
+        log.warning(
+            "the last group of some layers is short: gptqmodel's torch and Triton kernels load "
+            "them (7.6), vLLM does not; for it, search groups that divide every layer's columns"
+        )
     quantization = quantization_config(formats)
     write_checkpoint(model, bank, formats, folder, quantization, dtype=torch.float16)
     # auto-gptq and its contemporaries look for the same in a file of its own.

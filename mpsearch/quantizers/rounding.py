@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpsearch.codecs import pack, quantization_args, stored_scale
 from mpsearch.formats import Format
@@ -44,7 +44,11 @@ class Rounding:
         from compressed_tensors.quantization.utils import calculate_qparams
 
         args = quantization_args(fmt)
-        grouped = weight.reshape(len(weight), -1, fmt.group_size or weight.shape[1])
+        columns = weight.shape[1]
+        size = fmt.group_size or columns
+        # Zeros fill up a short last group: they lie on every grid, so range and error stay.
+        weight = nn.functional.pad(weight, (0, -columns % size))
+        grouped = weight.reshape(len(weight), -1, size)
         low, high = grouped.amin(-1), grouped.amax(-1)
         # Floats are denser near zero: clipping the largest gains nothing.
         steps = CLIP["steps"] if fmt.number == "int" else 1
@@ -60,5 +64,5 @@ class Rounding:
             least = torch.where(better, error, least)
             scale = torch.where(better, tried, scale)
             zero_point = torch.where(better, zero, zero_point)
-        codes = quantize(weight, scale, zero_point, args, dtype=args.pytorch_dtype())
+        codes = quantize(weight, scale, zero_point, args, dtype=args.pytorch_dtype())[:, :columns]
         return pack(codes, stored_scale(scale, fmt), fmt, None if fmt.symmetric else zero_point)

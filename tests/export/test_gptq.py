@@ -42,7 +42,10 @@ for name, module in model.named_modules():
 assert "mpsearch" not in sys.modules
 save_file({"logits": logits.contiguous(), **weights}, out)
 """
-EVERY_WIDTH = ("gptq2-g64", "gptq3-g32", "gptq4-g64", "gptq8-g32", "bf16", "gptq3-g64")
+# The tiny model's layers have 64 and 128 columns: a group of 128 is short in most.
+EVERY_WIDTH = (
+    *("gptq2-g64", "gptq3-g32", "gptq4-g128", "gptq4-g64", "gptq8-g32", "bf16", "gptq3-g64"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +108,16 @@ def test_stored_tensors_are_the_banks_own_and_of_the_predicted_size(
     assert config["quantization_config"] == json.loads(
         (folder / "quantize_config.json").read_text()
     )
+
+
+@pytest.mark.parametrize(("fmt", "warned"), [("gptq4-g128", True), ("gptq4-g64", False)])
+def test_short_last_groups_are_said_to_load_in_few_places(
+    tiny: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture, fmt: str, warned: bool
+) -> None:
+    text = f"version: 1\ntarget: gptq\nformats: [{fmt}]\n"
+    space = SearchSpace.parse(text, "test").resolve(tiny)
+    mps.export(tiny, space.smallest, to="gptq", out=tmp_path / "export", space=space)
+    assert ("last group of some layers is short" in caplog.text) is warned
 
 
 def test_one_width_is_what_every_loader_reads_and_names_no_layer() -> None:

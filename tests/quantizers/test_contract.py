@@ -3,153 +3,38 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from functools import lru_cache
 from importlib.metadata import version
-from importlib.util import find_spec
 
 import pytest
 import torch
-from torch import Tensor
+from contract import (
+    COLUMNS,
+    CONTAINER,
+    LIBRARY,
+    ROWS,
+    codes_of,
+    each_format,
+    each_packed_format,
+    each_quantizer,
+    equal,
+    inputs,
+    installed,
+    made_by,
+    output_error,
+    per_column,
+    quantized,
+    quantizer,
+    relative_error,
+    statistics_of,
+    weight,
+    zeros_of,
+)
 
-from mpsearch.codecs import decode, pack, quantization_args, stored_scale
-from mpsearch.errors import CheckError, UsageError
+from mpsearch.codecs import decode, pack, quantization_args
+from mpsearch.errors import UsageError
 from mpsearch.formats import FORMATS, Format
 from mpsearch.layers import Layer
-from mpsearch.quantizers import QUANTIZERS, InputStatistics, Quantizer, get_quantizer
-
-ROWS, COLUMNS, TOKENS = 48, 192, 512
-HALF_ULP = 2.0**-8  # largest relative error of rounding to bf16
-LIBRARY = {
-    "rounding": "compressed_tensors",
-    "gptq": "gptqmodel",
-    "auto-gptq": "auto_gptq",
-    "hqq": "hqq",
-    "bitsandbytes": "bitsandbytes",
-}
-CONTAINER = {name: container for container, names in QUANTIZERS.items() for name in names}
-
-Stored = dict[str, dict[str, Tensor]]
-
-
-@lru_cache
-def quantizer(name: str) -> Quantizer:
-    return get_quantizer(name, CONTAINER[name])
-
-
-# Every width, group size, kind of zero-point and container at least once.
-EXAMPLES = (
-    "int2-g64", "int3-g64", "int4-g64", "int8-g64", "int5-g32", "int6-channel", "int2-g64-asym",
-    "int3-g64-asym", "int4-g64-asym", "int8-g64-asym", "int5-channel-asym", "int6-g32-asym", "fp8",
-    "nf4", "nf4-dq", "fp4", "fp4-dq", "int8",
-    "gptq2-g64", "gptq3-g64", "gptq4-g64", "gptq4-g32", "gptq8-g64",
-)  # fmt: skip
-
-
-@lru_cache
-def made_by(name: str) -> list[Format]:
-    if find_spec(LIBRARY[name]) is None:  # its tests are skipped
-        return [fmt for fmt in FORMATS.values() if fmt.container == CONTAINER[name]][:1]
-    return [FORMATS[example] for example in EXAMPLES if quantizer(name).makes(FORMATS[example])]
-
-
-def installed(name: str) -> list[pytest.MarkDecorator]:
-    missing = find_spec(LIBRARY[name]) is None
-    return [pytest.mark.skipif(missing, reason=f"{LIBRARY[name]} is not installed")]
-
-
-each_quantizer = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=installed(name)) for name in CONTAINER]
-)
-each_format = pytest.mark.parametrize(
-    ("name", "fmt"),
-    [
-        pytest.param(name, fmt, marks=installed(name), id=f"{name}-{fmt.name}")
-        for name in CONTAINER
-        for fmt in made_by(name)
-    ],
-)
-each_packed_format = pytest.mark.parametrize(
-    ("name", "fmt"),
-    [
-        pytest.param(name, fmt, marks=installed(name), id=f"{name}-{fmt.name}")
-        for name in QUANTIZERS["compressed-tensors"]
-        for fmt in made_by(name)
-        if fmt.number == "int"
-        if fmt.container == "compressed-tensors"
-    ],
-)
-
-
-@lru_cache
-def weight() -> Tensor:
-    """Float32, with outliers; do not write to it."""
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(ROWS, COLUMNS, generator=generator) * 0.05
-    values[torch.rand(ROWS, COLUMNS, generator=generator) < 0.003] *= 8
-    return values
-
-
-@lru_cache
-def inputs() -> Tensor:
-    """`(tokens, columns)`, strongly correlated as a language model's are."""
-    generator = torch.Generator().manual_seed(1)
-    mixing = torch.randn(COLUMNS // 4, COLUMNS, generator=generator)
-    hidden = torch.randn(TOKENS, COLUMNS // 4, generator=generator)
-    return hidden @ mixing + 0.3 * torch.randn(TOKENS, COLUMNS, generator=generator)
-
-
-def statistics_of(name: str, seen: Tensor) -> InputStatistics | None:
-    return InputStatistics(seen.T @ seen, len(seen)) if quantizer(name).calibrated else None
-
-
-@lru_cache
-def quantized(name: str) -> Stored:
-    """The weight in all formats of a quantizer."""
-    return quantizer(name).quantize(weight(), made_by(name), statistics_of(name, inputs()))
-
-
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
-
-
-def output_error(decoded: Tensor) -> float:
-    return relative_error(inputs().double() @ decoded.double().T, inputs() @ weight().T)
-
-
-def equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return set(a) == set(b) and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def unpacked(words: Tensor, count: int, bits: int) -> Tensor:
-    """Unsigned codes from packed rows, read as a little-endian stream of bits."""
-    stream = (((words.long() & 0xFFFFFFFF)[:, :, None] >> torch.arange(32)) & 1).flatten(1)
-    return (stream[:, : count * bits].unflatten(1, (count, bits)) << torch.arange(bits)).sum(-1)
-
-
-def codes_of(stored: Mapping[str, Tensor], fmt: Format) -> Tensor:
-    transposed = fmt.container == "gptq"
-    packed = stored["qweight"].T if transposed else stored["weight_packed"]
-    columns = len(stored["g_idx"]) if transposed else int(stored["weight_shape"][1])
-    return unpacked(packed, columns, fmt.bits) - 2 ** (fmt.bits - 1)
-
-
-def zeros_of(stored: Mapping[str, Tensor], fmt: Format) -> Tensor:
-    """`(rows, groups)` zero-points, packed down the rows; zero where symmetric."""
-    if fmt.symmetric:
-        return torch.zeros_like(scale_of(stored), dtype=torch.int64)
-    rows = int(stored["weight_shape"][0])
-    return unpacked(stored["weight_zero_point"].T, rows, fmt.bits).T - 2 ** (fmt.bits - 1)
-
-
-def scale_of(stored: Mapping[str, Tensor]) -> Tensor:
-    """`(rows, groups)`, whichever way round it is stored."""
-    return stored["scales"].T if "scales" in stored else stored["weight_scale"]
-
-
-def per_column(scale: Tensor, fmt: Format) -> Tensor:
-    return scale.double().repeat_interleave(fmt.group_size or COLUMNS, dim=1)
-
+from mpsearch.quantizers import QUANTIZERS, get_quantizer
 
 # ------------------------------------------------------------------------------ what is stored
 
@@ -250,121 +135,6 @@ def test_error_falls_with_bits(name: str) -> None:
 def test_error_is_of_the_size_that_its_bits_allow(name: str, fmt: Format) -> None:
     allowed = {2: 0.8, 3: 0.4, 4: 0.2, 5: 0.14, 6: 0.08, 8: 0.02}[fmt.bits]
     assert 0 < relative_error(decode(quantized(name)[fmt.name], fmt), weight()) < allowed
-
-
-each_rounded = pytest.mark.parametrize(
-    "fmt", [fmt for fmt in made_by("rounding") if fmt.number == "int"], ids=lambda fmt: fmt.name
-)
-
-
-@each_rounded
-def test_rounding_takes_the_nearest_code_of_what_is_stored(fmt: Format) -> None:
-    stored = quantized("rounding")[fmt.name]
-    half = 2 ** (fmt.bits - 1)
-    steps = weight() / per_column(scale_of(stored), fmt)
-    steps = steps + per_column(zeros_of(stored, fmt), fmt)
-    nearest = steps.round().clamp(-half, half - 1)
-    tied = ((steps - steps.floor()) - 0.5).abs() < 1e-5
-    assert torch.equal(codes_of(stored, fmt)[~tied].double(), nearest[~tied].double())
-
-
-@each_rounded
-def test_rounding_keeps_the_range_that_errs_least(fmt: Format) -> None:
-    grouped = weight().unflatten(1, (-1, fmt.group_size or COLUMNS)).double()
-    half, levels = 2 ** (fmt.bits - 1), 2**fmt.bits - 1
-    errors = []
-    for twentieths in range(12):
-        low = grouped.amin(-1).clamp(max=0) * (1 - twentieths / 20)
-        high = grouped.amax(-1).clamp(min=0) * (1 - twentieths / 20)
-        if fmt.symmetric:
-            scale, zero = torch.maximum(high, -low) * 2 / levels, torch.zeros_like(low)
-        else:
-            scale = (high - low) / levels
-            zero = (-half - low / scale).round().clamp(-half, half - 1)
-        scale = stored_scale(scale, fmt).double()[..., None]
-        codes = (grouped / scale + zero[..., None]).round().clamp(-half, half - 1)
-        errors.append(((codes - zero[..., None]) * scale - grouped).square().sum(-1))
-    least = torch.stack(errors).amin(0)
-    stored = quantized("rounding")[fmt.name]
-    decoded = (codes_of(stored, fmt) - per_column(zeros_of(stored, fmt), fmt)) * per_column(
-        scale_of(stored), fmt
-    )
-    found = (decoded - weight()).square().unflatten(1, (-1, fmt.group_size or COLUMNS)).sum(-1)
-    # Float32 may move a weight that lies between two codes.
-    torch.testing.assert_close(found, least, rtol=1e-2, atol=0)
-    assert fmt.bits > 4 or float(least.sum()) < 0.99 * float(errors[0].sum())
-
-
-def test_fp8_is_the_nearest_float_on_a_scale_that_spans_the_row() -> None:
-    stored = quantized("rounding")["fp8"]
-    largest = weight().abs().amax(-1, keepdim=True)
-    torch.testing.assert_close(stored["weight_scale"].float() * 448, largest, rtol=2**-7, atol=0)
-    codes = (weight() / stored["weight_scale"].float()).clamp(-448, 448).to(torch.float8_e4m3fn)
-    assert torch.equal(stored["weight"].float(), codes.float())
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("prefix", ["int", "gptq"])
-@pytest.mark.parametrize("name", [pytest.param("gptq", marks=installed("gptq"))])
-def test_gptq_harms_outputs_less_than_rounding_on_correlated_inputs(
-    name: str, prefix: str, bits: int
-) -> None:
-    fmt = FORMATS[f"{prefix}{bits}-g64"]
-    ours = output_error(decode(quantized(name)[fmt.name], fmt))
-    rounded = output_error(decode(quantized("rounding")[fmt.name], fmt))
-    assert ours < 0.7 * rounded
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("prefix", ["int", "gptq"])
-@pytest.mark.parametrize("name", [pytest.param("gptq", marks=installed("gptq"))])
-def test_gptq_on_unrelated_inputs_takes_the_nearest_code_of_the_stored_scale(
-    name: str, prefix: str, bits: int
-) -> None:
-    fmt, half = FORMATS[f"{prefix}{bits}-g64"], 2 ** (bits - 1)
-    unrelated = InputStatistics(torch.eye(COLUMNS), COLUMNS)
-    stored = quantizer(name).quantize(weight(), [fmt], unrelated)[fmt.name]
-    steps = weight() / per_column(scale_of(stored), fmt)
-    nearest = steps.round().clamp(-half, half - 1)
-    tied = ((steps - steps.floor()) - 0.5).abs() < 1e-4
-    assert torch.equal(codes_of(stored, fmt)[~tied].double(), nearest[~tied].double())
-
-
-@pytest.mark.parametrize("bits", [2, 3])
-@pytest.mark.parametrize("name", [pytest.param("gptq", marks=installed("gptq"))])
-def test_gptq_clips_outliers_where_codes_are_few(name: str, bits: int) -> None:
-    fmt = FORMATS[f"int{bits}-g64"]
-    unrelated = InputStatistics(torch.eye(COLUMNS), COLUMNS)
-    stored = quantizer(name).quantize(weight(), [fmt], unrelated)[fmt.name]
-    largest = weight().unflatten(1, (-1, 64)).abs().amax(-1)
-    reached = stored["weight_scale"].float() * (2**bits - 1) / 2
-    assert float((reached < 0.98 * largest).double().mean()) > 0.5
-    assert (reached > 0.4 * largest).all()
-
-
-@pytest.mark.parametrize("name", [pytest.param("gptq", marks=installed("gptq"))])
-def test_gptq_looks_at_the_inputs_it_is_given(name: str) -> None:
-    fmt = FORMATS["int3-g64"]
-    other = inputs().flip(1)
-    stored = quantizer(name).quantize(weight(), [fmt], statistics_of(name, other))[fmt.name]
-    assert output_error(decode(quantized(name)[fmt.name], fmt)) < 0.7 * output_error(
-        decode(stored, fmt)
-    )
-
-
-@pytest.mark.parametrize("name", [pytest.param("gptq", marks=installed("gptq"))])
-def test_gptq_depends_on_the_mean_of_the_inputs_and_not_on_their_number(name: str) -> None:
-    fmt = FORMATS["int3-g64"]
-    doubled = torch.cat([inputs(), inputs()])
-    stored = quantizer(name).quantize(weight(), [fmt], statistics_of(name, doubled))[fmt.name]
-    agree = (codes_of(stored, fmt) == codes_of(quantized(name)[fmt.name], fmt)).double().mean()
-    assert agree > 0.99  # float32 sums of twice as many terms may move a tie
-
-
-@pytest.mark.parametrize("name", [pytest.param("gptq", marks=installed("gptq"))])
-def test_gptq_without_inputs_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="input statistics"):
-        quantizer(name).quantize(weight(), made_by(name), None)
 
 
 # ----------------------------------------------------------------------- decoded by the library
@@ -472,31 +242,6 @@ def test_very_small_and_very_large_weights_keep_their_relative_error(
     found = relative_error(decode(stored[fmt.name], fmt), weight() * factor)
     usual = relative_error(decode(quantized(name)[fmt.name], fmt), weight())
     assert found == pytest.approx(usual, rel=0.1)
-
-
-GPTQ_NAMES = [pytest.param(name, marks=installed(name)) for name in QUANTIZERS["gptq"]]
-
-
-@pytest.mark.parametrize("factor", [0.03, 1e4])
-@pytest.mark.parametrize("name", GPTQ_NAMES)
-def test_gptq_weights_that_fp16_holds_keep_their_relative_error(name: str, factor: float) -> None:
-    formats = [fmt for fmt in made_by(name) if fmt.container == "gptq"]
-    stored = quantizer(name).quantize(weight() * factor, formats, statistics_of(name, inputs()))
-    for fmt in formats:
-        found = relative_error(decode(stored[fmt.name], fmt), weight() * factor)
-        usual = relative_error(decode(quantized(name)[fmt.name], fmt), weight())
-        assert found == pytest.approx(usual, rel=0.1)
-
-
-@pytest.mark.parametrize("name", GPTQ_NAMES)
-def test_gptq_weights_below_what_fp16_holds_vanish_and_those_above_are_refused(name: str) -> None:
-    formats = [fmt for fmt in made_by(name) if fmt.container == "gptq"]
-    seen = statistics_of(name, inputs())
-    for fmt in formats:
-        tiny = quantizer(name).quantize(weight() * 1e-8, [fmt], seen)[fmt.name]
-        assert not decode(tiny, fmt).any()
-        with pytest.raises(CheckError, match=rf"{fmt.name}.*fp16.*rule of the space"):
-            quantizer(name).quantize(weight() * 1e6, [fmt], seen)
 
 
 # ------------------------------------------------------------------------------ finding one
