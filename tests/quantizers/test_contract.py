@@ -41,6 +41,7 @@ def quantizer(name: str) -> Quantizer:
 EXAMPLES = (
     "int2-g64", "int3-g64", "int4-g64", "int8-g64", "int5-g32", "int6-channel", "int2-g64-asym",
     "int3-g64-asym", "int4-g64-asym", "int8-g64-asym", "int5-channel-asym", "int6-g32-asym", "fp8",
+    "int8-g64-unpacked", "int8-channel-unpacked",
     "nf4", "nf4-dq", "fp4", "fp4-dq", "int8",
     "gptq2-g64", "gptq3-g64", "gptq4-g64", "gptq4-g32", "gptq8-g64",
 )  # fmt: skip
@@ -75,7 +76,7 @@ each_packed_format = pytest.mark.parametrize(
         pytest.param(name, fmt, marks=installed(name), id=f"{name}-{fmt.name}")
         for name in QUANTIZERS["compressed-tensors"]
         for fmt in made_by(name)
-        if fmt.number == "int"
+        if fmt.number == "int" and fmt.packed
         if fmt.container == "compressed-tensors"
     ],
 )
@@ -128,6 +129,8 @@ def unpacked(words: Tensor, count: int, bits: int) -> Tensor:
 
 
 def codes_of(stored: Mapping[str, Tensor], fmt: Format) -> Tensor:
+    if not fmt.packed:
+        return stored["weight"].long()
     transposed = fmt.container == "gptq"
     packed = stored["qweight"].T if transposed else stored["weight_packed"]
     columns = len(stored["g_idx"]) if transposed else int(stored["weight_shape"][1])
@@ -235,6 +238,7 @@ def test_error_falls_with_bits(name: str) -> None:
     alike = [fmt for fmt in alike if "channel" not in fmt.name and "fp4" not in fmt.name]
     alike = [fmt for fmt in alike if fmt.symmetric == alike[0].symmetric and "-dq" not in fmt.name]
     alike = [fmt for fmt in alike if fmt.container == alike[0].container]
+    alike = [fmt for fmt in alike if fmt.packed == alike[0].packed]
     formats = sorted(alike, key=lambda fmt: fmt.bits)
     assert len(formats) > 1
     decoded = [decode(quantized(name)[fmt.name], fmt) for fmt in formats]
@@ -362,9 +366,11 @@ def test_gptq_depends_on_the_mean_of_the_inputs_and_not_on_their_number(name: st
 
 
 @pytest.mark.parametrize("name", [pytest.param("gptq", marks=installed("gptq"))])
-def test_gptq_without_inputs_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="input statistics"):
-        quantizer(name).quantize(weight(), made_by(name), None)
+def test_gptq_rounds_what_has_no_inputs_as_an_embedding(name: str) -> None:
+    formats = [fmt for fmt in made_by(name) if fmt.container == "compressed-tensors"]
+    stored = quantizer(name).quantize(weight(), formats, None)
+    rounded = quantizer("rounding").quantize(weight(), formats, None)
+    assert all(equal(stored[fmt.name], rounded[fmt.name]) for fmt in formats)
 
 
 # ----------------------------------------------------------------------- decoded by the library
