@@ -128,7 +128,7 @@ def _readers(model: Model, tokens: Tensor) -> dict[str, list[str]]:
     ]
     hooks += [
         modules[name].register_forward_pre_hook(before_layer(name))
-        for name, place in model.places.items()
+        for name, place in ((layer.name, model.places[layer.name]) for layer in model.layers)
         if place.expert is None
     ]
     try:

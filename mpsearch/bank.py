@@ -88,8 +88,8 @@ def _nearest_fit(fmt: Format, layer: Layer) -> Format:
     alike = [
         other
         for other in FORMATS.values()
-        if (other.container, other.bits, other.symmetric, other.number)
-        == (fmt.container, fmt.bits, fmt.symmetric, fmt.number)
+        if (other.container, other.bits, other.symmetric, other.number, other.packed)
+        == (fmt.container, fmt.bits, fmt.symmetric, fmt.number, fmt.packed)
         and other.fits(layer)
         and (other.group_size or 0) < (fmt.group_size or 0)
     ]
@@ -127,7 +127,7 @@ class Bank:
         self.model = model
         self.quantizer = quantizer
         self.calibration = calibration or Calibration()
-        self._layers = {layer.name: layer for layer in model.layers}
+        self._layers = {layer.name: layer for layer in model.every_layer}
         key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
         self.folder = (
             (root or home() / "bank") / model.fingerprint[:16] / f"{quantizer.name}-{key[:12]}"
@@ -296,7 +296,7 @@ class Bank:
         report: Report,
     ) -> None:
         """Quantize the missing layers that no other process is working on, until all are there."""
-        numbers = {layer.name: number for number, layer in enumerate(self.model.layers)}
+        numbers = {layer.name: number for number, layer in enumerate(self.model.every_layer)}
         pending, parent = list(missing), os.getppid()
         with Claims(self.folder) as claims:
             while pending and os.getppid() == parent:

@@ -114,7 +114,10 @@ def sample_text(model: Model, recipe: Calibration) -> Tensor:
 def input_statistics(
     model: Model, tokens: Tensor, report: Callable[[int, int], None]
 ) -> dict[str, InputStatistics]:
-    """Gram matrices of every layer's input over the reference model's pass through the text.
+    """Gram matrices of every input that is a vector over the reference model's pass of the text.
+
+    That is every layer's, and the head's, which reads what the decoder gives; an embedding reads
+    no vectors and so has no matrix.
 
     Layers that read the same tensor (q, k, v) share one matrix. An expert's is of its own tokens;
     one that no token reached gets the identity of one token, by which all inputs matter alike.
@@ -156,7 +159,7 @@ def input_statistics(
 
     hooks = []
     stacks: set[str] = set()
-    for name, place in model.places.items():
+    for name, place in ((layer.name, model.places[layer.name]) for layer in model.layers):
         if place.expert is None:
             module = model.module.get_submodule(name)
             hooks.append(module.register_forward_pre_hook(watch(name)))
@@ -170,13 +173,15 @@ def input_statistics(
             hooks.append(module.register_forward_pre_hook(watch_experts(path)))
     try:
         for start in range(0, len(tokens), 8):
-            model.module.get_decoder()(tokens[start : start + 8], use_cache=False)
+            output = model.module.get_decoder()(tokens[start : start + 8], use_cache=False)
+            if model.head:
+                add(model.head.name, output.last_hidden_state)
             report(min(start + 8, len(tokens)), len(tokens))
     finally:
         for hook in hooks:
             hook.remove()
     found = {}
-    for layer in model.layers:
+    for layer in (*model.layers, *([model.head] if model.head else [])):
         name = leader_of.get(layer.name, layer.name)
         gram = grams[name] if name in grams else torch.eye(layer.columns, device=model.device)
         found[layer.name] = InputStatistics(gram, counts.get(name, 1))

@@ -160,11 +160,12 @@ def _layers(args: argparse.Namespace) -> None:
     space_file = _space(args)
     model = _model(args)
     space = space_file.resolve(model)
+    kept = model.kept_by_reason({layer.name for group in space.groups for layer in group.layers})
     if args.json:
-        emit_json({"model": args.model, **layers_json(space), "kept": model.kept_by_reason()})
+        emit_json({"model": args.model, **layers_json(space), "kept": kept})
     else:
         show_layers(space, args.model)
-        show_kept(model.kept_by_reason())
+        show_kept(kept)
     say(f"next: mpsearch search {args.model} --budget SIZE -o runs/NAME")
 
 

@@ -17,8 +17,12 @@ from mpsearch.formats import Format
 
 Stored = Mapping[str, Tensor]
 
-# What a config.json of compressed-tensors calls the way in which its formats are stored.
-COMPRESSION = {"int": "pack-quantized", "float": "float-quantized"}
+
+def compression(fmt: Format) -> str:
+    """What a config.json of compressed-tensors calls the way in which a format is stored."""
+    if fmt.packed:
+        return "pack-quantized"
+    return "int-quantized" if fmt.number == "int" else "float-quantized"
 
 
 def quantization_args(fmt: Format) -> Any:
@@ -45,7 +49,7 @@ def compressor(fmt: Format) -> Any:
     """compressed-tensors' class that stores and restores one of its formats."""
     from compressed_tensors.compressors import BaseCompressor
 
-    return BaseCompressor.load_from_registry(COMPRESSION[fmt.number])
+    return BaseCompressor.load_from_registry(compression(fmt))
 
 
 def pack(
@@ -67,7 +71,7 @@ def pack(
 
     if fmt.container == "gptq":
         return _pack_gptq(codes, scale, fmt)
-    if fmt.number == "float":
+    if not fmt.packed:
         return {"weight": codes.contiguous(), "weight_scale": scale.contiguous()}
     stored = {
         "weight_packed": pack_to_int32(codes, fmt.bits).contiguous(),

@@ -82,9 +82,18 @@ class Format:
     def quantized(self) -> bool:
         return self.container != "any"
 
+    @property
+    def packed(self) -> bool:
+        """Whether its codes have a tensor of their own, instead of being the weight's."""
+        return "weight" not in self.tensors(1, 1)
+
     def layer_bytes(self, layer: Layer) -> int:
+        """Bytes of all tensors stored; a tied weight's is shared, what stands beside it is not."""
         stored = self.tensors(layer.rows, layer.columns)
-        return sum(tensor.stored_bytes for tensor in stored.values())
+        size = sum(tensor.stored_bytes for tensor in stored.values())
+        if layer.tied:
+            size += sum(of.stored_bytes for name, of in stored.items() if name != "weight")
+        return size
 
     def stored_bytes(self, group: LayerGroup) -> int:
         return sum(self.layer_bytes(layer) for layer in group.layers)
@@ -124,6 +133,27 @@ def _packed_integer(bits: int, group_size: int | None, symmetric: bool) -> Forma
         group_size=group_size,
         symmetric=symmetric,
     )
+
+
+def _unpacked_integer(group_size: int | None) -> Format:
+    """Codes of 8 bits and bf16 scales: compressed-tensors' `int-quantized`, weights only.
+
+    The codes are stored in the weight's place, without which transformers (5.23) loads no
+    embedding and ties none to the head. Source: compressors/naive_quantized (0.20).
+
+    Args:
+        group_size: None for one group a row.
+    """
+
+    def tensors(rows: int, columns: int) -> dict[str, StoredTensor]:
+        groups = ceil(columns / (group_size or columns))
+        return {
+            "weight": StoredTensor("int8", (rows, columns)),
+            "weight_scale": StoredTensor("bfloat16", (rows, groups)),
+        }
+
+    name = f"int8-{f'g{group_size}' if group_size else 'channel'}-unpacked"
+    return Format(name, 8, "compressed-tensors", tensors, group_size=group_size)
 
 
 def _gptq(bits: int, group_size: int) -> Format:
@@ -221,6 +251,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
                 for group_size in (32, 64, 128, None)
                 for bits in (2, 3, 4, 5, 6, 8)
             ),
+            *(_unpacked_integer(group_size) for group_size in (64, None)),
             *(_gptq(bits, size) for bits in (2, 3, 4, 8) for size in (32, 64, 128)),
             Format("fp8", 8, "compressed-tensors", _fp8, number="float"),
             *(_four_bits(name, double) for name in ("nf4", "fp4") for double in (False, True)),

@@ -15,11 +15,13 @@ class Layer:
         name: module path inside the model, without the trailing `.weight`.
         rows: output features.
         columns: input features; quantization groups run along this axis.
+        tied: of an embedding, the output head that computes with the same weight, if one does.
     """
 
     name: str
     rows: int
     columns: int
+    tied: str = ""
 
     @property
     def weights(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,14 @@ from mpsearch.device import compute_dtype, pick_device, require_memory
 from mpsearch.errors import CheckError, ModelError
 from mpsearch.formats import ITEM_BYTES
 from mpsearch.layers import Layer
-from mpsearch.places import UNRECOGNISED, Place, find_places, why_kept
+from mpsearch.places import (
+    UNRECOGNISED,
+    Place,
+    find_embedding,
+    find_head,
+    find_places,
+    why_kept,
+)
 
 # What transformers, tokenizers and safetensors raise for a damaged or strange folder.
 _FROM_BELOW = (
@@ -42,9 +49,13 @@ class Model:
         module: the transformers model, in evaluation mode, without gradients.
         tokenizer: its fast tokenizer.
         layers: the weight matrices that may be quantized, in model order.
-        places: layer name to where its weight lives in the module.
-        originals: layer name to its weight as loaded `(rows, columns)`; never written to.
-        kept: every other stored tensor by state-dict name, shared ones once, as bf16 if floating.
+        embedding: the input embedding, kept unless a space gives it formats; None if it is no
+            plain table.
+        head: the output head, likewise; None if it has no weight of its own.
+        places: name of any of these to where its weight lives in the module.
+        originals: the same names to the weight as loaded `(rows, columns)`; never written to.
+        kept: every stored tensor that is none of `layers`, by state-dict name, shared ones once, as
+            bf16 if floating.
         why_kept: for each of those, why it is no layer.
         fingerprint: hex digest over all names, shapes and bf16 values.
         preparation: what was folded into the weights that were loaded, as JSON; see
@@ -57,6 +68,8 @@ class Model:
     module: Any
     tokenizer: Any
     layers: tuple[Layer, ...]
+    embedding: Layer | None
+    head: Layer | None
     places: dict[str, Place]
     originals: dict[str, Tensor]
     kept: dict[str, Tensor]
@@ -75,14 +88,24 @@ class Model:
         return next(iter(self.originals.values())).dtype
 
     @property
+    def every_layer(self) -> tuple[Layer, ...]:
+        """The layers, then the embedding and the head."""
+        return (*self.layers, *(layer for layer in (self.embedding, self.head) if layer))
+
+    @property
     def kept_bytes(self) -> int:
         return sum(_stored_bytes(tensor) for tensor in self.kept.values())
 
-    def kept_by_reason(self) -> list[dict[str, Any]]:
-        """The kept tensors: reason, names, weights and stored bytes, the largest sum first."""
+    def kept_by_reason(self, searched: Collection[str] = ()) -> list[dict[str, Any]]:
+        """The kept tensors: reason, names, weights and stored bytes, the largest sum first.
+
+        Args:
+            searched: names of layers that a space decides, which it so does not keep.
+        """
         names: dict[str, list[str]] = {}
         for name, reason in self.why_kept.items():
-            names.setdefault(reason, []).append(name)
+            if name.removesuffix(".weight") not in searched:
+                names.setdefault(reason, []).append(name)
         rows = [
             {
                 "reason": reason,
@@ -97,7 +120,7 @@ class Model:
     @property
     def unrecognised(self) -> dict[str, str]:
         """Kept weights above 1 % of the parameters that are of no known kind, and their kinds."""
-        weights = sum(place.loaded.numel() for place in self._one_a_parameter())
+        weights = sum(layer.weights for layer in self.layers)
         weights += sum(tensor.numel() for tensor in self.kept.values())
         return {
             name: reason
@@ -211,13 +234,31 @@ def from_module(
     fingerprint = _fingerprint(module)
     module = module.to(device)
     _cast(module, dtype)
-    places = find_places(module)  # again, now that its tensors are those that it computes with
-    originals = {layer: place.original for layer, place in places.items()}
-    layers = tuple(Layer(layer, *weight.shape) for layer, weight in originals.items())
-    reasons = why_kept(module, kept)
+    # Again, now that its tensors are those that it computes with.
+    found = find_places(module), find_embedding(module), find_head(module)
+    layers, embedding, head = map(_layers, found)
+    places = {layer: place for part in found for layer, place in part.items()}
     _check_attention(name, module, device, any(".experts." in layer for layer in places))
     return Model(
-        name, folder, module, tokenizer, layers, places, originals, kept, reasons, fingerprint
+        name=name,
+        folder=folder,
+        module=module,
+        tokenizer=tokenizer,
+        layers=layers,
+        embedding=embedding[0] if embedding else None,
+        head=head[0] if head else None,
+        places=places,
+        originals={layer: place.original for layer, place in places.items()},
+        kept=kept,
+        why_kept=why_kept(module, kept),
+        fingerprint=fingerprint,
+    )
+
+
+def _layers(places: Mapping[str, Place]) -> tuple[Layer, ...]:
+    shapes = {name: place.original.shape for name, place in places.items()}
+    return tuple(
+        Layer(name, rows, columns, places[name].tied) for name, (rows, columns) in shapes.items()
     )
 
 

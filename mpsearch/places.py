@@ -28,6 +28,7 @@ class Place:
         transposed: whether it is stored `(columns, rows)`.
         expert: index in a stacked parameter; None where the parameter is this layer's alone.
         rows: which of the expert's rows are the layer's.
+        tied: of an embedding, the output head that shares the parameter, if one does.
     """
 
     parameter: nn.Parameter
@@ -35,6 +36,7 @@ class Place:
     transposed: bool = False
     expert: int | None = None
     rows: slice = field(default_factory=lambda: slice(None))
+    tied: str = ""
 
     def part(self, tensor: Tensor) -> Tensor:
         """The layer's `(rows, columns)` view of a tensor shaped like the parameter.
@@ -105,6 +107,36 @@ def find_places(module: Any) -> dict[str, Place]:
         elif _stacks_experts(child):
             found.update(_expert_places(name, child))
     return found
+
+
+def find_embedding(module: Any) -> dict[str, Place]:
+    """The input embedding by its name, which a tied head shares; empty if it is no plain table.
+
+    Args:
+        module: a transformers model.
+    """
+    embedding = module.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        return {}
+    head = module.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    weight: Any = embedding.weight
+    place = Place(weight, weight.data, tied=_path(module, head) if tied else "")
+    return {_path(module, embedding): place}
+
+
+def find_head(module: Any) -> dict[str, Place]:
+    """The output head by its name; empty if it has no weight of its own, or is no linear.
+
+    Args:
+        module: a transformers model.
+    """
+    head = module.get_output_embeddings()
+    shared = {id(weight) for weight in _embedding_weights(module)}
+    if not isinstance(head, nn.Linear) or id(head.weight) in shared:
+        return {}
+    weight: Any = head.weight
+    return {_path(module, head): Place(weight, weight.data)}
 
 
 def why_kept(module: Any, names: Iterable[str]) -> dict[str, str]:
@@ -198,6 +230,10 @@ def _head_weight(module: Any) -> Tensor | None:
     return None if head is None else head.weight
 
 
+def _path(module: Any, wanted: nn.Module) -> str:
+    return next(str(name) for name, child in module.named_modules() if child is wanted)
+
+
 def _embedding_weights(module: Any) -> list[Tensor]:
     return [child.weight for child in module.modules() if isinstance(child, nn.Embedding)]
 
@@ -207,8 +243,7 @@ def _text_path(module: Any) -> str:
     config = module.config
     if config.get_text_config(decoder=True) is config:
         return ""
-    text = module.get_decoder()
-    return next(str(name) for name, child in module.named_modules() if child is text)
+    return _path(module, module.get_decoder())
 
 
 def _outside(text: str, path: str) -> str | None:

@@ -411,7 +411,10 @@ def _describe(space: ResolvedSpace) -> dict[str, Any]:
         "kept_bytes": space.kept_bytes,
         "groups": [
             {
-                "layers": [[layer.name, layer.rows, layer.columns] for layer in group.layers],
+                "layers": [
+                    [layer.name, layer.rows, layer.columns, *filter(None, [layer.tied])]
+                    for layer in group.layers
+                ],
                 "options": [fmt.name for fmt in space.options[group.name]],
             }
             for group in space.groups

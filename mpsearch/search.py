@@ -131,13 +131,13 @@ class _Search:
         quantizer = get_quantizer(wish.quantizer, space.target.name)
         check_formats(quantizer, all_layers(space))
         self.bank = Bank(model, quantizer, wish.calibration)
-        odd = sum(not place.is_linear for place in model.places.values())
+        odd = sum(not model.places[layer.name].is_linear for layer in model.layers)
         if odd:
             log.warning(
                 "%d of %d layers are stored transposed or are stacked experts, which exports "
                 "cannot hold quantized yet: what is found can be studied, not served",
                 odd,
-                len(model.places),
+                len(model.layers),
             )
 
     @property
@@ -248,7 +248,7 @@ def check_wish(space: ResolvedSpace, wish: Wish) -> None:
         wish.budget_bytes,
         smallest,
         largest,
-        f"{kept} of it are weights that are never quantized here; raise the budget to at least "
+        f"{kept} of it are weights that this space keeps in bf16; raise the budget to at least "
         f"{smallest / 2**20 + 0.01:.2f}MiB or allow smaller formats",
     )
     if wish.budget_bytes >= largest:

@@ -6,7 +6,12 @@
     rules:                               # later rules win
       - match: "*.down_proj"             # shell pattern on whole layer names
         formats: [int4-g64]
+    embedding: [int8-channel-unpacked]   # of the input embedding, and of a head tied to it
+    head: [int4-g64, bf16]               # of an output head with a weight of its own
     tie: fused                           # or lists of siblings to tie beyond what runtimes fuse
+
+The embedding and the head are not what `formats` and `rules` speak of: no pattern, however wide,
+reaches them, and without their keys they stay as they are.
 
 Every fault is one line that names the file, the line and the nearest valid word.
 """
@@ -23,7 +28,7 @@ import yaml
 
 from mpsearch.assignment import Assignment
 from mpsearch.errors import SpaceError
-from mpsearch.formats import FORMATS, Format, nearest
+from mpsearch.formats import BF16, FORMATS, Format, nearest
 from mpsearch.layers import Layer, LayerGroup, group_layers
 from mpsearch.targets import TARGETS, Target
 
@@ -35,11 +40,19 @@ class HasLayers(Protocol):
     def layers(self) -> Sequence[Layer]: ...
 
     @property
+    def embedding(self) -> Layer | None: ...
+
+    @property
+    def head(self) -> Layer | None: ...
+
+    @property
     def kept_bytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Rule:
+    """Formats of the layers that a pattern matches, or of the embedding or the head by that key."""
+
     match: str
     formats: tuple[str, ...]
     line: int
@@ -51,6 +64,8 @@ class SearchSpace:
 
     Attributes:
         ties: sibling names tied by the user, each with its line; beyond `target.fused`.
+        embedding: for the input embedding, which a tied head follows; None where it is kept.
+        head: for an output head with a weight of its own; None where it is kept.
     """
 
     target: Target
@@ -58,6 +73,8 @@ class SearchSpace:
     rules: tuple[Rule, ...] = ()
     ties: tuple[tuple[tuple[str, ...], int], ...] = ()
     source: str = "the default space"
+    embedding: Rule | None = None
+    head: Rule | None = None
 
     @classmethod
     def default(cls) -> SearchSpace:
@@ -86,13 +103,20 @@ class SearchSpace:
         """Bind the space to a model's layers.
 
         Raises:
-            SpaceError: a pattern or tie that matches nothing, or a group left without a format.
+            SpaceError: a pattern, tie or key that matches nothing, or a group without a format.
         """
         names = [layer.name for layer in model.layers]
         last_names = sorted({name.rpartition(".")[2] for name in names})
         patterns = [f"*.{last}" for last in last_names]
         for rule in self.rules:
             if not any(fnmatchcase(name, rule.match) for name in names):
+                for key, layer in (("embedding", model.embedding), ("head", model.head)):
+                    if layer and any(fnmatchcase(n, rule.match) for n in (layer.name, layer.tied)):
+                        raise self._fault(
+                            rule.line,
+                            f"pattern '{rule.match}' matches no layer: '{layer.name}' gets formats "
+                            f"by the key '{key}' alone",
+                        )
                 raise self._fault(
                     rule.line,
                     f"pattern '{rule.match}' matches no layer"
@@ -116,7 +140,39 @@ class SearchSpace:
         ties = _union([*self.target.fused, *(tie for tie, _ in self.ties)])
         groups = group_layers(model.layers, ties, self.target.fuses_experts)
         options = {group.name: self._options(group) for group in groups}
-        return ResolvedSpace(self, groups, options, model.kept_bytes)
+        kept_bytes = model.kept_bytes
+        for layer, rule in self._beside(model):
+            group = LayerGroup((layer,))
+            groups += (group,)
+            options[group.name] = _smallest_first(rule.formats, group)
+            kept_bytes -= BF16.stored_bytes(group)
+        return ResolvedSpace(self, groups, options, kept_bytes)
+
+    def _beside(self, model: HasLayers) -> list[tuple[Layer, Rule]]:
+        """The embedding and the head, if the space decides their formats."""
+        found = []
+        if self.embedding:
+            if model.embedding is None:
+                raise self._fault(
+                    self.embedding.line,
+                    "the model has no plain input embedding; leave 'embedding' out",
+                )
+            found.append((model.embedding, self.embedding))
+        if self.head:
+            if model.head is not None:
+                found.append((model.head, self.head))
+            elif model.embedding is None or not model.embedding.tied:
+                raise self._fault(
+                    self.head.line, "the model has no plain output head; leave 'head' out"
+                )
+            elif not self.embedding:
+                raise self._fault(
+                    self.head.line,
+                    "the model's output head is its embedding; "
+                    + ("rename 'head' to 'embedding'" if self.target.embedding else
+                       f"a {self.target.name} checkpoint keeps that in bf16, leave 'head' out"),
+                )  # fmt: skip
+        return found
 
     def _options(self, group: LayerGroup) -> tuple[Format, ...]:
         """Formats allowed for every layer of the group, smallest first."""
@@ -134,8 +190,7 @@ class SearchSpace:
                 f"the layers of '{group.name}' share one format, and these rules leave none in "
                 "common; give them the same formats",
             )
-        formats = [FORMATS[name] for name in allowed]
-        return tuple(sorted(formats, key=lambda fmt: (fmt.stored_bytes(group), fmt.name)))
+        return _smallest_first(allowed, group)
 
     def _fault(self, line: int, message: str) -> SpaceError:
         return SpaceError(f"{self.source}, line {line}: {message}")
@@ -146,9 +201,9 @@ class ResolvedSpace:
     """A space bound to a model: the decisions of the search.
 
     Attributes:
-        groups: the decisions, in model order.
+        groups: the decisions, in model order; the embedding and the head, if searched, are last.
         options: group name to its allowed formats, smallest first.
-        kept_bytes: stored bytes of everything that is not searched (embeddings, norms, head).
+        kept_bytes: stored bytes of everything that is not searched.
     """
 
     space: SearchSpace
@@ -194,6 +249,11 @@ class ResolvedSpace:
             for group in self.groups
             for layer in group.layers
         }
+
+
+def _smallest_first(names: Iterable[str], group: LayerGroup) -> tuple[Format, ...]:
+    formats = [FORMATS[name] for name in names]
+    return tuple(sorted(formats, key=lambda fmt: (fmt.stored_bytes(group), fmt.name)))
 
 
 def _union(ties: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
@@ -242,10 +302,10 @@ class _Reader:
             raise self.fault(node, f"{what} must be a plain word")
         return str(node.value)
 
-    def formats(self, node: yaml.Node, target: Target) -> tuple[str, ...]:
+    def formats(self, node: yaml.Node, target: Target, key: str = "formats") -> tuple[str, ...]:
         held = {fmt.name for fmt in target.formats}
         names: list[str] = []
-        for entry in self.sequence(node, "'formats'"):
+        for entry in self.sequence(node, f"'{key}'"):
             name = self.text(entry, "a format")
             if name not in FORMATS:
                 raise self.fault(entry, f"no format '{name}'{nearest(name, FORMATS)}")
@@ -260,6 +320,27 @@ class _Reader:
             names.append(name)
         return tuple(names)
 
+    def beside(
+        self, keys: Mapping[str, yaml.Node], key: str, target: Target, held: Sequence[Format]
+    ) -> Rule | None:
+        """The formats that the key `embedding` or `head` gives, of those that the target holds."""
+        if key not in keys:
+            return None
+        if not held:
+            raise self.fault(
+                keys[key], f"a {target.name} checkpoint keeps the {key} in bf16; leave '{key}' out"
+            )
+        names = self.formats(keys[key], target, key)
+        allowed = [fmt.name for fmt in held]
+        for name in names:
+            if name not in allowed:
+                raise self.fault(
+                    keys[key],
+                    f"format '{name}' cannot be the {key}'s in a {target.name} checkpoint; use "
+                    f"{', '.join(allowed)}",
+                )
+        return Rule(key, names, keys[key].start_mark.line + 1)
+
 
 def _parse(text: str, source: str) -> SearchSpace:
     reader = _Reader(source)
@@ -273,7 +354,9 @@ def _parse(text: str, source: str) -> SearchSpace:
         raise SpaceError(f"{source}: not YAML: {str(error).splitlines()[0]}") from None
     if root is None:
         raise SpaceError(f"{source}: the file is empty; start from search_spaces/")
-    keys = reader.mapping(root, ("version", "target", "formats", "rules", "tie"))
+    keys = reader.mapping(
+        root, ("version", "target", "formats", "rules", "embedding", "head", "tie")
+    )
     for required in ("version", "target", "formats"):
         if required not in keys:
             raise reader.fault(root, f"key '{required}' is missing")
@@ -321,4 +404,12 @@ def _parse(text: str, source: str) -> SearchSpace:
             ties.append((members, node.start_mark.line + 1))
     elif tie_node is not None and reader.text(tie_node, "'tie'") != "fused":
         raise reader.fault(tie_node, "'tie' is either the word fused or a list of lists of names")
-    return SearchSpace(target, formats, tuple(rules), tuple(ties), source)
+    return SearchSpace(
+        target,
+        formats,
+        tuple(rules),
+        tuple(ties),
+        source,
+        reader.beside(keys, "embedding", target, target.embedding_formats),
+        reader.beside(keys, "head", target, target.head_formats),
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from banks import INT2, INT4, Calibrated, Counting, files, weights_in
+from conftest import tiny_family
 from safetensors.torch import load_file
 
 from mpsearch import bank as bank_module
@@ -16,7 +17,7 @@ from mpsearch.calibration import Calibration
 from mpsearch.codecs import decode
 from mpsearch.errors import CheckError
 from mpsearch.evaluate import all_layers, quantized_layers
-from mpsearch.formats import BF16, Format
+from mpsearch.formats import BF16, FORMATS, Format
 from mpsearch.models import Model
 from mpsearch.quantizers.rounding import Rounding
 from mpsearch.space import ResolvedSpace
@@ -94,6 +95,21 @@ def test_only_calibrated_quantizers_get_statistics_of_their_layer(
     shapes = [tuple(s.gram.shape) for s in quantizer.seen if s is not None]
     assert shapes == [(layer.columns, layer.columns) for layer, fmt in wanted if fmt is INT2]
     assert {s.tokens for s in quantizer.seen if s is not None} == {32}
+
+
+def test_an_embedding_is_quantized_without_statistics_and_a_head_with_its_own(
+    tmp_path: Path,
+) -> None:
+    untied, quantizer = tiny_family("llama"), Calibrated()
+    embedding, head = untied.every_layer[-2:]
+    assert (embedding.name, head.name) == ("model.embed_tokens", "lm_head")
+    bank = Bank(untied, quantizer, Calibration(4, 8), root=tmp_path)
+    bank.build([(embedding, FORMATS["fp8"]), (head, INT4)])
+    of_embedding, of_head = quantizer.seen
+    assert of_embedding is None
+    assert of_head is not None
+    assert of_head.tokens == 32
+    assert data_bytes(bank.path("lm_head", INT4)) == INT4.layer_bytes(head)
 
 
 def test_progress_ends_where_it_said_it_would(tiny: Model, wanted: Wanted, tmp_path: Path) -> None:

@@ -276,6 +276,21 @@ def test_the_other_commands_put_data_on_stdout_and_the_next_step_on_stderr(
             assert "model.embed_tokens.weight" in outcome.out
 
 
+def test_an_embedding_with_formats_is_shown_among_the_groups_and_not_among_the_kept(
+    tiny_folder: Path, tmp_path: Path, mpsearch: Cli
+) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text(
+        "version: 1\ntarget: compressed-tensors\nformats: [int4-g64]\nembedding: [fp8, bf16]\n"
+    )
+    content = json.loads(mpsearch("layers", tiny_folder, "--space", space, "--json").out)
+    rows = {group["name"]: group["stored_bytes"] for group in content["groups"]}
+    words = rows["model.embed_tokens"]["bf16"] // 2 // 64
+    assert rows["model.embed_tokens"]["fp8"] == words * 64 + 2 * 2 * words
+    assert [row["reason"] for row in content["kept"]] == ["norm"]
+    assert sum(row["stored_bytes"] for row in content["kept"]) == content["kept_bytes"]
+
+
 def test_a_large_weight_of_an_unknown_kind_is_said_on_stderr(
     tiny_folder: Path, mpsearch: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

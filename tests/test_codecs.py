@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpsearch.codecs import decode, import_bitsandbytes, pack, quantization_args, stored_scale
+from mpsearch.codecs import (
+    compression,
+    decode,
+    import_bitsandbytes,
+    pack,
+    quantization_args,
+    stored_scale,
+)
 from mpsearch.errors import CheckError, UsageError
 from mpsearch.formats import BF16, FORMATS, Format
 
@@ -123,6 +130,35 @@ def test_arguments_say_what_the_format_is(fmt: Format) -> None:
     assert (args.num_bits, args.group_size) == (fmt.bits, fmt.group_size)
     assert (args.symmetric, args.type) == (fmt.symmetric, "int")
     assert args.strategy == ("group" if fmt.group_size else "channel")
+
+
+@pytest.mark.parametrize("name", ["int8-g64-unpacked", "int8-channel-unpacked"])
+def test_unpacked_codes_are_stored_a_byte_each_in_the_weights_place(name: str) -> None:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    codes, scale, fmt, _ = codes_and_scale(FORMATS[name], 12, 192)
+    stored = pack(codes, scale, fmt)
+    assert set(stored) == {"weight", "weight_scale"}
+    assert torch.equal(stored["weight"], codes)
+    weight = exact(codes, scale, fmt, None).bfloat16()
+    assert torch.equal(decode(stored, fmt), weight)
+    scheme = QuantizationScheme(targets=["Embedding"], weights=quantization_args(fmt))
+    library = BaseCompressor.get_value_from_registry("int-quantized")
+    assert torch.equal(library.decompress(dict(stored), scheme)["weight"], weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("int4-g64", "pack-quantized"),
+        ("int8-channel-asym", "pack-quantized"),
+        ("int8-g64-unpacked", "int-quantized"),
+        ("fp8", "float-quantized"),
+    ],
+)
+def test_a_config_says_how_a_format_is_stored(name: str, said: str) -> None:
+    assert compression(FORMATS[name]) == said
 
 
 def test_fp8_is_stored_as_it_is_and_multiplied_by_its_scale() -> None:

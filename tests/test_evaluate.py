@@ -305,6 +305,32 @@ def test_every_family_is_put_in_place_and_restored_to_the_bit(family: str, tmp_p
     assert (digest(model), places(model)) == (bits, where)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_are_put_in_place_and_restored_to_the_bit(
+    tied: bool, tmp_path: Path
+) -> None:
+    model = tiny_family("llama", tie_word_embeddings=tied)
+    keys = "embedding: [int8-g64-unpacked, bf16]\n" + ("" if tied else "head: [int2-g64]\n")
+    space = SearchSpace.parse(FEW + keys, "test").resolve(model)
+    bank = Bank(model, Rounding(), root=tmp_path)
+    bank.build(all_layers(space))
+    embedding, head = model.module.model.embed_tokens, model.module.lm_head
+    bits, where = digest(model), (embedding.weight.data_ptr(), head.weight.data_ptr())
+    with pytest.raises(ZeroDivisionError), Bench(space, bank) as bench:
+        bench.put(space.smallest)
+        unpacked = bank.weight("model.embed_tokens", FORMATS["int8-g64-unpacked"])
+        assert torch.equal(embedding.weight, unpacked)
+        packed = unpacked if tied else bank.weight("lm_head", FORMATS["int2-g64"])
+        assert torch.equal(head.weight, packed)
+        bench.put({**space.smallest, "model.embed_tokens": "bf16"})
+        assert embedding.weight.data_ptr() == where[0]
+        assert (head.weight.data_ptr() == where[1]) == tied
+        assert digest(model) != bits
+        _ = 1 / 0
+    assert digest(model) == bits
+    assert (embedding.weight.data_ptr(), head.weight.data_ptr()) == where
+
+
 def test_an_interrupt_within_a_stack_of_experts_is_undone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -214,6 +214,8 @@ def test_the_formats_are_these() -> None:
     } == {
         **integers,
         **{name: (*said, "int") for name, said in GPTQ.items()},
+        "int8-g64-unpacked": (8, "compressed-tensors", 64, True, "int"),
+        "int8-channel-unpacked": (8, "compressed-tensors", None, True, "int"),
         "fp8": (8, "compressed-tensors", None, True, "float"),
         "nf4": (4, "bitsandbytes", None, True, "float"),
         "nf4-dq": (4, "bitsandbytes", None, True, "float"),
@@ -226,6 +228,25 @@ def test_the_formats_are_these() -> None:
     assert [fmt.name for fmt in FORMATS.values() if not fmt.quantized] == ["bf16"]
     assert {name for name, fmt in FORMATS.items() if fmt.side_multiple != 1} == set(GPTQ)
     assert FORMATS["bf16"] is BF16
+
+
+@pytest.mark.parametrize(
+    ("name", "alone", "beside"),
+    [  # what stands beside the weight's own tensor is stored for the embedding and for the head
+        ("bf16", 71 * 192 * 2, 0),
+        ("fp8", 71 * 192, 71 * 2),
+        ("int8-channel-unpacked", 71 * 192, 71 * 2),
+        ("int8-g64-unpacked", 71 * 192, 71 * 3 * 2),
+        ("int4-g64", 0, 71 * 24 * 4 + 71 * 3 * 2 + 16),
+    ],
+)
+def test_a_tied_weight_is_stored_once_and_what_stands_beside_it_twice(
+    name: str, alone: int, beside: int
+) -> None:
+    fmt = FORMATS[name]
+    assert fmt.layer_bytes(Layer("e", 71, 192)) == alone + beside
+    assert fmt.layer_bytes(Layer("e", 71, 192, tied="h")) == alone + 2 * beside
+    assert fmt.packed == (alone == 0)
 
 
 def test_groups_fit_where_they_divide_the_columns_and_in_gptq_everywhere() -> None:

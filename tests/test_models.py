@@ -446,6 +446,8 @@ def test_kept_tensors_are_summed_by_reason_the_largest_first() -> None:
     assert [row["weights"] for row in rows] == [71 * 64, 71 * 64, 2 * 4 * 64, 5 * 64]
     assert sum(row["stored_bytes"] for row in rows) == model.kept_bytes
     assert sorted(name for row in rows for name in row["names"]) == sorted(model.kept)
+    searched = model.kept_by_reason({"model.embed_tokens", "lm_head"})
+    assert [row["reason"] for row in searched] == ["router", "norm"]
 
 
 # ------------------------------------------------------------------------------ unknown kinds

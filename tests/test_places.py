@@ -12,8 +12,16 @@ from conftest import FAMILIES, tiny_config, tiny_family
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
+from mpsearch.layers import Layer
 from mpsearch.models import Model
-from mpsearch.places import Place, expert_inputs, find_places, why_kept
+from mpsearch.places import (
+    Place,
+    expert_inputs,
+    find_embedding,
+    find_head,
+    find_places,
+    why_kept,
+)
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -87,7 +95,14 @@ def test_a_head_is_kept_and_counted_once_tied_or_not(family: str, tied: bool) ->
     assert reasons.count("output head") == (not tied)
     head = model.module.get_output_embeddings().weight
     assert (head is model.module.get_input_embeddings().weight) == tied
-    assert all(place.parameter is not head for place in model.places.values())
+    assert all(model.places[layer.name].parameter is not head for layer in model.layers)
+    embedding = model.module.get_input_embeddings()
+    named = {module: name for name, module in model.module.named_modules()}
+    heads_name = named[model.module.get_output_embeddings()]
+    assert model.embedding == Layer(named[embedding], 71, 64, tied=heads_name if tied else "")
+    assert model.head == (None if tied else Layer(heads_name, 71, 64))
+    assert model.places[named[embedding]].parameter is embedding.weight
+    assert tied or model.places[heads_name].parameter is head
 
 
 @families
@@ -98,7 +113,7 @@ def test_a_weight_put_in_place_is_the_one_that_the_model_computes_with(
     before, reference = digest(model.module), logits(model)
     for name, original in model.originals.items():
         assert model.places[name].weight.data_ptr() == original.data_ptr()
-    for layer in model.layers:
+    for layer in model.every_layer:
         place = model.places[layer.name]
         assert place.weight.shape == (layer.rows, layer.columns)
         other = torch.randn(layer.rows, layer.columns)
@@ -121,11 +136,30 @@ def test_the_weight_multiplies_the_layers_input(
     """Rows are outputs and columns inputs, however the module stores the weight."""
     model = models(family)
     for name, place in model.places.items():
-        if place.expert is None:
+        if place.expert is None and name != model.embedding.name:  # type: ignore[union-attr]
             module: Any = model.module.get_submodule(name)
             x = torch.randn(3, place.weight.shape[1])
             bias = 0 if module.bias is None else module.bias
             torch.testing.assert_close(module(x), x @ place.weight.T + bias)
+
+
+@families
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_put_in_place_is_looked_up_and_a_tied_head_multiplies_by_it(
+    family: str, tied: bool
+) -> None:
+    model = tiny_family(family, tie_word_embeddings=tied)
+    assert model.embedding is not None
+    before, other = digest(model.module), torch.randn(71, 64)
+    embedding, head = model.module.get_input_embeddings(), model.module.get_output_embeddings()
+    tokens, x = torch.tensor([3, 70, 3]), torch.randn(2, 64)
+    scale = getattr(embedding, "embed_scale", 1)  # Gemma's
+    was = head(x)
+    model.places[model.embedding.name].put(other)
+    assert torch.equal(embedding(tokens), other[tokens] * scale)
+    assert torch.equal(head(x), x @ other.T if tied else was)
+    model.restore()
+    assert digest(model.module) == before
 
 
 # ------------------------------------------------------------------------------ one place
@@ -237,6 +271,16 @@ def test_a_gate_without_experts_beside_it_is_a_layer() -> None:
     assert "model.layers.0.mlp.gate" in find_places(module)
 
 
+def test_a_lookup_that_is_no_plain_table_is_no_embedding_and_a_head_of_two_matrices_no_head() -> (
+    None
+):
+    model = tiny_family("llama").module
+    model.set_input_embeddings(nn.Linear(71, 64, bias=False))
+    assert find_embedding(model) == {}
+    model.set_output_embeddings(nn.Bilinear(64, 1, 71))
+    assert find_head(model) == {}
+
+
 def test_only_the_text_model_of_a_multimodal_wrapper_is_searched() -> None:
     vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64}
     vision |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
@@ -245,6 +289,8 @@ def test_only_the_text_model_of_a_multimodal_wrapper_is_searched() -> None:
     layers = find_places(module)
     assert len(layers) == 14
     assert all(name.startswith("model.language_model.layers.") for name in layers)
+    assert set(find_embedding(module)) == {"model.language_model.embed_tokens"}
+    assert set(find_head(module)) == {"lm_head"}
     names = [name for name, _ in module.named_parameters() if name[:-7] not in layers]
     reasons = why_kept(module, names)
     assert set(reasons.values()) == {

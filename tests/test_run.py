@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from math import sqrt
 from pathlib import Path
@@ -16,6 +17,8 @@ import pytest
 
 from mpsearch.assignment import Assignment
 from mpsearch.errors import ResourceError, RunError
+from mpsearch.formats import get_format
+from mpsearch.layers import Layer, LayerGroup
 from mpsearch.run import Point, Run, Score
 
 FIRST, SECOND = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
@@ -362,6 +365,20 @@ def test_create_refuses_whatever_is_there(run: Run, tmp_path: Path) -> None:
         with pytest.raises(RunError, match="--resume"):
             Run.create(path, run.question, run.space)
     assert a_file.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_tied_weight_keeps_its_size_when_the_run_is_opened_again(
+    run: Run, tmp_path: Path
+) -> None:
+    tied = LayerGroup((Layer("model.embed_tokens", 71, 64, tied="lm_head"),))
+    space = replace(
+        run.space,
+        groups=(*run.space.groups, tied),
+        options={**run.space.options, tied.name: (get_format("fp8"),)},
+    )
+    back = Run.open(Run.create(tmp_path / "new", run.question, space).folder).space
+    assert back.groups == space.groups
+    assert back.stored_bytes(back.smallest) == space.stored_bytes(space.smallest)
 
 
 def test_create_then_open_restores_the_space(run: Run, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -160,8 +161,7 @@ def exact_damage(
             error = bank.weight(layer.name, fmt) - original
             model.places[layer.name].put(original + step * error)
         found = torch.cat([found.double() for _, found, _ in work.continuations()])
-        for layer in model.layers:
-            model.places[layer.name].put(model.originals[layer.name])
+        model.restore()
         return found
 
     damage = {}
@@ -178,18 +178,22 @@ def exact_damage(
 # ------------------------------------------------------------------------------ is it right
 
 
-def test_the_mean_over_seeds_is_the_exact_fisher_damage(
-    tiny_space: ResolvedSpace, float32_bank: Bank
-) -> None:
-    # Answers of one to three words, which the model is unsure of: more terms, fewer rare ones.
+@pytest.fixture(scope="module")
+def wordy() -> FactSet:
+    """Answers of one to three words, which the model is unsure of: more terms, fewer rare ones."""
     answers = ["red", "red green", "blue", "white black brown", "flat long", "north"]
-    wordy = FactSet(
+    return FactSet(
         tuple(
             Fact("color", "the color of {} is", f"s{n}", answers[n % len(answers)])
             for n in range(48)
         ),
         "wordy",
     )
+
+
+def test_the_mean_over_seeds_is_the_exact_fisher_damage(
+    tiny_space: ResolvedSpace, float32_bank: Bank, wordy: FactSet
+) -> None:
     some = wordy.part("search")
     exact = exact_damage(tiny_space, float32_bank, wordy, some)
     mean = mean_damage(
@@ -199,6 +203,28 @@ def test_the_mean_over_seeds_is_the_exact_fisher_damage(
     assert np.exp(np.log(ratios).mean()) == pytest.approx(1, abs=0.15)
     assert 0.5 < ratios.min() <= ratios.max() < 2
     assert rank_correlation(list(mean.values()), [exact[key] for key in mean]) > 0.98
+
+
+def test_a_tied_embedding_takes_the_damage_of_both_its_uses(
+    float32_bank: Bank, wordy: FactSet
+) -> None:
+    """Central differences move the lookup and the head at once, as quantizing the weight does."""
+    text = "version: 1\ntarget: compressed-tensors\nformats: [int8-g64]\n"
+    text += "embedding: [fp8, int8-channel-unpacked, bf16]\n"
+    whole = SearchSpace.parse(text, "test").resolve(float32_bank.model)
+    alone = {"model.embed_tokens": whole.options["model.embed_tokens"]}
+    space = replace(whole, groups=whole.groups[-1:], options=alone)
+    float32_bank.build(all_layers(space))
+    some = wordy.part("search")
+    exact = exact_damage(space, float32_bank, wordy, some)
+    mean = mean_damage(
+        [measure_sensitivity(space, float32_bank, wordy, some, seed=seed) for seed in SEEDS]
+    )
+    assert len(exact) == 3
+    for (group, fmt), damage in mean.items():
+        assert damage == pytest.approx(exact[group, fmt], rel=0.25)
+        assert (damage > 0) == (fmt != "bf16")
+    assert not float32_bank.model.places["model.embed_tokens"].parameter.requires_grad
 
 
 def test_exact_fisher_damage_ranks_groups_as_measured_kl_does(

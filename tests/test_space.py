@@ -28,12 +28,17 @@ LINEARS = {
 }
 
 
+TIED = Layer("model.embed_tokens", 49152, 576, tied="lm_head")
+
+
 @dataclass(frozen=True)
 class Standin:
     """As much of a model as a space looks at."""
 
     layers: Sequence[Layer]
     kept_bytes: int = KEPT_BYTES
+    embedding: Layer | None = TIED
+    head: Layer | None = None
 
 
 def llama_like(blocks: int) -> Standin:
@@ -47,10 +52,16 @@ def llama_like(blocks: int) -> Standin:
 
 
 TWO_BLOCKS = llama_like(2)
+UNTIED = replace(
+    TWO_BLOCKS,
+    embedding=Layer("model.embed_tokens", 49152, 576),
+    head=Layer("lm_head", 49152, 576),
+)
+EMBEDDING_BYTES = 2 * 49152 * 576
 HEAD = "version: 1\ntarget: compressed-tensors\nformats: [int2-g64, int4-g64, bf16]\n"
 
 
-KEYS = "version, target, formats, rules, tie"
+KEYS = "version, target, formats, rules, embedding, head, tie"
 NO_LIST = "must be a list with at least one entry"
 
 
@@ -98,9 +109,10 @@ def test_the_shipped_bitsandbytes_file_has_nf4_beside_bf16() -> None:
 
 def test_every_shipped_file_resolves_against_a_llama() -> None:
     files = sorted(SHIPPED.glob("*.yaml"))
-    assert [path.stem for path in files] == ["bitsandbytes", "compressed_tensors", "gptq"]
-    for path in files:
-        assert len(SearchSpace.load(path).resolve(TWO_BLOCKS).groups) == 8
+    groups = {path.stem: len(SearchSpace.load(path).resolve(TWO_BLOCKS).groups) for path in files}
+    assert groups == {
+        "bitsandbytes": 8, "compressed_tensors": 8, "compressed_tensors_embedding": 9, "gptq": 8,
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------- parsing
@@ -201,6 +213,39 @@ FAULTS = {
     "rule formats outside formats": (
         rule("match: '*'", "formats: [int8-g64, bf16, int3-g64]"),
         "6: rule allows int3-g64, int8-g64, which 'formats' above does not list",
+    ),
+    "embedding not a list": (HEAD + "embedding: fp8\n", f"4: 'embedding' {NO_LIST}"),
+    "embedding packed": (
+        HEAD + "embedding: [fp8, int4-g64]\n",
+        "4: format 'int4-g64' cannot be the embedding's in a compressed-tensors checkpoint; use "
+        "int8-g64-unpacked, int8-channel-unpacked, fp8, bf16",
+    ),
+    "embedding where the target has none": (
+        "version: 1\ntarget: gptq\nformats: [gptq4-g64]\nembedding: [bf16]\n",
+        "4: a gptq checkpoint keeps the embedding in bf16; leave 'embedding' out",
+    ),
+    "head where the target has none": (
+        "version: 1\ntarget: bitsandbytes\nformats: [nf4]\nhead: [nf4]\n",
+        "4: a bitsandbytes checkpoint keeps the head in bf16; leave 'head' out",
+    ),
+    "head that is the embedding": (
+        HEAD + "head: [int4-g64]\n",
+        "4: the model's output head is its embedding; rename 'head' to 'embedding'",
+    ),
+    "head that is an embedding which the target keeps": (
+        "version: 1\ntarget: gptq\nformats: [gptq4-g64]\nhead: [gptq8-g64]\n",
+        "4: the model's output head is its embedding; a gptq checkpoint keeps that in bf16, leave "
+        "'head' out",
+    ),
+    "pattern of the embedding": (
+        rule("match: '*embed_tokens'", "formats: [bf16]"),
+        "5: pattern '*embed_tokens' matches no layer: 'model.embed_tokens' gets formats by the key "
+        "'embedding' alone",
+    ),
+    "pattern of the head that is the embedding": (
+        rule("match: lm_head", "formats: [bf16]"),
+        "5: pattern 'lm_head' matches no layer: 'model.embed_tokens' gets formats by the key "
+        "'embedding' alone",
     ),
     "tie another word": (
         HEAD + "tie: all\n",
@@ -444,3 +489,54 @@ def test_only_complete_assignments_of_allowed_formats_are_allowed() -> None:
     assert not space.allows({**chosen, first: "int8-g64"})
     assert not space.allows({**chosen, "model.embed_tokens": "bf16"})
     assert not space.allows({name: fmt for name, fmt in chosen.items() if name != first})
+
+
+# ------------------------------------------------------------------------ embedding and head
+
+
+@pytest.mark.parametrize("model", [TWO_BLOCKS, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("rules", ["", "rules: [{match: '*', formats: [int4-g64]}]\n"])
+def test_without_their_keys_no_pattern_however_wide_reaches_embedding_and_head(
+    model: Standin, rules: str
+) -> None:
+    space = parse(HEAD + rules).resolve(model)
+    assert len(space.groups) == 8
+    assert space.kept_bytes == KEPT_BYTES
+
+
+def test_a_tied_weight_is_one_group_and_leaves_the_kept_bytes() -> None:
+    space = parse(HEAD + "embedding: [bf16, fp8, int8-g64-unpacked]\n").resolve(TWO_BLOCKS)
+    assert space.groups[-1].name == "model.embed_tokens"
+    assert len(space.groups) == 9
+    options = space.options["model.embed_tokens"]
+    assert [fmt.name for fmt in options] == ["fp8", "int8-g64-unpacked", "bf16"]
+    assert space.kept_bytes == KEPT_BYTES - EMBEDDING_BYTES
+    before = parse(HEAD).resolve(TWO_BLOCKS)
+    assert space.stored_bytes(space.largest) == before.stored_bytes(before.largest)
+    saved = space.stored_bytes(space.largest) - space.stored_bytes(
+        {**space.largest, "model.embed_tokens": "fp8"}
+    )
+    assert saved == 49152 * 576 - 2 * 2 * 49152  # a byte a weight, less two scales a row
+
+
+def test_an_untied_head_takes_packed_formats_and_its_embedding_is_kept() -> None:
+    space = parse(HEAD + "head: [int2-g64, int4-g64]\n").resolve(UNTIED)
+    assert [group.name for group in space.groups][8:] == ["lm_head"]
+    assert [fmt.name for fmt in space.options["lm_head"]] == ["int2-g64", "int4-g64"]
+    assert space.kept_bytes == KEPT_BYTES - EMBEDDING_BYTES
+
+
+def test_with_both_keys_a_tied_head_follows_its_embedding() -> None:
+    both = HEAD + "embedding: [fp8]\nhead: [int4-g64]\n"
+    tied, untied = parse(both).resolve(TWO_BLOCKS), parse(both).resolve(UNTIED)
+    assert [group.name for group in tied.groups][8:] == ["model.embed_tokens"]
+    assert [group.name for group in untied.groups][8:] == ["model.embed_tokens", "lm_head"]
+    assert untied.kept_bytes == KEPT_BYTES - 2 * EMBEDDING_BYTES
+
+
+@pytest.mark.parametrize("key", ["embedding", "head"])
+def test_a_key_for_what_the_model_has_not_is_one_line(key: str) -> None:
+    bare = replace(TWO_BLOCKS, embedding=None, head=None)
+    message = fault(HEAD + f"{key}: [fp8]\n", bare)
+    assert message.startswith("my.yaml, line 4: the model has no plain ")
+    assert message.endswith(f"; leave '{key}' out")

@@ -23,8 +23,7 @@ from mpsearch.targets import TARGETS
                     for groups in ("g32", "g64", "g128", "channel")
                     for zero in ("", "-asym")
                 ),
-                "fp8",
-                "bf16",
+                *("int8-g64-unpacked", "int8-channel-unpacked", "fp8", "bf16"),
             },
         ),
         (
@@ -61,6 +60,26 @@ def test_all_but_bitsandbytes_mix_quantized_formats() -> None:
         "compressed-tensors": True,
         "gptq": True,
         "bitsandbytes": False,
+    }
+
+
+def test_heads_and_embeddings_get_what_a_loader_was_seen_to_take() -> None:
+    """What tests/export reloads, and no more."""
+    unpacked = {"int8-g64-unpacked", "int8-channel-unpacked", "fp8", "bf16"}
+    held = {
+        name: (
+            {fmt.name for fmt in target.head_formats},
+            {fmt.name for fmt in target.embedding_formats},
+        )
+        for name, target in TARGETS.items()
+    }
+    assert held == {
+        "compressed-tensors": (
+            {fmt.name for fmt in TARGETS["compressed-tensors"].formats},
+            unpacked,
+        ),
+        "gptq": ({fmt.name for fmt in TARGETS["gptq"].formats}, set()),
+        "bitsandbytes": (set(), set()),
     }
 
 

@@ -34,7 +34,11 @@ def write_checkpoint(
     Raises:
         UsageError: a quantized layer is no linear, and so nothing could load it.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in model.kept.items()}
+    tensors = {
+        name: tensor.contiguous()
+        for name, tensor in model.kept.items()
+        if name.removesuffix(".weight") not in formats
+    }
     names = {parameter: name for name, parameter in model.module.named_parameters()}
     for layer, fmt in formats.items():
         place = model.places[layer]
@@ -50,6 +54,8 @@ def write_checkpoint(
         else:
             for suffix, tensor in bank.stored(layer, fmt).items():
                 tensors[f"{layer}.{suffix}"] = tensor
+                if place.tied and suffix != "weight":  # the head decodes the shared codes itself
+                    tensors[f"{place.tied}.{suffix}"] = tensor.clone()
     weights = folder / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
     weights.chmod(0o644)  # a server may run as another user

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpsearch.bank import Bank
-from mpsearch.codecs import COMPRESSION, quantization_args
+from mpsearch.codecs import compression, quantization_args
 from mpsearch.export.checkpoint import write_checkpoint
 from mpsearch.formats import Format
 from mpsearch.models import Model
@@ -36,7 +36,10 @@ def write_compressed_tensors(
 
 
 def quantization_config(model: Model, formats: Mapping[str, Format]) -> dict[str, Any]:
-    """The `quantization_config` of config.json: a group a format, its layers by exact name."""
+    """The `quantization_config` of config.json: a group a format, its layers by exact name.
+
+    A head that is tied to an embedding is named beside it.
+    """
     from compressed_tensors.quantization import (
         QuantizationConfig,
         QuantizationScheme,
@@ -45,23 +48,26 @@ def quantization_config(model: Model, formats: Mapping[str, Format]) -> dict[str
 
     layers_of: dict[str, list[str]] = {}
     for layer, fmt in formats.items():
-        layers_of.setdefault(fmt.name, []).append(layer)
+        tied = model.places[layer].tied
+        layers_of.setdefault(fmt.name, []).extend([layer, tied] if tied else [layer])
     used = {fmt.name: fmt for fmt in formats.values() if fmt.quantized}
+    targets = {layer for name in used for layer in layers_of[name]}
     head = model.module.get_output_embeddings()
     heads = [name for name, module in model.module.named_modules() if module is head]
-    ways = {COMPRESSION[fmt.number] for fmt in used.values()}
+    unquantized = [*heads, *(layer for layer, fmt in formats.items() if not fmt.quantized)]
+    ways = {compression(fmt) for fmt in used.values()}
     config = QuantizationConfig(
         config_groups={
             name: QuantizationScheme(
                 targets=layers_of[name],
                 weights=quantization_args(fmt),
-                format=COMPRESSION[fmt.number],
+                format=compression(fmt),
             )
             for name, fmt in used.items()
         },
         format=ways.pop() if len(ways) == 1 else "mixed-precision",
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=heads + [layer for layer, fmt in formats.items() if not fmt.quantized],
+        ignore=[layer for layer in dict.fromkeys(unquantized) if layer not in targets],
     )
     dumped: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
     return dumped

@@ -32,31 +32,34 @@ def write_gptq(model: Model, bank: Bank, formats: Mapping[str, Format], folder: 
     Args:
         formats: layer name to format, for every searched layer.
     """
-    searched = (layer for layer in model.layers if layer.name in formats)
+    searched = (layer for layer in model.every_layer if layer.name in formats)
     if not all(formats[layer.name].whole_groups(layer) for layer in searched):
         log.warning(
             "the last group of some layers is short: gptqmodel's torch and Triton kernels load "
             "them (7.6), vLLM does not; for it, search groups that divide every layer's columns"
         )
-    quantization = quantization_config(formats)
+    quantization = quantization_config(formats, model.head.name if model.head else "")
     write_checkpoint(model, bank, formats, folder, quantization, dtype=torch.float16)
     # auto-gptq and its contemporaries look for the same in a file of its own.
     (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2))
 
 
-def quantization_config(formats: Mapping[str, Format]) -> dict[str, Any]:
+def quantization_config(formats: Mapping[str, Format], head: str = "") -> dict[str, Any]:
     """The `quantization_config` of config.json: the commonest format, then who differs from it.
 
     `checkpoint_format` gptq is the first version: a zero-point is stored less one.
+
+    Args:
+        head: name of the output head, which loaders take for unquantized unless `lm_head` is set.
     """
     used = Counter(fmt for fmt in formats.values() if fmt.quantized)
     base = used.most_common(1)[0][0]
     differing: dict[str, dict[str, int]] = {}
     for layer, fmt in formats.items():
         pattern = f"^{re.escape(layer)}$"
-        if not fmt.quantized:
+        if not fmt.quantized and layer != head:
             differing[f"-:{pattern}"] = {}
-        elif fmt != base and fmt.group_size is not None:
+        elif fmt.quantized and fmt != base and fmt.group_size is not None:
             differing[f"+:{pattern}"] = {"bits": fmt.bits, "group_size": fmt.group_size}
     return {
         "quant_method": "gptq",
@@ -66,6 +69,6 @@ def quantization_config(formats: Mapping[str, Format]) -> dict[str, Any]:
         "desc_act": False,
         "checkpoint_format": "gptq",
         "pack_dtype": "int32",
-        "lm_head": False,
+        "lm_head": head in formats and formats[head].quantized,
         **({"dynamic": differing} if differing else {}),
     }

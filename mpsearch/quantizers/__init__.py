@@ -29,8 +29,9 @@ class Quantizer(Protocol):
     """Chooses codes and scales for one weight matrix.
 
     `quantize` gets the float32 weight `(rows, columns)`, the formats wanted, and input statistics
-    if `calibrated`; it returns, for each format name, the tensors that `Format.tensors` lists, on
-    the weight's device. The weight is not modified. The result depends on the arguments alone.
+    if `calibrated`, unless it is an embedding, which has none; it returns, for each format name,
+    the tensors that `Format.tensors` lists, on the weight's device. The weight is not modified. The
+    result depends on the arguments alone.
     """
 
     name: str

@@ -28,7 +28,8 @@ class Gptq:
     All widths of a layer share its Hessian and its factorization. A group's range is the one of
     `CLIP` that leaves the least squared error. Scales are rounded as they are stored inside the
     column loop, so the errors that later columns absorb are those of the checkpoint. Floating-point
-    formats have no such scheme in the library: they are rounded to nearest.
+    formats have no such scheme in the library: they are rounded to nearest. So are embeddings,
+    which have no inputs whose products an error could harm.
     """
 
     name = "gptq"
@@ -69,7 +70,7 @@ class Gptq:
         from gptqmodel.quantization.gptq import SharedHessianFactorCache
 
         if statistics is None:
-            raise ValueError("GPTQ needs input statistics")
+            return self._rounding.quantize(weight, formats, None)
         floats = [fmt for fmt in formats if fmt.number == "float"]
         stored = self._rounding.quantize(weight, floats, None)
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)

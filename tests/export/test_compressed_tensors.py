@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_family
+from conftest import FAMILIES, build_tokenizer, tiny_config, tiny_family
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -20,7 +20,7 @@ from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank
 from mpsearch.errors import InfeasibleError, ResourceError, RunError, UsageError
 from mpsearch.evaluate import Bench, quantized_layers
-from mpsearch.models import Model, load_model
+from mpsearch.models import Model, from_module, load_model
 from mpsearch.quantizers import get_quantizer
 from mpsearch.space import ResolvedSpace, SearchSpace
 
@@ -35,7 +35,7 @@ with torch.inference_mode():
 weights = {
     name: module.weight.detach().clone().contiguous()
     for name, module in model.named_modules()
-    if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
 }
 assert "mpsearch" not in sys.modules
 save_file({"logits": logits.contiguous(), **weights}, out)
@@ -68,8 +68,11 @@ def check_export(
         bench.put(assignment)
         logits = model.module(torch.tensor([tokens])).logits
         weights = {
-            layer.name: model.places[layer.name].weight.detach().clone() for layer in model.layers
+            layer.name: model.places[layer.name].weight.detach().clone()
+            for layer in model.every_layer
         }
+        if model.embedding and model.embedding.tied:
+            weights[model.embedding.tied] = weights[model.embedding.name]
     loaded = reload(folder, tokens, tmp_path / "reloaded.safetensors")
     for name, weight in weights.items():
         assert torch.equal(loaded[name], weight.to(torch.bfloat16)), name
@@ -99,6 +102,81 @@ def test_other_groups_and_widths_and_fp8_reload_bit_equal(tiny: Model, tmp_path:
     ).resolve(tiny)
     assert len(space.groups) > len(formats)
     check_export(tiny, space, mixed(space, formats), [2, 5, 3, 23, 4], tmp_path)
+
+
+FEW = "version: 1\ntarget: compressed-tensors\nformats: [int4-g64, bf16]\n"
+TOKENS = [2, 5, 3, 23, 4]
+UNPACKED = ["int8-g64-unpacked", "int8-channel-unpacked", "fp8"]
+
+
+def bf16_family(family: str, tied: bool) -> Model:
+    """Computing in bf16 as the loader does, so that logits can be equal."""
+    torch.manual_seed(0)
+    module = AutoModelForCausalLM.from_config(tiny_config(family, tie_word_embeddings=tied))
+    cpu = torch.device("cpu")
+    return from_module(family, Path(), module, build_tokenizer(), cpu, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", UNPACKED)
+def test_a_tied_embedding_is_stored_once_and_reloads_bit_equal_in_both_its_places(
+    name: str, tmp_path: Path
+) -> None:
+    model = bf16_family("llama", tied=True)
+    space = SearchSpace.parse(f"{FEW}embedding: [{name}]\n", "test").resolve(model)
+    check_export(model, space, space.smallest, TOKENS, tmp_path)
+    stored = load_file(tmp_path / "export" / "model.safetensors")
+    assert {key for key in stored if "layers" not in key} == {
+        *("model.embed_tokens.weight", "model.embed_tokens.weight_scale"),
+        *("lm_head.weight_scale", "model.norm.weight"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("embedding", "head"),
+    [
+        ("int8-g64-unpacked", "int3-g64"),
+        ("fp8", "int4-channel"),
+        ("int8-channel-unpacked", "fp8"),
+        ("bf16", "int8-g64-unpacked"),
+        ("fp8", "bf16"),
+    ],
+)
+def test_an_untied_embedding_and_head_reload_bit_equal_each_in_its_own_format(
+    embedding: str, head: str, tmp_path: Path
+) -> None:
+    model = bf16_family("llama", tied=False)
+    keys = f"embedding: [{embedding}]\nhead: [{head}]\n"
+    space = SearchSpace.parse(FEW + keys, "test").resolve(model)
+    check_export(model, space, space.smallest, TOKENS, tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_of_every_family_reload_bit_equal(
+    family: str, tied: bool, tmp_path: Path
+) -> None:
+    """With every other layer in bf16, as not all of these can be stored quantized."""
+    model = bf16_family(family, tied)
+    keys = "rules: [{match: '*', formats: [bf16]}]\nembedding: [int8-g64-unpacked]\n"
+    keys += "" if tied else "head: [int4-g64]\n"
+    space = SearchSpace.parse(FEW + keys, "test").resolve(model)
+    folder = mps.export(model, space.smallest, out=tmp_path / "export", space=space)
+    theirs, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, output_loading_info=True
+    )
+    # compressed-tensors turns Gemma's fixed factor into a weight, which its class fills in itself.
+    assert info["missing_keys"] <= {"model.embed_tokens.embed_scale"}
+    assert not info["unexpected_keys"]
+    bank = Bank(model, get_quantizer(None, "compressed-tensors"))
+    tokens = torch.tensor([TOKENS])
+    with Bench(space, bank) as bench, torch.no_grad():
+        bench.put(space.smallest)
+        assert torch.equal(theirs(tokens).logits, model.module(tokens).logits)
+        found = dict(theirs.named_parameters())
+        for name, parameter in model.module.named_parameters(remove_duplicate=False):
+            assert torch.equal(found[name], parameter), name
+    stored = load_file(folder / "model.safetensors")
+    assert sum(t.nbytes for t in stored.values()) == space.stored_bytes(space.smallest)
 
 
 def test_zero_points_are_stored_as_compressed_tensors_unpacks_them(
@@ -145,6 +223,17 @@ def test_the_built_in_model_reloads_bit_equal_in_a_fresh_process(tmp_path: Path)
     tokens = model.tokenizer("The capital of France is Paris. The capital of Italy is")["input_ids"]
     assignment = mixed(space, ["int4-g64", "int3-g64", "int8-g64", "int4-g64", "int2-g64"])
     check_export(model, space, assignment, tokens, tmp_path)
+
+
+def test_the_built_in_models_tied_embedding_reloads_bit_equal_in_a_fresh_process(
+    tmp_path: Path,
+) -> None:
+    model = load_model("builtin:smollm2-135m")
+    text = "version: 1\ntarget: compressed-tensors\nformats: [int4-g64, bf16]\n"
+    text += "rules: [{match: '*', formats: [bf16]}]\nembedding: [int8-g64-unpacked]\n"
+    space = SearchSpace.parse(text, "test").resolve(model)
+    tokens = model.tokenizer("The capital of France is Paris. The capital of Italy is")["input_ids"]
+    check_export(model, space, space.smallest, tokens, tmp_path)
 
 
 def test_codes_are_the_banks_own(tiny: Model, tiny_space: ResolvedSpace, tmp_path: Path) -> None:
@@ -194,9 +283,6 @@ def test_a_full_disk_leaves_nothing_that_looks_finished(
     with pytest.raises((OSError, ResourceError)):
         mps.export(tiny, tiny_space.smallest, out=tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
-
-
-FEW = "version: 1\ntarget: compressed-tensors\nformats: [int4-g64, bf16]\n"
 
 
 @pytest.mark.parametrize(

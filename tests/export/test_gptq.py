@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_family
 from safetensors.torch import load_file
 
 import mpsearch as mps
@@ -37,7 +38,7 @@ weights = {}
 for name, module in model.named_modules():
     if hasattr(module, "qweight"):
         weights[name] = module.dequantize_weight().T.contiguous()
-    elif isinstance(module, torch.nn.Linear) and name != "lm_head":
+    elif isinstance(module, torch.nn.Linear):
         weights[name] = module.weight.detach().contiguous()
 assert "mpsearch" not in sys.modules
 save_file({"logits": logits.contiguous(), **weights}, out)
@@ -73,6 +74,17 @@ def test_a_mix_reloads_bit_equal_in_gptqmodel_in_a_fresh_process(
     pytest.importorskip("gptqmodel")
     assignment = mixed(space, bank)
     folder = mps.export(tiny, assignment, to="gptq", out=tmp_path / "export", space=space)
+    check_reload(tiny, space, assignment, bank, folder, tmp_path)
+
+
+def check_reload(
+    model: Model,
+    space: ResolvedSpace,
+    assignment: Assignment,
+    bank: Bank,
+    folder: Path,
+    tmp_path: Path,
+) -> None:
     tokens = [2, 5, 3, 23, 4]
     out = tmp_path / "reloaded.safetensors"
     subprocess.run(
@@ -86,11 +98,28 @@ def test_a_mix_reloads_bit_equal_in_gptqmodel_in_a_fresh_process(
     for name, fmt in space.layer_formats(assignment).items():
         weight = decode(bank.stored(name, fmt), fmt)
         assert torch.equal(loaded[name], weight.to(torch.float16)), name
-        tiny.places[name].put(weight.to(tiny.dtype))
+        model.places[name].put(weight.to(model.dtype))
     with torch.inference_mode():
-        logits = tiny.module(torch.tensor([tokens])).logits
-    tiny.restore()
+        logits = model.module(torch.tensor([tokens])).logits
+    model.restore()
     assert torch.allclose(loaded["logits"].float(), logits.float(), atol=0.5, rtol=0.05)
+
+
+@pytest.mark.parametrize("fmt", ["gptq3-g32", "gptq4-g64", "bf16"])
+def test_an_untied_head_reloads_bit_equal_in_gptqmodel(fmt: str, tmp_path: Path) -> None:
+    pytest.importorskip("gptqmodel")
+    model = tiny_family("llama", vocab_size=96)  # whole words of codes
+    text = f"version: 1\ntarget: gptq\nformats: [gptq4-g64]\nhead: [{fmt}]\n"
+    space = SearchSpace.parse(text, "test").resolve(model)
+    bank = Bank(model, get_quantizer("rounding", "gptq"), root=tmp_path / "bank")
+    assignment = Assignment.of(dict(space.smallest), json.dumps(bank.settings))
+    folder = mps.export(model, assignment, to="gptq", out=tmp_path / "export", space=space)
+    stored = load_file(folder / "model.safetensors")
+    assert sum(tensor.nbytes for tensor in stored.values()) == space.stored_bytes(assignment)
+    config = json.loads((folder / "quantize_config.json").read_text())
+    assert config["lm_head"] == (fmt != "bf16")
+    assert ("dynamic" in config) == (fmt == "gptq3-g32")
+    check_reload(model, space, assignment, bank, folder, tmp_path)
 
 
 def test_stored_tensors_are_the_banks_own_and_of_the_predicted_size(

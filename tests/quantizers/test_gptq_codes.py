@@ -7,6 +7,7 @@ import torch
 from contract import (
     COLUMNS,
     codes_of,
+    equal,
     inputs,
     installed,
     made_by,
@@ -86,9 +87,11 @@ def test_gptq_depends_on_the_mean_of_the_inputs_and_not_on_their_number(name: st
 
 
 @pytest.mark.parametrize("name", [pytest.param("gptq", marks=installed("gptq"))])
-def test_gptq_without_inputs_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="input statistics"):
-        quantizer(name).quantize(weight(), made_by(name), None)
+def test_gptq_rounds_what_has_no_inputs_as_an_embedding(name: str) -> None:
+    formats = [fmt for fmt in made_by(name) if fmt.container == "compressed-tensors"]
+    stored = quantizer(name).quantize(weight(), formats, None)
+    rounded = quantizer("rounding").quantize(weight(), formats, None)
+    assert all(equal(stored[fmt.name], rounded[fmt.name]) for fmt in formats)
 
 
 GPTQ_NAMES = [pytest.param(name, marks=installed(name)) for name in QUANTIZERS["gptq"]]
