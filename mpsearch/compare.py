@@ -78,8 +78,21 @@ class Comparison:
         """Whether the answer loss is no larger than what packing the facts otherwise gives."""
         return abs(self.overall.answer_loss.mean) <= self.noise.mean_nats
 
+    @property
+    def verdict(self) -> str:
+        """One plain sentence about the loss and the flips."""
+        all_facts, loss = self.overall, self.overall.answer_loss
+        figures = f"{loss.mean:.3f} nats [{loss.low:.3f}, {loss.high:.3f}]"
+        if self.below_noise or not loss.excludes_zero:
+            said = f"The answer loss, {figures}, is not beyond noise"
+        else:
+            said = f"An answer loses {figures}" if loss.mean > 0 else f"An answer gains {figures}"
+        flips = f"{all_facts.forgotten} facts forgotten and {all_facts.gained} gained"
+        balance = "more than chance" if all_facts.p < 0.05 else "no more one way than by chance"
+        return f"{said}; {flips}, {balance} (p = {all_facts.p:.3g})."
+
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "below_noise": self.below_noise}
+        return {**asdict(self), "below_noise": self.below_noise, "verdict": self.verdict}
 
 
 def compare(

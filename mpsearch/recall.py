@@ -15,6 +15,7 @@ Answer loss is the reference's log-probability of the answer minus the candidate
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,31 @@ from mpsearch.errors import CheckError, UsageError
 from mpsearch.facts import Fact, FactSet
 from mpsearch.forward import Pass, TokenSequence
 from mpsearch.models import Model
-from mpsearch.scores import FactScores, NoiseFloor, RelationRecall, by_relation
+from mpsearch.scores import (
+    FactScores,
+    NoiseFloor,
+    RecallSummary,
+    RelationRecall,
+    by_relation,
+    summarize,
+)
 
 SHOTS = 4
 _NOISE_ROW_TOKENS = 192  # a row size that no other pass uses
+_NOISE_FACTS = 128
+
+
+@dataclass(frozen=True, eq=False)
+class FirstTokens:
+    """What KL is measured from, without the model that said it.
+
+    Attributes:
+        log_probs: `(facts, vocab)` at the first answer token.
+    """
+
+    model_name: str
+    sequences: tuple[TokenSequence, ...]
+    log_probs: Tensor
 
 
 class RecallProxy:
@@ -42,12 +64,13 @@ class RecallProxy:
         facts: the ones to ask, usually one partition.
         contrast: whether to ask the distractors too.
         shots: solved examples before each question, where the relation has that many.
-        against: another model's proxy of the same facts, from which KL is measured; by default
-            from these weights.
+        against: another model's first tokens on the same facts, from which KL is measured; by
+            default these weights' own.
+        row_tokens: at most so many go through the model at once; None for the pass's own choice.
     Attributes:
         reference: the scores of the weights that the model holds now.
         chances: `(facts,)` probability that a blind guess among the answers asked is right.
-        first: `(facts, vocab)` log-probabilities at the first answer token, from which KL is.
+        first: what KL is measured from.
     Raises:
         UsageError: `against` reads the facts as other tokens.
     """
@@ -60,7 +83,8 @@ class RecallProxy:
         *,
         contrast: bool,
         shots: int = SHOTS,
-        against: RecallProxy | None = None,
+        against: FirstTokens | None = None,
+        row_tokens: int | None = None,
     ):
         self.facts = tuple(facts)
         self.relations = [fact.relation for fact in self.facts]
@@ -77,16 +101,17 @@ class RecallProxy:
         self._lengths = np.array([len(s.tokens) - s.start for s in sequences])
         self.chances = np.array([1 / len(answers) for answers in self._answers_of])
         self._contrast = contrast
-        self._model = model
-        self._sequences = sequences
-        self._pass = Pass(model, sequences)
-        if against is not None and against._sequences != sequences:
+        self._model, self._fact_set, self._shots = model, fact_set, shots
+        self._sequences = tuple(sequences)
+        size = {} if row_tokens is None else {"max_nodes": row_tokens}
+        self._pass = Pass(model, sequences, **size)
+        if against is not None and against.sequences != self._sequences:
             raise UsageError(
-                f"'{model.name}' reads these facts as other tokens than '{against._model.name}', "
-                "so their log-probabilities cannot be compared; compare a model with its own "
+                f"'{model.name}' reads these facts as other tokens than '{against.model_name}', so "
+                "their log-probabilities cannot be compared; compare a model with its own "
                 "quantizations"
             )
-        self.first: Tensor | None = None if against is None else against.first
+        self.first: FirstTokens | None = against
         self.reference = self.score()
 
     @property
@@ -100,22 +125,10 @@ class RecallProxy:
         Raises:
             CheckError: a log-probability is NaN; the weights or the arithmetic broke.
         """
-        return self._score(self._pass)
-
-    def noise_floor(self) -> NoiseFloor:
-        """What packing the facts into other rows changes; the model must hold the reference."""
-        other = Pass(self._model, self._sequences, max_nodes=_NOISE_ROW_TOKENS)
-        return NoiseFloor.between(self.reference, self._score(other), self.relations)
-
-    def by_relation(self) -> tuple[RelationRecall, ...]:
-        """Recall of each relation by the reference; the proxy must ask distractors."""
-        return by_relation(self.reference, self.relations, self.chances)
-
-    def _score(self, forward: Pass) -> FactScores:
         fact_of = {answers[0]: index for index, answers in enumerate(self._answers_of)}
         kl = np.zeros(len(self.facts))
         first_tokens = np.zeros(len(self.facts), dtype=np.int64)
-        reference = self.first
+        reference = None if self.first is None else self.first.log_probs
         firsts: list[tuple[int, Tensor]] = []
 
         def visit(index: int, log_probs: Tensor) -> None:
@@ -127,14 +140,15 @@ class RecallProxy:
             else:
                 kl[fact] = kl_divergence(reference[fact].to(log_probs.device), log_probs)
 
-        sums = forward.run(visit).numpy()
+        sums = self._pass.run(visit).numpy()
         if not np.isfinite(sums).all():
             raise CheckError(
                 f"{int((~np.isfinite(sums)).sum())} of {sums.size} answer log-probabilities are "
                 "NaN or infinite; the weights in place are broken"
             )
         if reference is None:
-            self.first = torch.stack([lp for _, lp in sorted(firsts, key=lambda f: f[0])])
+            ordered = torch.stack([lp for _, lp in sorted(firsts, key=lambda f: f[0])])
+            self.first = FirstTokens(self._model.name, self._sequences, ordered)
         top1 = [
             _is_prefix(self._model.tokenizer.decode([int(token)]), fact)
             for token, fact in zip(first_tokens, self.facts, strict=True)
@@ -145,6 +159,31 @@ class RecallProxy:
             margin = np.array([per_token[a[0]] - per_token[a[1:]].max() for a in self._answers_of])
         log_prob = sums[[answers[0] for answers in self._answers_of]]
         return FactScores(log_prob, kl, np.array(top1, dtype=bool), margin)
+
+    def noise_floor(self) -> NoiseFloor:
+        """What packing the facts into other rows changes; the model must hold the reference.
+
+        Measured on at most 128 facts, at even distances.
+        """
+        some = slice(None, None, -(-len(self.facts) // _NOISE_FACTS))
+        other = RecallProxy(
+            self._model,
+            self._fact_set,
+            self.facts[some],
+            contrast=self._contrast,
+            shots=self._shots,
+            row_tokens=_NOISE_ROW_TOKENS,
+        )
+        return NoiseFloor.between(self.reference.part(some), other.reference, other.relations)
+
+    def by_relation(self) -> tuple[RelationRecall, ...]:
+        """Recall of each relation by the reference; the proxy must ask distractors."""
+        return by_relation(self.reference, self.relations, self.chances)
+
+    def summary(self, generator: np.random.Generator) -> RecallSummary:
+        """The reference's recall with intervals over subjects; the proxy must ask distractors."""
+        subjects = [fact.subject for fact in self.facts]
+        return summarize(self.reference, self.relations, subjects, self.chances, generator)
 
 
 def prompt(fact_set: FactSet, fact: Fact, shots: int) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import sqrt
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.bootstrap import Interval
+from mpsearch.bootstrap import Interval, subject_bootstrap
 from mpsearch.estimates import relation_mean
 
 
@@ -36,18 +36,25 @@ class FactScores:
         """`(facts,)` bool, contrastive; None where distractors were not asked."""
         return None if self.margin is None else self.margin > 0
 
+    def part(self, some: slice) -> FactScores:
+        """The scores of some of the facts."""
+        margin = None if self.margin is None else self.margin[some]
+        return FactScores(self.log_prob[some], self.kl[some], self.top1[some], margin)
+
 
 @dataclass(frozen=True)
 class NoiseFloor:
     """What merely packing the same facts into other rows changes; a smaller difference is none.
 
     Attributes:
+        facts: on which it was measured.
         mean_nats: bound on the mean answer loss that it gives, with 95 % confidence.
         log_prob_nats: 95 % of the answers' log-probabilities move by at most this.
         margin_nats: the same of the margins; None where distractors were not asked.
         flips: facts that turn from right to wrong or back.
     """
 
+    facts: int
     mean_nats: float
     log_prob_nats: float
     margin_nats: float | None
@@ -63,6 +70,7 @@ class NoiseFloor:
             margin = float(np.quantile(np.abs(a.margin - b.margin), 0.95))
             flips = int(((a.margin > 0) != (b.margin > 0)).sum())
         return cls(
+            change.size,
             abs(mean.mean) + 1.96 * mean.stderr,
             float(np.quantile(np.abs(change), 0.95)),
             margin,
@@ -91,6 +99,46 @@ class RelationRecall:
         """Whether recall beats chance by two standard errors of guessing."""
         error = sqrt(self.chance * (1 - self.chance) / self.facts)
         return self.recall.mean > self.chance + 2 * error
+
+
+@dataclass(frozen=True)
+class RecallSummary:
+    """How well a model answers a list of facts.
+
+    Attributes:
+        recall, top1, chance: means over relations of the means within them; the intervals are
+            over subjects.
+    """
+
+    facts: int
+    recall: Interval
+    top1: Interval
+    chance: float
+    relations: tuple[RelationRecall, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [{**asdict(row), "beats_chance": row.known} for row in self.relations]
+        return {**asdict(self), "relations": rows}
+
+
+def summarize(
+    scores: FactScores,
+    relations: Sequence[str],
+    subjects: Sequence[str],
+    chances: NDArray[Any],
+    generator: np.random.Generator,
+) -> RecallSummary:
+    """Recall over all facts and by relation; see `by_relation` for the arguments.
+
+    Args:
+        generator: of the bootstrap over subjects.
+    """
+    rows = by_relation(scores, relations, chances)
+    assert scores.correct is not None  # by_relation has refused that
+    recall, _ = subject_bootstrap(scores.correct, relations, subjects, generator)
+    top1, _ = subject_bootstrap(scores.top1, relations, subjects, generator)
+    chance = float(np.mean([row.chance for row in rows]))
+    return RecallSummary(len(relations), recall, top1, chance, rows)
 
 
 def by_relation(

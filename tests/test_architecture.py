@@ -35,10 +35,11 @@ WITH_TORCH = (
         "sensitivity",
         "samplers",
     ),
-    *("asked", "scorer", "search", "export", "plot", "doctor", "console", "cli"),
+    *("asked", "scorer", "search", "export", "plot", "doctor", "console", "recall_commands"),
+    "cli",
 )
 ORDER = (*WITHOUT_TORCH, *WITH_TORCH)
-LIGHT = (*WITHOUT_TORCH, "plot", "console", "cli")
+LIGHT = (*WITHOUT_TORCH, "plot", "console", "recall_commands", "cli")
 HEAVY = {"torch", "transformers", "optuna"}
 MOST_LINES = 450
 

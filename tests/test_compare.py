@@ -16,7 +16,7 @@ FACTS = [
     for relation in ("color", "place", "shape", "taste")
     for n in range(30)
 ]
-NOISE = NoiseFloor(mean_nats=0.01, log_prob_nats=0.02, margin_nats=0.05, flips=0)
+NOISE = NoiseFloor(facts=120, mean_nats=0.01, log_prob_nats=0.02, margin_nats=0.05, flips=0)
 
 
 def random_scores(seed: int = 0) -> FactScores:

@@ -322,7 +322,7 @@ def test_kl_against_another_model_is_what_one_model_swapped_would_show(
     module = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     whole = float32_model(module, damaged.tokenizer)
     before = RecallProxy(whole, wordy, facts, contrast=True)
-    after = RecallProxy(damaged, wordy, facts, contrast=True, against=before)
+    after = RecallProxy(damaged, wordy, facts, contrast=True, against=before.first)
     swapped = [damaged.places[layer.name].weight.clone() for layer in damaged.layers]
     for layer, weight in zip(damaged.layers, swapped, strict=True):
         whole.places[layer.name].put(weight)
@@ -341,7 +341,7 @@ def test_a_model_that_reads_other_tokens_is_not_compared(tiny: Model, tiny_facts
     )
     other = replace(tiny, tokenizer=tokenizer)
     with pytest.raises(UsageError, match="as other tokens"):
-        RecallProxy(other, tiny_facts, facts, contrast=True, against=before)
+        RecallProxy(other, tiny_facts, facts, contrast=True, against=before.first)
 
 
 def test_scores_do_not_depend_on_the_rows_beyond_rounding(
@@ -354,9 +354,11 @@ def test_scores_do_not_depend_on_the_rows_beyond_rounding(
     assert 0 < noise.log_prob_nats < ROUNDING  # float32: other rows, other order of sums
     assert noise.margin_nats is not None and 0 < noise.margin_nats < 2 * ROUNDING
     assert 0 < noise.mean_nats < ROUNDING
-    assert noise.flips == 0
+    assert (noise.flips, noise.facts) == (0, len(facts))
     monkeypatch.setattr(recall, "_NOISE_ROW_TOKENS", 512)
-    assert proxy.noise_floor() == NoiseFloor(0.0, 0.0, 0.0, 0)  # the very same rows
+    assert proxy.noise_floor() == NoiseFloor(len(facts), 0.0, 0.0, 0.0, 0)  # the very same rows
+    monkeypatch.setattr(recall, "_NOISE_FACTS", len(facts) // 2)
+    assert proxy.noise_floor().facts <= len(facts) // 2
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])

@@ -74,5 +74,5 @@ def test_the_noise_floor_is_what_differs_between_two_packings() -> None:
     assert found.margin_nats == pytest.approx(0.185)  # 95th of 0, 0.02, 0.1, 0.2
     assert found.flips == 1
     assert found.mean_nats == pytest.approx(1.96 * sqrt(0.02 / 2) / 2)
-    assert NoiseFloor.between(first, first, ["a"] * 4) == NoiseFloor(0, 0, 0, 0)
+    assert NoiseFloor.between(first, first, ["a"] * 4) == NoiseFloor(4, 0, 0, 0, 0)
     assert NoiseFloor.between(scores([0], None), scores([0], None), ["a"]).margin_nats is None
