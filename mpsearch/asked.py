@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
-from mpsearch.errors import UsageError
+from mpsearch.errors import CheckError, UsageError
 from mpsearch.facts import Fact, FactSet
 from mpsearch.models import Model
-from mpsearch.recall import RecallProxy, known_relations
+from mpsearch.recall import RecallProxy
 from mpsearch.run import Run
+from mpsearch.scores import RelationRecall
+
+log = logging.getLogger(__name__)
 
 MOST_FACTS = {"search": 500, "validation": 160, "test": 320}
 
@@ -25,7 +29,8 @@ def freeze_facts(run: Run, model: Model, facts: FactSet, search_facts: int) -> N
     """
     if "asked" in run.content:
         return
-    relations, known = known_facts(model, facts, search_facts)
+    gate, known = known_facts(model, facts, search_facts)
+    relations = [row.relation for row in gate if row.known]
     asked = {"search": known}
     for partition in ("validation", "test"):
         asked[partition] = balanced(facts.part(partition, relations), MOST_FACTS[partition])
@@ -36,7 +41,16 @@ def freeze_facts(run: Run, model: Model, facts: FactSet, search_facts: int) -> N
             )
     run.content["asked"] = {name: [f.relation for f in found] for name, found in asked.items()}
     run.content["subjects"] = {name: [f.subject for f in found] for name, found in asked.items()}
-    run.content["unknown_relations"] = [name for name in facts.relations if name not in relations]
+    run.content["gate"] = [
+        {
+            "relation": row.relation,
+            "facts": row.facts,
+            "recall": row.recall.mean,
+            "chance": row.chance,
+            "known": row.known,
+        }
+        for row in gate
+    ]
     run.save()
 
 
@@ -47,8 +61,14 @@ def asked_facts(run: Run, facts: FactSet, partition: str) -> tuple[Fact, ...]:
     return tuple(by_key[key] for key in keys)
 
 
-def known_facts(model: Model, facts: FactSet, most: int) -> tuple[tuple[str, ...], list[Fact]]:
-    """Relations that the reference knows, and at most `most` search facts that it gets right.
+def known_facts(
+    model: Model, facts: FactSet, most: int
+) -> tuple[tuple[RelationRecall, ...], list[Fact]]:
+    """The gate, and at most `most` search facts that the reference gets right and that pass it.
+
+    The gate is the reference's recall of search facts by relation: one on which it does not beat
+    chance by two standard errors holds nothing that a search could preserve. Which ones are left
+    out for that is logged.
 
     Raises:
         CheckError: it knows no relation.
@@ -57,11 +77,27 @@ def known_facts(model: Model, facts: FactSet, most: int) -> tuple[tuple[str, ...
     candidates = balanced(facts.part("search"), most * 3 // 2)
     if not candidates:
         raise UsageError(f"facts '{facts.source}': none is in the search partition; add facts")
-    gate = RecallProxy(model, facts, candidates, contrast=True)
-    relations = known_relations(gate)
-    correct = gate.reference.correct
-    right = [] if correct is None else [f for f, ok in zip(gate.facts, correct, strict=True) if ok]
-    return relations, balanced([f for f in right if f.relation in relations], most)
+    proxy = RecallProxy(model, facts, candidates, contrast=True)
+    gate = proxy.by_relation()
+    known = {row.relation for row in gate if row.known}
+    if not known:
+        raise CheckError(
+            "the reference answers no relation better than chance, so there is no knowledge to "
+            "preserve; use other facts or another model"
+        )
+    if left_out := [row for row in gate if not row.known]:
+        log.warning(
+            "%d of %d relations are left out, as the reference does not beat chance on them: %s",
+            len(left_out),
+            len(gate),
+            ", ".join(
+                f"{row.relation} ({row.recall.mean:.0%} of {row.facts}, chance {row.chance:.0%})"
+                for row in left_out
+            ),
+        )
+    correct = proxy.reference.correct
+    right = [] if correct is None else [f for f, ok in zip(proxy.facts, correct, strict=True) if ok]
+    return gate, balanced([fact for fact in right if fact.relation in known], most)
 
 
 def balanced(facts: Sequence[Fact], most: int) -> list[Fact]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mpsearch import __version__
+from mpsearch import __version__, recall_commands
 from mpsearch.errors import EXIT_INTERRUPTED, MpsearchError, ResourceError, RunError, UsageError
 
 
@@ -438,6 +438,7 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("-o", "--out", required=True, metavar="FILE", help=".png, .svg or .pdf")
     export.add_argument("-o", "--out", required=True, metavar="DIR")
     export.add_argument("--to", metavar="TARGET", help="the run's own target")
+    recall_commands.add_commands(add)
     add("doctor", _doctor, "say what this machine has and what mpsearch can use of it")
     return parser
 

@@ -15,7 +15,8 @@ from mpsearch.bank import Bank
 from mpsearch.estimates import Estimate, relation_mean
 from mpsearch.formats import BF16, Format
 from mpsearch.layers import Layer
-from mpsearch.recall import FactScores, RecallProxy
+from mpsearch.recall import RecallProxy
+from mpsearch.scores import FactScores
 from mpsearch.space import ResolvedSpace
 
 

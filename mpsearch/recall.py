@@ -6,7 +6,8 @@ Each fact is asked after a few solved examples of its relation. Scores per fact:
 - KL from the reference to the candidate at the first answer token, in nats;
 - top-1: the likeliest first token is a non-empty, case-insensitive prefix of the answer
   (the rule of the LRE study, Hernandez et al. 2023);
-- contrastive: the answer ranks first among distractors by log-probability per token.
+- margin: the answer's log-probability per token minus the best distractor's, in nats;
+- contrastive: the answer ranks first among the distractors, so the margin is above zero.
 
 Answer loss is the reference's log-probability of the answer minus the candidate's.
 """
@@ -19,32 +20,37 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from mpsearch.errors import CheckError
+from mpsearch.errors import CheckError, UsageError
 from mpsearch.facts import Fact, FactSet
 from mpsearch.forward import Pass, TokenSequence
 from mpsearch.models import Model
+from mpsearch.scores import (
+    FactScores,
+    NoiseFloor,
+    RecallSummary,
+    RelationRecall,
+    by_relation,
+    summarize,
+)
 
 SHOTS = 4
+_NOISE_ROW_TOKENS = 192  # a row size that no other pass uses
+_NOISE_FACTS = 128
 
 
 @dataclass(frozen=True, eq=False)
-class FactScores:
-    """What one model said about a fixed list of facts.
+class FirstTokens:
+    """What KL is measured from, without the model that said it.
 
     Attributes:
-        log_prob: `(facts,)` of the answer, in nats.
-        kl: `(facts,)` from the reference, in nats; zero for the reference itself.
-        top1: `(facts,)` bool.
-        correct: `(facts,)` bool, contrastive; None where distractors were not asked.
+        log_probs: `(facts, vocab)` at the first answer token.
     """
 
-    log_prob: NDArray[Any]
-    kl: NDArray[Any]
-    top1: NDArray[Any]
-    correct: NDArray[Any] | None
+    model_name: str
+    sequences: tuple[TokenSequence, ...]
+    log_probs: Tensor
 
 
 class RecallProxy:
@@ -58,6 +64,15 @@ class RecallProxy:
         facts: the ones to ask, usually one partition.
         contrast: whether to ask the distractors too.
         shots: solved examples before each question, where the relation has that many.
+        against: another model's first tokens on the same facts, from which KL is measured; by
+            default these weights' own.
+        row_tokens: at most so many go through the model at once; None for the pass's own choice.
+    Attributes:
+        reference: the scores of the weights that the model holds now.
+        chances: `(facts,)` probability that a blind guess among the answers asked is right.
+        first: what KL is measured from.
+    Raises:
+        UsageError: `against` reads the facts as other tokens.
     """
 
     def __init__(
@@ -68,6 +83,8 @@ class RecallProxy:
         *,
         contrast: bool,
         shots: int = SHOTS,
+        against: FirstTokens | None = None,
+        row_tokens: int | None = None,
     ):
         self.facts = tuple(facts)
         self.relations = [fact.relation for fact in self.facts]
@@ -82,21 +99,25 @@ class RecallProxy:
                 ask(model, fact_set, fact, answer, shots) for answer in (fact.answer, *distractors)
             ]
         self._lengths = np.array([len(s.tokens) - s.start for s in sequences])
+        self.chances = np.array([1 / len(answers) for answers in self._answers_of])
         self._contrast = contrast
-        self._tokenizer = model.tokenizer
-        self._pass = Pass(model, sequences)
-        self._reference_first: Tensor | None = None
+        self._model, self._fact_set, self._shots = model, fact_set, shots
+        self._sequences = tuple(sequences)
+        size = {} if row_tokens is None else {"max_nodes": row_tokens}
+        self._pass = Pass(model, sequences, **size)
+        if against is not None and against.sequences != self._sequences:
+            raise UsageError(
+                f"'{model.name}' reads these facts as other tokens than '{against.model_name}', so "
+                "their log-probabilities cannot be compared; compare a model with its own "
+                "quantizations"
+            )
+        self.first: FirstTokens | None = against
         self.reference = self.score()
 
     @property
     def tokens(self) -> int:
         """Distinct tokens that scoring pushes through the model."""
         return self._pass.tokens
-
-    @property
-    def chance(self) -> float:
-        """Contrastive recall of blind guessing, averaged over facts."""
-        return float(np.mean([1 / len(answers) for answers in self._answers_of]))
 
     def score(self) -> FactScores:
         """Ask all facts of the weights that the model holds now.
@@ -107,7 +128,7 @@ class RecallProxy:
         fact_of = {answers[0]: index for index, answers in enumerate(self._answers_of)}
         kl = np.zeros(len(self.facts))
         first_tokens = np.zeros(len(self.facts), dtype=np.int64)
-        reference = self._reference_first
+        reference = None if self.first is None else self.first.log_probs
         firsts: list[tuple[int, Tensor]] = []
 
         def visit(index: int, log_probs: Tensor) -> None:
@@ -126,21 +147,43 @@ class RecallProxy:
                 "NaN or infinite; the weights in place are broken"
             )
         if reference is None:
-            self._reference_first = torch.stack(
-                [lp for _, lp in sorted(firsts, key=lambda f: f[0])]
-            )
+            ordered = torch.stack([lp for _, lp in sorted(firsts, key=lambda f: f[0])])
+            self.first = FirstTokens(self._model.name, self._sequences, ordered)
         top1 = [
-            _is_prefix(self._tokenizer.decode([int(token)]), fact)
+            _is_prefix(self._model.tokenizer.decode([int(token)]), fact)
             for token, fact in zip(first_tokens, self.facts, strict=True)
         ]
-        correct = None
+        margin = None
         if self._contrast:
             per_token = sums / self._lengths
-            correct = np.array(
-                [per_token[a[0]] > per_token[a[1:]].max() for a in self._answers_of], dtype=bool
-            )
+            margin = np.array([per_token[a[0]] - per_token[a[1:]].max() for a in self._answers_of])
         log_prob = sums[[answers[0] for answers in self._answers_of]]
-        return FactScores(log_prob, kl, np.array(top1, dtype=bool), correct)
+        return FactScores(log_prob, kl, np.array(top1, dtype=bool), margin)
+
+    def noise_floor(self) -> NoiseFloor:
+        """What packing the facts into other rows changes; the model must hold the reference.
+
+        Measured on at most 128 facts, at even distances.
+        """
+        some = slice(None, None, -(-len(self.facts) // _NOISE_FACTS))
+        other = RecallProxy(
+            self._model,
+            self._fact_set,
+            self.facts[some],
+            contrast=self._contrast,
+            shots=self._shots,
+            row_tokens=_NOISE_ROW_TOKENS,
+        )
+        return NoiseFloor.between(self.reference.part(some), other.reference, other.relations)
+
+    def by_relation(self) -> tuple[RelationRecall, ...]:
+        """Recall of each relation by the reference; the proxy must ask distractors."""
+        return by_relation(self.reference, self.relations, self.chances)
+
+    def summary(self, generator: np.random.Generator) -> RecallSummary:
+        """The reference's recall with intervals over subjects; the proxy must ask distractors."""
+        subjects = [fact.subject for fact in self.facts]
+        return summarize(self.reference, self.relations, subjects, self.chances, generator)
 
 
 def prompt(fact_set: FactSet, fact: Fact, shots: int) -> str:
@@ -166,16 +209,32 @@ def encode(
     """Tokens of context and continuation, and where the continuation starts.
 
     The text is tokenized whole, so a token that covers both sides of the boundary counts as the
-    continuation's. Special tokens that the tokenizer puts in front stay, those behind are dropped.
+    continuation's. Where that would leave nothing before it, as when a tokenizer without a
+    beginning token merges a one-token question with its answer, the two are tokenized apart.
+    Special tokens that the tokenizer puts in front stay, those behind are dropped.
     """
+    tokens, ends = _tokenize(tokenizer, context + continuation, add_special_tokens)
+    start = next(i for i, end in enumerate(ends) if end > len(context))
+    if start == 0:
+        tokens, _ = _tokenize(tokenizer, context, False)
+        start = len(tokens)
+        tokens += _tokenize(tokenizer, continuation, False)[0]
+    return TokenSequence(tuple(tokens), start)
+
+
+def _tokenize(tokenizer: Any, text: str, special: bool) -> tuple[list[int], list[int]]:
+    """Tokens and the characters at which they end, without special tokens behind the text."""
     encoded = tokenizer(
-        context + continuation, return_offsets_mapping=True, add_special_tokens=add_special_tokens
+        text,
+        return_offsets_mapping=True,
+        add_special_tokens=special,
+        padding=False,
+        truncation=False,
     )
-    tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    tokens, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
     while offsets[-1][0] == offsets[-1][1]:
         tokens, offsets = tokens[:-1], offsets[:-1]
-    start = next(i for i, (_, end) in enumerate(offsets) if end > len(context))
-    return TokenSequence(tuple(tokens), start)
+    return tokens, [end for _, end in offsets]
 
 
 def kl_divergence(reference: Tensor, candidate: Tensor) -> float:
@@ -186,30 +245,6 @@ def kl_divergence(reference: Tensor, candidate: Tensor) -> float:
     """
     divergence = (reference.exp() * (reference - candidate)).sum(dtype=torch.float64)
     return float(divergence.clamp(min=0.0))
-
-
-def known_relations(proxy: RecallProxy) -> tuple[str, ...]:
-    """Relations that the reference knows: contrastive recall beats chance by two standard errors.
-
-    Raises:
-        CheckError: it knows none, so there is nothing that a search could preserve.
-    """
-    correct = proxy.reference.correct
-    if correct is None:
-        raise ValueError("the gate needs a proxy that asks distractors")
-    known = []
-    for relation in dict.fromkeys(proxy.relations):
-        mine = [i for i, name in enumerate(proxy.relations) if name == relation]
-        chance = float(np.mean([1 / len(proxy._answers_of[i]) for i in mine]))
-        needed = chance + 2 * np.sqrt(chance * (1 - chance) / len(mine))
-        if float(correct[mine].mean()) > needed:
-            known.append(relation)
-    if not known:
-        raise CheckError(
-            "the reference answers no relation better than chance, so there is no knowledge to "
-            "preserve; use other facts or another model"
-        )
-    return tuple(known)
 
 
 def _is_prefix(predicted: str, fact: Fact) -> bool:

@@ -62,7 +62,7 @@ class Scorer:
         self._run.content[key] = {
             "recall": None if correct is None else relation_mean(correct, proxy.relations).mean,
             "top1": relation_mean(proxy.reference.top1, proxy.relations).mean,
-            "chance": proxy.chance,
+            "chance": relation_mean(proxy.chances, proxy.relations).mean,
         }
         self._run.save()
 

@@ -20,7 +20,8 @@ REPOSITORY = Path(__file__).parents[1]
 # A module imports only what stands above it; the table of CONTRIBUTING.md says the same.
 WITHOUT_TORCH = (
     *("errors", "layers", "formats", "targets", "budget", "assignment", "space"),
-    *("front", "estimates", "allocate", "files", "facts", "run"),
+    *("front", "estimates", "bootstrap", "significance", "scores", "allocate", "files", "facts"),
+    *("compare", "run"),
 )
 WITH_TORCH = (
     *("device", "builtin", "places", "models", "forward", "codecs", "quantizers"),
@@ -34,10 +35,11 @@ WITH_TORCH = (
         "sensitivity",
         "samplers",
     ),
-    *("asked", "scorer", "search", "export", "plot", "doctor", "console", "cli"),
+    *("asked", "scorer", "search", "export", "plot", "doctor", "console", "recall_commands"),
+    "cli",
 )
 ORDER = (*WITHOUT_TORCH, *WITH_TORCH)
-LIGHT = (*WITHOUT_TORCH, "plot", "console", "cli")
+LIGHT = (*WITHOUT_TORCH, "plot", "console", "recall_commands", "cli")
 HEAVY = {"torch", "transformers", "optuna"}
 MOST_LINES = 450
 

@@ -20,10 +20,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mpsearch.errors import CheckError, ModelError
+from mpsearch import recall
+from mpsearch.asked import known_facts
+from mpsearch.errors import CheckError, ModelError, UsageError
 from mpsearch.facts import Fact, FactSet
 from mpsearch.models import Model, from_module, load_model
-from mpsearch.recall import RecallProxy, ask, encode, kl_divergence, known_relations, prompt
+from mpsearch.recall import RecallProxy, ask, encode, kl_divergence, prompt
+from mpsearch.scores import NoiseFloor
 
 ROUNDING = 5e-5  # nats, float32 sums in another order; see test_forward.py
 
@@ -62,9 +65,11 @@ def wordy() -> FactSet:
     return FactSet(tuple(facts), "wordy")
 
 
-def naive_log_probs(model: Model, fact_set: FactSet, fact: Fact, answer: str) -> list[Tensor]:
+def naive_log_probs(
+    model: Model, fact_set: FactSet, fact: Fact, answer: str, shots: int = 4
+) -> list[Tensor]:
     """`(vocab,)` log-probabilities before each answer token, by one plain forward a token."""
-    examples = fact_set.demonstrations(fact.relation, 4)
+    examples = fact_set.demonstrations(fact.relation, shots)
     text = "".join(f"{e.prompt} {e.answer}\n" for e in examples) + fact.prompt
     tokens = model.tokenizer(text)["input_ids"]
     found = []
@@ -76,9 +81,9 @@ def naive_log_probs(model: Model, fact_set: FactSet, fact: Fact, answer: str) ->
     return found
 
 
-def naive_sum(model: Model, fact_set: FactSet, fact: Fact, answer: str) -> float:
+def naive_sum(model: Model, fact_set: FactSet, fact: Fact, answer: str, shots: int = 4) -> float:
     tokens = model.tokenizer(answer)["input_ids"]
-    steps = naive_log_probs(model, fact_set, fact, answer)
+    steps = naive_log_probs(model, fact_set, fact, answer, shots)
     return sum(float(step[token]) for step, token in zip(steps, tokens, strict=True))
 
 
@@ -136,7 +141,7 @@ def test_the_reference_has_no_kl_and_no_loss_against_itself(
     assert (again.kl == 0).all()
     assert (again.log_prob == proxy.reference.log_prob).all()
     assert (proxy.reference.kl == 0).all()
-    assert (again.correct is None) == (not contrast)
+    assert (again.correct is None) == (again.margin is None) == (not contrast)
 
 
 def test_kl_is_never_negative_and_zero_only_for_equals() -> None:
@@ -153,9 +158,9 @@ def test_contrastive_recall_compares_log_probability_per_token(
     damaged: Model, wordy: FactSet
 ) -> None:
     facts = wordy.part("search")
-    correct = RecallProxy(damaged, wordy, facts, contrast=True).score().correct
-    assert correct is not None
-    per_token, per_answer = [], []
+    scores = RecallProxy(damaged, wordy, facts, contrast=True).score()
+    assert scores.correct is not None and scores.margin is not None
+    per_token, per_answer, margins = [], [], []
     for fact in facts:
         sums, means = [], []
         for answer in (fact.answer, *wordy.distractors(fact)):
@@ -163,7 +168,9 @@ def test_contrastive_recall_compares_log_probability_per_token(
             means.append(sums[-1] / len(answer.split()))
         per_answer.append(max(sums) == sums[0])
         per_token.append(max(means) == means[0])
-    assert correct.tolist() == per_token
+        margins.append(means[0] - max(means[1:]))
+    assert scores.correct.tolist() == per_token
+    np.testing.assert_allclose(scores.margin, margins, atol=2 * ROUNDING, rtol=0)
     assert per_token != per_answer  # the rule matters here
 
 
@@ -174,6 +181,19 @@ def test_what_a_proxy_costs_does_not_grow_with_the_answers_asked(
     plain = RecallProxy(tiny, tiny_facts, facts, contrast=False)
     contrast = RecallProxy(tiny, tiny_facts, facts, contrast=True)
     assert plain.tokens == contrast.tokens  # one-word answers are predicted, never fed
+
+
+def test_without_examples_and_without_a_beginning_token_facts_are_asked_alone(
+    damaged: Model, wordy: FactSet
+) -> None:
+    assert damaged.tokenizer.bos_token is None
+    facts = wordy.part("search")
+    found = RecallProxy(damaged, wordy, facts, contrast=True, shots=0)
+    expected = [naive_sum(damaged, wordy, fact, fact.answer, shots=0) for fact in facts]
+    np.testing.assert_allclose(found.reference.log_prob, expected, atol=ROUNDING, rtol=0)
+    shown = RecallProxy(damaged, wordy, facts, contrast=True)
+    assert found.tokens < shown.tokens
+    assert not np.allclose(found.reference.log_prob, shown.reference.log_prob, atol=0.01)
 
 
 # --------------------------------------------------------------------------------- top-1
@@ -229,18 +249,22 @@ def test_top1_takes_a_nonempty_caseless_prefix_of_any_right_answer(said: str, co
 # --------------------------------------------------------------------------------- the gate
 
 
+def known(model: Model, facts: FactSet) -> tuple[str, ...]:
+    return tuple(row.relation for row in known_facts(model, facts, 500)[0] if row.known)
+
+
 def test_taught_facts_are_known(tiny: Model, tiny_facts: FactSet) -> None:
     proxy = RecallProxy(tiny, tiny_facts, tiny_facts.part("search"), contrast=True)
     assert proxy.reference.correct is not None
     assert proxy.reference.correct.mean() > 0.95
-    assert known_relations(proxy) == ("color", "place", "shape")
+    assert known(tiny, tiny_facts) == ("color", "place", "shape")
 
 
 def test_chance_is_one_over_the_answers_asked(tiny: Model, tiny_facts: FactSet) -> None:
     proxy = RecallProxy(tiny, tiny_facts, tiny_facts.part("search"), contrast=True)
-    counts = {relation: proxy.relations.count(relation) for relation in tiny_facts.relations}
-    expected = counts["color"] / 6 + counts["shape"] / 5 + counts["place"] / 4
-    assert proxy.chance == pytest.approx(expected / sum(counts.values()))
+    chances = {"color": 1 / 6, "shape": 1 / 5, "place": 1 / 4}
+    assert proxy.chances == pytest.approx([chances[name] for name in proxy.relations])
+    assert {row.relation: row.chance for row in proxy.by_relation()} == pytest.approx(chances)
 
 
 def test_shuffled_answers_give_chance(tiny: Model, tiny_facts: FactSet) -> None:
@@ -250,14 +274,21 @@ def test_shuffled_answers_give_chance(tiny: Model, tiny_facts: FactSet) -> None:
         proxy = RecallProxy(tiny, dealt, dealt.part("search"), contrast=True)
         assert proxy.reference.correct is not None
         recalls.append(proxy.reference.correct.mean())
-        errors.append(proxy.chance * (1 - proxy.chance) / len(proxy.facts))
-    assert abs(np.mean(recalls) - proxy.chance) < 3 * np.sqrt(np.mean(errors) / len(errors))
+        chance = proxy.chances.mean()
+        errors.append(chance * (1 - chance) / len(proxy.facts))
+    assert abs(np.mean(recalls) - chance) < 3 * np.sqrt(np.mean(errors) / len(errors))
 
 
-def test_a_relation_with_shuffled_answers_is_not_known(tiny: Model, tiny_facts: FactSet) -> None:
+def test_a_relation_with_shuffled_answers_is_left_out_and_reported(
+    tiny: Model, tiny_facts: FactSet, caplog: pytest.LogCaptureFixture
+) -> None:
     dealt = shuffled(tiny_facts, ("shape",), seed=0)
-    proxy = RecallProxy(tiny, dealt, dealt.part("search"), contrast=True)
-    assert known_relations(proxy) == ("color", "place")
+    gate, facts = known_facts(tiny, dealt, 500)
+    assert [row.relation for row in gate if row.known] == ["color", "place"]
+    assert {fact.relation for fact in facts} == {"color", "place"}
+    (shape,) = [row for row in gate if row.relation == "shape"]
+    assert "1 of 3 relations are left out" in caplog.text
+    assert f"shape ({shape.recall.mean:.0%} of {shape.facts}, chance 20%)" in caplog.text
 
 
 def test_a_model_of_random_weights_is_at_chance_and_refused(tiny_facts: FactSet) -> None:
@@ -270,15 +301,64 @@ def test_a_model_of_random_weights_is_at_chance_and_refused(tiny_facts: FactSet)
         assert proxy.reference.correct is not None
         recalls.append(proxy.reference.correct.mean())
         with pytest.raises(CheckError, match="no relation better than chance") as caught:
-            known_relations(proxy)
+            known_facts(model, tiny_facts, 500)
         assert "\n" not in str(caught.value)
-    assert np.mean(recalls) == pytest.approx(proxy.chance, abs=0.06)
+    assert np.mean(recalls) == pytest.approx(proxy.chances.mean(), abs=0.06)
 
 
-def test_the_gate_needs_distractors(tiny: Model, tiny_facts: FactSet) -> None:
+def test_recall_by_relation_needs_distractors(tiny: Model, tiny_facts: FactSet) -> None:
     proxy = RecallProxy(tiny, tiny_facts, tiny_facts.part("validation"), contrast=False)
     with pytest.raises(ValueError, match="distractors"):
-        known_relations(proxy)
+        proxy.by_relation()
+
+
+# ------------------------------------------------------------------- another model, other rows
+
+
+def test_kl_against_another_model_is_what_one_model_swapped_would_show(
+    damaged: Model, tiny: Model, tiny_folder: Path, wordy: FactSet
+) -> None:
+    facts = wordy.part("validation")
+    module = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    whole = float32_model(module, damaged.tokenizer)
+    before = RecallProxy(whole, wordy, facts, contrast=True)
+    after = RecallProxy(damaged, wordy, facts, contrast=True, against=before.first)
+    swapped = [damaged.places[layer.name].weight.clone() for layer in damaged.layers]
+    for layer, weight in zip(damaged.layers, swapped, strict=True):
+        whole.places[layer.name].put(weight)
+    expected = before.score()
+    assert expected.kl.max() > 0.01
+    assert np.array_equal(after.reference.kl, expected.kl)
+    assert np.array_equal(after.reference.log_prob, expected.log_prob)
+
+
+def test_a_model_that_reads_other_tokens_is_not_compared(tiny: Model, tiny_facts: FactSet) -> None:
+    facts = tiny_facts.part("validation")
+    before = RecallProxy(tiny, tiny_facts, facts, contrast=True)
+    tokenizer = build_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> $A", special_tokens=[("<pad>", 0)]
+    )
+    other = replace(tiny, tokenizer=tokenizer)
+    with pytest.raises(UsageError, match="as other tokens"):
+        RecallProxy(other, tiny_facts, facts, contrast=True, against=before.first)
+
+
+def test_scores_do_not_depend_on_the_rows_beyond_rounding(
+    taught: Model, tiny_facts: FactSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recall, "_NOISE_ROW_TOKENS", 40)
+    facts = tiny_facts.part("search")
+    proxy = RecallProxy(taught, tiny_facts, facts, contrast=True)
+    noise = proxy.noise_floor()
+    assert 0 < noise.log_prob_nats < ROUNDING  # float32: other rows, other order of sums
+    assert noise.margin_nats is not None and 0 < noise.margin_nats < 2 * ROUNDING
+    assert 0 < noise.mean_nats < ROUNDING
+    assert (noise.flips, noise.facts) == (0, len(facts))
+    monkeypatch.setattr(recall, "_NOISE_ROW_TOKENS", 512)
+    assert proxy.noise_floor() == NoiseFloor(len(facts), 0.0, 0.0, 0.0, 0)  # the very same rows
+    monkeypatch.setattr(recall, "_NOISE_FACTS", len(facts) // 2)
+    assert proxy.noise_floor().facts <= len(facts) // 2
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
@@ -353,6 +433,24 @@ def test_a_merge_inside_the_context_does_not_move_the_start() -> None:
     sequence = encode(tokenizer, "is it", " red")
     assert pieces(tokenizer, sequence.tokens) == ["i", "s ", *"it red"]
     assert pieces(tokenizer, sequence.tokens[sequence.start :]) == list(" red")
+
+
+def test_a_question_that_merges_whole_with_its_answer_is_tokenized_apart() -> None:
+    tokenizer = character_tokenizer(("s", " "), ("s ", "r"))
+    sequence = encode(tokenizer, "s", " red")
+    assert pieces(tokenizer, sequence.tokens) == list("s red")
+    assert sequence.start == 1
+    merged = encode(tokenizer, "is", " red")
+    assert pieces(tokenizer, merged.tokens) == ["i", "s r", "e", "d"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_tokenizer_that_pads_or_cuts_by_itself_does_neither(side: str) -> None:
+    plain = encode(character_tokenizer(), "it is", " red")
+    tokenizer = character_tokenizer(pad_token="<s>", padding_side=side, truncation_side=side)
+    tokenizer.backend_tokenizer.enable_padding(direction=side, length=32)
+    tokenizer.backend_tokenizer.enable_truncation(max_length=4, direction=side)
+    assert encode(tokenizer, "it is", " red") == plain
 
 
 @pytest.mark.parametrize("template", ["<s> $A", "$A </s>", "<s> $A </s>", "<s> <s> $A </s> </s>"])

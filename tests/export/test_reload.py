@@ -1,0 +1,95 @@
+"""An export loaded again is the candidate to the bit, and what cannot be scored says why."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import mpsearch as mps
+from mpsearch.assignment import Assignment
+from mpsearch.bank import Bank
+from mpsearch.errors import ModelError
+from mpsearch.evaluate import Bench
+from mpsearch.export.reload import load_any
+from mpsearch.facts import FactSet
+from mpsearch.models import Model
+from mpsearch.quantizers import get_quantizer
+from mpsearch.recall import RecallProxy
+from mpsearch.space import ResolvedSpace, SearchSpace
+
+
+def space_of(model: Model, target: str, *formats: str) -> ResolvedSpace:
+    text = f"version: 1\ntarget: {target}\nformats: [{', '.join(formats)}]\n"
+    return SearchSpace.parse(text, "test").resolve(model)
+
+
+def exported(model: Model, space: ResolvedSpace, out: Path) -> tuple[Path, Assignment]:
+    """Every format of the space in turn."""
+    options = list(space.options.items())
+    assignment = Assignment.of(
+        {name: formats[i % len(formats)].name for i, (name, formats) in enumerate(options)}
+    )
+    target = space.target.name
+    return mps.export(model, assignment, to=target, out=out, space=space), assignment
+
+
+@pytest.mark.parametrize(
+    "formats", [["int2-g64", "int3-g64", "int8-g64", "bf16"], ["fp8", "int4-g32", "int6-channel"]]
+)
+def test_a_reloaded_export_has_the_weights_and_scores_of_its_candidate(
+    tiny: Model, tiny_facts: FactSet, formats: list[str], tmp_path: Path
+) -> None:
+    space = space_of(tiny, "compressed-tensors", *formats)
+    folder, assignment = exported(tiny, space, tmp_path / "export")
+    loaded = load_any(str(folder))
+    facts = tiny_facts.part("validation")
+    proxy = RecallProxy(tiny, tiny_facts, facts, contrast=True)
+    bank = Bank(tiny, get_quantizer(None, "compressed-tensors"))
+    with Bench(space, bank) as bench:
+        scored = bench.evaluate(assignment, proxy).scores
+        for layer in tiny.layers:
+            assert torch.equal(loaded.places[layer.name].weight, tiny.places[layer.name].weight), (
+                layer.name
+            )
+    reloaded = RecallProxy(loaded, tiny_facts, facts, contrast=True, against=proxy.first)
+    assert scored.kl.max() > 0
+    for name in ("log_prob", "kl", "top1", "margin"):
+        assert (getattr(reloaded.reference, name) == getattr(scored, name)).all(), name
+    assert [layer.name for layer in loaded.layers] == [layer.name for layer in tiny.layers]
+
+
+def test_a_model_is_loaded_as_ever(tiny: Model, tiny_folder: Path) -> None:
+    assert load_any(str(tiny_folder)).fingerprint == tiny.fingerprint
+    with pytest.raises(ModelError, match="neither a folder here nor a hub id"):
+        load_any("no/such/folder")
+
+
+def test_what_transformers_cannot_load_is_one_line_that_names_what_can(
+    tiny: Model, tmp_path: Path
+) -> None:
+    for target, formats, words in (
+        ("gptq", ["gptq4-g64", "gptq3-g32"], "GPTQModel.load"),
+        ("compressed-tensors", ["int4-g64-asym"], "zero-points, .* vLLM can"),
+    ):
+        folder, _ = exported(tiny, space_of(tiny, target, *formats), tmp_path / formats[0])
+        with pytest.raises(ModelError, match=words) as caught:
+            load_any(str(folder))
+        assert "\n" not in str(caught.value)
+
+
+def test_other_quantized_and_damaged_folders_are_refused(tiny: Model, tmp_path: Path) -> None:
+    space = space_of(tiny, "compressed-tensors", "int4-g64")
+    folder, _ = exported(tiny, space, tmp_path / "export")
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ModelError, match="does not load") as caught:
+        load_any(str(folder))
+    assert "\n" not in str(caught.value)
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (other / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(ModelError, match="quantized by awq"):
+        load_any(str(other))
