@@ -59,6 +59,55 @@ CONTINENTS = {
 }
 CLDR = f"Unicode CLDR through Babel {version('babel')} (BSD-3-Clause, Unicode licence)"
 
+TEMPLATES = {
+    "airport_city": (
+        "The city of the airport with the code {} is",
+        "The city that is served by the airport with the code {} is",
+        "The letters on the luggage tag name the destination, and {} stands for",
+        "The name of the city with the airport {} is",
+    ),
+    "atomic_number": (
+        "The atomic number of {} is",
+        "In the periodic table, the number of {} is",
+        "The number of protons in an atom of {} is",
+        "The element number that chemists give to {} is",
+    ),
+    "country_code": (
+        "The two-letter country code of {} is",
+        "The two-letter ISO code of the country {} is",
+        "Two letters abbreviate the name of a country, and for {} they are",
+        "On the internet, the two-letter code for the country {} is",
+    ),
+    "currency_code": (
+        "The three-letter currency code of {} is",
+        "The ISO code of the currency of the country {} is",
+        "Banks write the currency of the country {} as",
+        "The three letters for the money of the country {} are",
+    ),
+}
+HOPS = {
+    "airport_city": {"range": "city", "first_hop": "the city of the airport with the code {}"},
+    "country_code": {
+        "domain": "country",
+        "second_hop": [
+            "The two-letter country code of {} is",
+            "The two-letter ISO code of {} is",
+            "The two letters that abbreviate the name of {} are",
+            "On the internet, the two-letter code for {} is",
+        ],
+    },
+    "currency_code": {
+        "domain": "country",
+        "second_hop": [
+            "The three-letter currency code of {} is",
+            "The ISO code of the currency of {} is",
+            "Banks write the currency of {} as",
+            "The three letters for the money of {} are",
+        ],
+    },
+}
+ALIASES = {"New York City": ["New York"]}
+
 Lines = list[dict[str, Any]]
 
 
@@ -67,12 +116,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare with the files, write none")
     check_only = parser.parse_args().check
     codes = country_codes()
-    for lines in (country_code(codes), currency_code(codes), atomic_number(), airport_city(codes)):
-        relation = lines[0]["relation"]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    for found in relations(codes):
+        relation = found[0]["relation"]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)
         path = BUILTIN / f"{relation}.jsonl"
         same = path.exists() and path.read_text(encoding="utf-8") == text
-        print(f"{relation}: {len(lines) - 1} facts, {'as in the file' if same else 'changed'}")
+        print(f"{relation}: {len(found) - 1} facts, {'as in the file' if same else 'changed'}")
         if not check_only:
             path.write_text(text, encoding="utf-8")
     for relation, disagreements in check(codes):
@@ -95,38 +144,43 @@ def country_codes() -> dict[str, str]:
     return {name: names[name] for name in sorted(countries - NATIONS.keys())}
 
 
-def relation(
-    name: str, templates: Iterable[str], source: str, answers: Mapping[str, str], **hops: Any
-) -> Lines:
-    template, *paraphrases = templates
-    head = {"relation": name, "template": template, "paraphrases": paraphrases, **hops}
+def relations(codes: Mapping[str, str]) -> Iterator[Lines]:
+    """The relations that the packages hold, each as the lines of its file."""
+    # The internet and CLDR differ for the United Kingdom: .uk and GB.
+    yield lines(
+        "country_code",
+        f"ISO 3166-1 alpha-2 codes, {CLDR}",
+        {country: code for country, code in codes.items() if code != "GB"},
+    )
+    yield lines(
+        "currency_code",
+        f"ISO 4217 codes of countries with one legal tender, {CLDR}",
+        {country: tender(code)[0] for country, code in codes.items() if len(tender(code)) == 1},
+    )
+    yield lines(
+        "atomic_number",
+        f"periodictable {version('periodictable')} (public domain)",
+        {element.name: str(element.number) for element in periodictable.elements if element.number},
+    )
+    yield lines(
+        "airport_city",
+        f"airportsdata {version('airportsdata')} (MIT): international airports of cities that "
+        "city_country or capital name",
+        airport_cities(codes),
+    )
+
+
+def lines(relation: str, source: str, answers: Mapping[str, str]) -> Lines:
+    template, *paraphrases = TEMPLATES[relation]
+    head = {"relation": relation, "template": template, "paraphrases": paraphrases}
+    head |= HOPS.get(relation, {})
+    head["source"] = f"{source}; written by benchmarks/generate_facts.py"
     facts = [
-        {"relation": name, "subject": subject, "answer": answer}
+        {"relation": relation, "subject": subject, "answer": answer}
+        | ({"aliases": ALIASES[answer]} if answer in ALIASES else {})
         for subject, answer in answers.items()
     ]
-    return [head | {"source": f"{source}; written by benchmarks/generate_facts.py"}, *facts]
-
-
-def country_code(codes: Mapping[str, str]) -> Lines:
-    return relation(
-        "country_code",
-        [
-            "The two-letter country code of {} is",
-            "The two-letter ISO code of the country {} is",
-            "Two letters abbreviate the name of a country, and for {} they are",
-            "On the internet, the two-letter code for the country {} is",
-        ],
-        f"ISO 3166-1 alpha-2 codes, {CLDR}",
-        # The internet and CLDR differ for the United Kingdom: .uk and GB.
-        {country: code for country, code in codes.items() if code != "GB"},
-        domain="country",
-        second_hop=[
-            "The two-letter country code of {} is",
-            "The two-letter ISO code of {} is",
-            "The two letters that abbreviate the name of {} are",
-            "On the internet, the two-letter code for {} is",
-        ],
-    )
+    return [head, *facts]
 
 
 def tender(code: str) -> list[str]:
@@ -134,72 +188,18 @@ def tender(code: str) -> list[str]:
     return list(get_territory_currencies(code, tender=True))
 
 
-def currency_code(codes: Mapping[str, str]) -> Lines:
-    return relation(
-        "currency_code",
-        [
-            "The three-letter currency code of {} is",
-            "The ISO code of the currency of the country {} is",
-            "Banks write the currency of the country {} as",
-            "The three letters for the money of the country {} are",
-        ],
-        f"ISO 4217 codes of countries with one legal tender, {CLDR}",
-        {country: tender(code)[0] for country, code in codes.items() if len(tender(code)) == 1},
-        domain="country",
-        second_hop=[
-            "The three-letter currency code of {} is",
-            "The ISO code of the currency of {} is",
-            "Banks write the currency of {} as",
-            "The three letters for the money of {} are",
-        ],
-    )
-
-
-def atomic_number() -> Lines:
-    return relation(
-        "atomic_number",
-        [
-            "The atomic number of {} is",
-            "In the periodic table, the number of {} is",
-            "The number of protons in an atom of {} is",
-            "The element number that chemists give to {} is",
-        ],
-        f"periodictable {version('periodictable')} (public domain)",
-        {element.name: str(element.number) for element in periodictable.elements if element.number},
-    )
-
-
-def airports(codes: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """IATA code, name and city of airports whose city the built-in facts know."""
-    cities = {line["subject"]: line["answer"] for line in read("city_country")}
-    cities |= {line["answer"]: line["subject"] for line in read("capital")}
+def airport_cities(codes: Mapping[str, str]) -> dict[str, str]:
+    """City by IATA code, of international airports whose city the built-in facts know."""
+    countries = {line["subject"]: line["answer"] for line in read("city_country")}
+    countries |= {line["answer"]: line["subject"] for line in read("capital")}
     codes = dict(codes) | NATIONS
+    found: dict[str, str] = {}
     for code, airport in sorted(airportsdata.load("IATA").items()):
         city = "New York City" if airport["city"] == "New York" else airport["city"]
-        if codes.get(cities.get(city, "")) == airport["country"]:
-            yield code, airport["name"], city
-
-
-def airport_city(codes: Mapping[str, str]) -> Lines:
-    found = {code: city for code, name, city in airports(codes) if "International" in name}
-    lines = relation(
-        "airport_city",
-        [
-            "The city of the airport with the code {} is",
-            "The city that is served by the airport with the code {} is",
-            "The letters on the luggage tag name the destination, and {} stands for",
-            "The name of the city with the airport {} is",
-        ],
-        f"airportsdata {version('airportsdata')} (MIT): international airports of cities that "
-        "city_country or capital name",
-        found,
-        range="city",
-        first_hop="the city of the airport with the code {}",
-    )
-    for line in lines[1:]:
-        if line["answer"] == "New York City":
-            line["aliases"] = ["New York"]
-    return lines
+        here = codes.get(countries.get(city, "")) == airport["country"]
+        if here and "International" in airport["name"]:
+            found[code] = city
+    return found
 
 
 def check(codes: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
