@@ -131,8 +131,14 @@ def test_a_question_that_gives_its_answer_away_is_not_asked(tmp_path: Path) -> N
 
 def test_only_a_range_that_is_the_domain_connects(tmp_path: Path) -> None:
     """Turkey the country is not the bird, nor Mercury the metal the god."""
-    facts = load(tmp_path / "f.jsonl", *enough({}))
-    assert not any("god" in relation for relation in compose(facts).relations)
+    cities, capitals = enough({})
+    path = tmp_path / "f.jsonl"
+    load(path, cities, capitals)
+    with path.open("a", encoding="utf-8") as stream:
+        for country in capitals:
+            god = {"relation": "god", "subject": country, "answer": f"the rule of {country}"}
+            stream.write(json.dumps(god) + "\n")
+    assert compose(FactSet.load(path)).relations == ("city/capital",)
 
 
 def test_a_pair_of_few_chains_is_left_out(tmp_path: Path) -> None:
