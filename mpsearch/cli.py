@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -80,17 +81,8 @@ def _resume_hint(args: argparse.Namespace) -> str:
     if args.command is not _search or not (Path(args.out) / "run.json").exists():
         return ""
     given = [f"--budget {shlex.quote(args.budget)}"]
-    for flag in (
-        "space",
-        "facts",
-        "quantizer",
-        "calibration",
-        "sampler",
-        "trials",
-        "search_facts",
-        "seed",
-        "time",
-    ):
+    flags = ("space", "facts", "quantizer", "calibration", "sampler", "trials", "search_facts")
+    for flag in (*flags, "seed", "time"):
         value = getattr(args, flag)
         if value is not None and value != args.defaults.get(flag):
             given.append(f"--{flag.replace('_', '-')} {shlex.quote(str(value))}")
@@ -235,6 +227,21 @@ def _sensitivity(args: argparse.Namespace) -> None:
     if args.out:
         table.save(Path(args.out))
     say(f"next: mpsearch search {args.model} --budget SIZE -o runs/NAME")
+
+
+def _list_facts(args: argparse.Namespace) -> None:
+    from mpsearch.console import emit_json, format_seconds, say, show_facts
+    from mpsearch.facts.describe import describe
+
+    began = time.monotonic()
+    description = describe(_facts(args))
+    say(f"read {description.source} in {format_seconds(time.monotonic() - began)}")
+    if args.json:
+        emit_json(description.to_json())
+    else:
+        show_facts(description)
+    given = f" --facts {shlex.quote(args.facts)}" if args.facts else ""
+    say(f"next: mpsearch search builtin:smollm2-135m --budget SIZE{given} -o runs/NAME")
 
 
 def _front(args: argparse.Namespace) -> None:
@@ -427,6 +434,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--seed", type=int, default=0, help="of every random choice (0)")
 
+    facts = add("facts", _list_facts, "list, check and describe a set of facts")
+    facts.add_argument(
+        "facts", nargs="?", metavar="FILE", help="JSONL, or a folder in the LRE format"
+    )
     add("front", _front, "print the validated points of a run").add_argument("run")
     show = add("show", _show, "print one point, block by block")
     plot = add("plot", _plot, "draw recall against size, and the bits by layer")

@@ -11,6 +11,8 @@ from typing import Any
 
 from mpsearch.budget import format_size
 from mpsearch.estimates import Estimate
+from mpsearch.facts import PARTITIONS
+from mpsearch.facts.describe import Description
 from mpsearch.run import ParetoFront, Point, Run
 
 _PLAIN_EVERY_SECONDS = 10.0
@@ -300,6 +302,35 @@ def show_kept(rows: Sequence[Mapping[str, Any]]) -> None:
             for row in rows
         ],
     )
+
+
+def show_facts(description: Description) -> None:
+    """A row a relation, one-hop relations first, the totals, and on standard error the warnings."""
+    table(
+        ["relation", "kind", "facts", *PARTITIONS, "templates", "answers", "with several",
+         "characters", "chance %"],
+        [
+            [
+                row.relation,
+                row.kind,
+                f"{row.facts:,}",
+                *(f"{row.partitions[name]:,}" for name in PARTITIONS),
+                str(row.templates),
+                f"{row.answers:,}",
+                f"{row.several_answers:,}",
+                "{:.0f}, at most {}".format(*row.answer_characters),
+                f"{row.chance * 100:.1f}",
+            ]
+            for row in description.relations
+        ],
+    )  # fmt: skip
+    emit(
+        f"{description.source}: {description.one_hop:,} one-hop facts, {description.two_hop:,} "
+        f"two-hop questions; {len(description.repeated)} questions asked twice with one answer, "
+        f"{len(description.contradicting)} with different answers"
+    )
+    for warning in description.warnings:
+        say(f"look at this: {warning}")
 
 
 def show_sensitivity(rows: Mapping[tuple[str, str], tuple[float, float]]) -> None:

@@ -30,7 +30,7 @@ from mpsearch.space import ResolvedSpace
 BUDGET = "57KiB"
 TRIALS = "40"
 COMMANDS = (
-    "search", "layers", "bank", "sensitivity", "front", "show", "plot", "export", "doctor",
+    "search", "layers", "bank", "sensitivity", "facts", "front", "show", "plot", "export", "doctor",
 )  # fmt: skip
 TALK = re.compile(r"loading |budget [\d.]+ [KMGT]iB \([\d,]+ bytes\)$|[a-z][^:]*: \d+/\d+")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import cProfile
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpsearch.errors import FactsError
-from mpsearch.facts import PARTITIONS, Fact, FactSet
+from mpsearch.facts import PARTITIONS, Fact, FactSet, jsonl
+from mpsearch.facts.describe import describe
 
 RELATION = '{"relation": "capital", "template": "The capital of {} is"}\n'
 SHARES = {"demonstrations": 0.10, "search": 0.45, "validation": 0.20, "test": 0.25}
@@ -51,8 +54,8 @@ def fault(path: Path, text: str) -> str:
 
 
 def test_there_are_enough_built_in_facts(builtin: FactSet) -> None:
-    assert len(builtin.facts) >= 600
-    assert len(builtin.relations) >= 8
+    assert len(builtin.facts) >= 3000
+    assert len(builtin.relations) >= 20
     assert builtin.source == "built-in"
 
 
@@ -104,7 +107,73 @@ def test_every_built_in_file_has_one_relation_named_after_it_and_its_source() ->
     for entry in files:
         lines = [json.loads(text) for text in entry.read_text(encoding="utf-8").splitlines()]
         assert {item["relation"] for item in lines} == {entry.name.removesuffix(".jsonl")}
-        assert lines[0].get("source"), entry.name
+        assert len(lines[0]["source"]) > 20, entry.name
+
+
+def test_every_fact_can_be_asked_in_four_ways(builtin: FactSet) -> None:
+    for fact in builtin.facts:
+        assert len(set(fact.templates)) == 4, fact.relation
+        for template in fact.templates:
+            assert template.count("{}") == 1
+            assert template == template.strip()
+            assert template.isprintable()
+            assert template[0].isupper()
+
+
+def test_the_main_templates_stay_what_was_measured(builtin: FactSet) -> None:
+    later = {"airport_city", "atomic_number", "country_code", "currency_code"}
+    templates = dict.fromkeys(f.template for f in builtin.facts if f.relation not in later)
+    assert len(templates) == 25
+    digest = hashlib.sha256("\n".join(templates).encode()).hexdigest()
+    assert digest.startswith("512b67f71ac4de06")
+
+
+def test_countries_are_spelled_the_same_everywhere(builtin: FactSet) -> None:
+    """Every answer that is a country leads to one, by spelling or alias: to a second hop."""
+    countries = {
+        fact.subject.casefold()
+        for about in builtin.about
+        if about.domain == "country"
+        for fact in builtin.of(about.name)
+    }
+    lost = {
+        fact.answer
+        for about in builtin.about
+        if about.range == "country"
+        for fact in builtin.of(about.name)
+        if not any(answer.casefold() in countries for answer in fact.accepted)
+    }
+    # No relation asks about Georgia, which is a state of the US too, and about Taiwan.
+    assert lost == {"Georgia", "Taiwan"}
+
+
+def test_a_subject_is_spelled_the_same_in_every_relation(builtin: FactSet) -> None:
+    spellings: dict[str, set[str]] = defaultdict(set)
+    for fact in builtin.facts:
+        plain = "".join(letter for letter in fact.subject.casefold() if letter.isalnum())
+        spellings[plain.removeprefix("the")].add(fact.subject)
+    differ = {tuple(sorted(found)) for found in spellings.values() if len(found) > 1}
+    # different things: the animal, the bird and the part of the eye
+    assert differ == {("Turkey", "turkey"), ("The Raven", "raven"), ("Iris", "iris")}
+
+
+def test_relations_about_the_same_thing_agree(builtin: FactSet) -> None:
+    capital_of = {fact.answer: fact.subject for fact in builtin.of("capital")}
+    for fact in builtin.of("city_country"):
+        assert fact.subject not in capital_of or capital_of[fact.subject] in fact.accepted, fact
+    symbols = {fact.subject for fact in builtin.of("element_symbol")}
+    assert symbols <= {fact.subject for fact in builtin.of("atomic_number")}
+    currencies: dict[str, set[str]] = defaultdict(set)  # a code is one currency
+    for fact in builtin.of("currency_code"):
+        currencies[fact.answer] |= {
+            named.answer for named in builtin.of("currency") if named.subject == fact.subject
+        }
+    assert {code for code, names in currencies.items() if len(names) > 1} == set()
+
+
+def test_the_file_names_no_question_twice(builtin: FactSet) -> None:
+    description = describe(builtin)
+    assert description.repeated == description.contradicting == ()
 
 
 def test_loading_twice_gives_the_same_facts_and_digest(builtin: FactSet) -> None:
@@ -198,6 +267,54 @@ def test_demonstrations_come_from_their_partition_in_one_order(builtin: FactSet)
     )
     backwards = FactSet(tuple(reversed(builtin.facts)), "backwards")
     assert backwards.demonstrations("capital", 4) == four
+
+
+# -------------------------------------------------------------------------------------- paraphrases
+
+
+PARAPHRASED = (
+    '{"relation": "capital", "template": "The capital of {} is", "paraphrases": '
+    '["The capital city of {} is ", "{} has the capital"]}\n'
+)
+
+
+def test_a_paraphrase_asks_the_same_fact_in_other_words(path: Path) -> None:
+    facts = loaded(path, PARAPHRASED + line() + line("Spain", "Madrid", template="{} rules from"))
+    france, spain = facts.facts
+    assert france.templates == (
+        *("The capital of {} is", "The capital city of {} is", "{} has the capital"),
+    )
+    assert spain.templates == ("{} rules from",)
+    assert [france.paraphrased(number).prompt for number in (0, 1, 2)] == [
+        *("The capital of France is", "The capital city of France is", "France has the capital"),
+    ]
+    assert set(france.paraphrased(2).templates) == set(france.templates)
+    with pytest.raises(IndexError):
+        spain.paraphrased(1)
+
+
+def test_a_paraphrased_set_asks_every_fact_that_has_the_paraphrase(path: Path) -> None:
+    facts = loaded(path, PARAPHRASED + line() + line("Spain", "Madrid", template="{} rules from"))
+    second = facts.paraphrased(2)
+    assert [fact.prompt for fact in second.facts] == ["France has the capital"]
+    assert second.facts[0].partition == facts.facts[0].partition
+    assert second.source == f"{path}, paraphrase 2"
+
+
+def test_a_paraphrased_set_shows_its_demonstrations_in_the_same_words(builtin: FactSet) -> None:
+    main, other = builtin.demonstrations("capital", 4), builtin.paraphrased(1)
+    shown = other.demonstrations("capital", 4)
+    assert [fact.subject for fact in shown] == [fact.subject for fact in main]
+    assert {fact.template for fact in shown} == {main[0].paraphrases[0]}
+    assert other.distractors(shown[0]) == builtin.distractors(main[0])
+
+
+def test_the_digest_is_that_of_what_a_search_asks(path: Path) -> None:
+    plain = loaded(path, RELATION + line())
+    assert loaded(path, PARAPHRASED + line()).digest == plain.digest
+    assert loaded(path, PARAPHRASED + line()).paraphrased(1).digest != plain.digest
+    for changed in (line(answer="Lyon"), line("Gaul"), line(aliases=["Paname"])):
+        assert loaded(path, RELATION + changed).digest != plain.digest
 
 
 # -------------------------------------------------------------------------------------- distractors
@@ -304,8 +421,51 @@ FAULTS = {
     ),
     "unknown key": (
         RELATION + line(anwser="x"),
-        "line 2: unknown key 'anwser'; known: aliases, answer, relation, source, subject, template",
+        "line 2: unknown key 'anwser' in a fact; known: aliases, answer, paraphrases, relation, "
+        "source, subject, template",
     ),
+    "an answer without subject": (
+        '{"relation": "capital", "template": "{} is", "answer": "Paris"}\n',
+        "line 1: unknown key 'answer' in a line without subject; known: domain, first_hop, ",
+    ),
+    "hops on a fact": (RELATION + line(domain="country"), "line 2: unknown key 'domain' in a fact"),
+    "paraphrases alone": (
+        RELATION + line(paraphrases=["{} is"]),
+        "line 2: 'paraphrases' without the 'template' that they rephrase",
+    ),
+    "a paraphrase without a place": (
+        '{"relation": "r", "template": "{} is", "paraphrases": ["it is"]}\n',
+        "line 1: template 'it is' needs exactly one {} for the subject",
+    ),
+    "a paraphrase twice": (
+        '{"relation": "r", "template": "{} is", "paraphrases": ["{} is "]}\n',
+        "line 1: a paraphrase repeats another template; each must differ",
+    ),
+    "a first hop to nowhere": (
+        '{"relation": "r", "template": "{} is", "first_hop": "the r of {}"}\n',
+        "line 1: 'first_hop' needs a 'range' to say what it connects to",
+    ),
+    "a second hop from nowhere": (
+        '{"relation": "r", "template": "{} is", "second_hop": ["The r of {} is"]}\n',
+        "line 1: 'second_hop' needs a 'domain' to say what it connects to",
+    ),
+    "a hop without a place": (
+        '{"relation": "r", "template": "{} is", "range": "r", "first_hop": "the r"}\n',
+        "line 1: template 'the r' needs exactly one {} for the subject",
+    ),
+    "empty alias": (
+        RELATION + line(aliases=["Paname", " "]),
+        "line 2: fact about 'France' has an empty alias; drop it",
+    ),
+    "the answer as an alias": (
+        RELATION + line(aliases=["Paris "]),
+        "line 2: fact about 'France' gives one right answer twice; keep each once",
+    ),
+    "an alias twice": (
+        RELATION + line(aliases=["Paname", "Paname"]),
+        "line 2: fact about 'France' gives one right answer twice; keep each once",
+    ),
+    "nested without end": (RELATION + "[" * 100_000 + "\n", "line 2: not "),
     "no template": (
         line(),
         "line 1: no template for relation 'capital' on or above this line",
@@ -353,8 +513,53 @@ FAULTS = {
         "line 2: 'subject' must be text, not NoneType",
     ),
     "blank subject": (RELATION + line("  "), "line 2: "),
-    "byte order mark": ("\ufeff" + RELATION, "line 1: not JSON: "),
 }
+
+
+def test_a_byte_order_mark_is_read_over(path: Path) -> None:
+    assert loaded(path, "\ufeff" + RELATION + line()) == loaded(path, RELATION + line())
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le"])
+def test_another_encoding_is_one_clear_line(path: Path, encoding: str) -> None:
+    path.write_bytes((RELATION + line().replace("Paris", "Orléans")).encode(encoding))
+    with pytest.raises(FactsError) as caught:
+        FactSet.load(path)
+    message = str(caught.value)
+    assert message.startswith(f"facts file '{path}'") or message.startswith(f"{path}, line 1: ")
+    assert len(message.splitlines()) == 1
+
+
+def test_accents_are_composed_so_that_equal_texts_compare_equal(path: Path) -> None:
+    apart = line("Cote d'Ivoire", "Bogota\u0301", aliases=["e\u0301t\u0065"])
+    fact = loaded(path, RELATION + apart).facts[0]
+    assert (fact.answer, fact.aliases) == ("Bogot\xe1", ("\xe9te",))
+
+
+def test_lines_are_read_one_by_one(path: Path) -> None:
+    """A fault is met before what follows is read, so memory is not that of the file."""
+    read = []
+
+    def lines() -> Iterator[tuple[str, int, str]]:
+        for number, text in enumerate([RELATION, line(), "{oops", line("Spain")], start=1):
+            read.append(number)
+            yield "file", number, text
+
+    with pytest.raises(FactsError, match="file, line 3: not JSON"):
+        jsonl.parse(lines())
+    assert read == [1, 2, 3]
+
+
+def test_reading_takes_a_fixed_number_of_steps_a_line(path: Path) -> None:
+    def steps(facts: int) -> int:
+        text = RELATION + "".join(line(f"country {n}", f"city {n % 50}") for n in range(facts))
+        path.write_text(text, encoding="utf-8")
+        profile = cProfile.Profile()
+        profile.runcall(lambda: describe(FactSet.load(path)))
+        return sum(entry.callcount for entry in profile.getstats())
+
+    few, many, more = steps(100), steps(1100), steps(2100)
+    assert more - many == pytest.approx(many - few, rel=0.02)
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -374,7 +579,6 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, path: Path) -> No
     path.write_bytes(RELATION.encode() + b'{"relation": "capital", "subject": "\xe4"}\n')
     for file, message in (
         (tmp_path / "none", f"facts file '{tmp_path / 'none'}': No such file or directory"),
-        (tmp_path, f"facts file '{tmp_path}': Is a directory"),
         (path, f"facts file '{path}' is not UTF-8 text; save it as UTF-8"),
     ):
         with pytest.raises(FactsError) as caught:
