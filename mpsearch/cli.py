@@ -348,7 +348,7 @@ def _model(args: argparse.Namespace) -> Any:
     say(f"loading {args.model}")
     from mpsearch.models import load_model
 
-    model = load_model(args.model)
+    model = load_model(args.model, chat_template=getattr(args, "chat_template", False))
     for name, reason in model.unrecognised.items():
         say(f"'{name}' stays as it is ({reason})")
     return model

@@ -10,12 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpsearch.models import Model
+
+# Attention is computed between all tokens of a row, most of which do not see each other; smaller
+# rows repeat more beginnings.
+MAX_NODES = 256
+_ROW_COST = 16  # of a row beside its tokens, in tokens
 
 
 @dataclass(frozen=True)
@@ -46,16 +52,6 @@ class Row:
     reads: list[tuple[int, list[int], list[int]]] = field(default_factory=list)
     _children: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
 
-    def missing(self, sequence: TokenSequence) -> int:
-        """Nodes that adding the sequence would add; its last token is predicted, never fed."""
-        node = -1
-        inputs = sequence.tokens[:-1]
-        for depth, token in enumerate(inputs):
-            if (child := self._children.get((node, token))) is None:
-                return len(inputs) - depth
-            node = child
-        return 0
-
     def add(self, index: int, sequence: TokenSequence) -> None:
         node, path = -1, []
         for depth, token in enumerate(sequence.tokens[:-1]):
@@ -78,17 +74,46 @@ class Row:
         return mask
 
 
-def pack(sequences: Sequence[TokenSequence], max_nodes: int = 512) -> list[Row]:
-    """Rows of at most `max_nodes` tokens, filled in order; a longer sequence gets its own row.
+def pack(sequences: Sequence[TokenSequence], max_nodes: int = MAX_NODES) -> list[Row]:
+    """Rows of at most `max_nodes` tokens, the cheapest to run; a longer sequence gets its own row.
 
-    Neighbours share most when sequences that begin alike stand together.
+    In sorted order a sequence adds to a trie just what it does not share with the one before. So a
+    cut costs what the two share, and the best cuts are a shortest path.
     """
+    inputs = [sequence.tokens[:-1] for sequence in sequences]  # a last token is never fed
+    order = sorted(range(len(inputs)), key=inputs.__getitem__)
+    added = [0] + [
+        len(inputs[here]) - _shared(inputs[before], inputs[here])
+        for before, here in pairwise(order)
+    ]
+    least = [0] + [0] * len(order)  # cost of the first so many sequences
+    cuts = [0] * len(least)  # where the last of their rows begins
+    for end in range(1, len(least)):
+        follows = 0  # nodes that a row's sequences after its first add
+        costs = {}
+        for start in reversed(range(end)):
+            nodes = len(inputs[order[start]]) + follows
+            if nodes <= max_nodes or start == end - 1:
+                costs[start] = least[start] + nodes + _ROW_COST
+            follows += added[start]
+            if follows >= max_nodes:
+                break
+        cuts[end] = min(costs, key=costs.__getitem__)
+        least[end] = costs[cuts[end]]
     rows: list[Row] = []
-    for index, sequence in enumerate(sequences):
-        if not rows or len(rows[-1].tokens) + rows[-1].missing(sequence) > max_nodes:
-            rows.append(Row())
-        rows[-1].add(index, sequence)
-    return rows
+    end = len(order)
+    while end > 0:
+        rows.append(Row())
+        for place in range(cuts[end], end):
+            rows[-1].add(order[place], sequences[order[place]])
+        end = cuts[end]
+    return rows[::-1]
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens of the common beginning."""
+    length = min(len(a), len(b))
+    return next((place for place in range(length) if a[place] != b[place]), length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +135,9 @@ class Pass:
         max_nodes: tokens in a row.
     """
 
-    def __init__(self, model: Model, sequences: Sequence[TokenSequence], max_nodes: int = 512):
+    def __init__(
+        self, model: Model, sequences: Sequence[TokenSequence], max_nodes: int = MAX_NODES
+    ):
         self.model = model
         self.count = len(sequences)
         self.rows = [self._prepare(row) for row in pack(sequences, max_nodes)]

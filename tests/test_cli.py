@@ -30,7 +30,8 @@ from mpsearch.space import ResolvedSpace
 BUDGET = "57KiB"
 TRIALS = "40"
 COMMANDS = (
-    "search", "layers", "bank", "sensitivity", "facts", "front", "show", "plot", "export", "doctor",
+    "search", "layers", "bank", "sensitivity", "facts", "recall", "compare", "front", "show",
+    "plot", "export", "doctor",
 )  # fmt: skip
 TALK = re.compile(r"loading |budget [\d.]+ [KMGT]iB \([\d,]+ bytes\)$|[a-z][^:]*: \d+/\d+")
 
@@ -348,6 +349,17 @@ def test_wishes_that_need_the_model_to_be_judged_are_refused_before_the_run_fold
     ):
         one_line(mpsearch(*question, *arguments, "-o", run), 2, *words)
         assert not run.exists()
+
+
+@pytest.mark.parametrize("name", ["search", "sensitivity", "recall"])
+def test_a_chat_template_that_the_model_has_not_is_refused(
+    name: str, question: list[str], tiny_folder: Path, mpsearch: Cli, tmp_path: Path
+) -> None:
+    given = [*question[1:], "-o", str(tmp_path / "run")] if name == "search" else [tiny_folder]
+    outcome = mpsearch(name, *given, "--chat-template")
+    assert outcome.code == 2
+    assert "has no chat template" in outcome.err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["no/such-model", "./nowhere", "builtin:gpt", "a b c"])

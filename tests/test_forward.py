@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mpsearch.forward import Pass, Row, TokenSequence, pack
+from mpsearch.forward import _ROW_COST, Pass, Row, TokenSequence, pack
 from mpsearch.models import Model, from_module
 
 VOCABULARY = 64
@@ -204,12 +204,39 @@ def test_a_row_has_one_node_for_each_distinct_prefix(
     sequences: list[TokenSequence], max_nodes: int
 ) -> None:
     rows = pack(sequences, max_nodes)
-    assert [index for row in rows for index, _, _ in row.reads] == list(range(len(sequences)))
+    indices = [index for row in rows for index, _, _ in row.reads]
+    assert sorted(indices) == list(range(len(sequences)))
     for row in rows:
         inputs = [sequences[index].tokens[:-1] for index, _, _ in row.reads]
         prefixes = {tokens[: end + 1] for tokens in inputs for end in range(len(tokens))}
         assert len(row.tokens) == len(prefixes)
         assert len(row.tokens) <= max_nodes or len(row.reads) == 1
+
+
+@given(sequences=_sequences.filter(lambda found: len(found) <= 8), max_nodes=st.integers(1, 20))
+@settings(max_examples=150, deadline=None)
+def test_no_cuts_of_the_sorted_sequences_are_cheaper(
+    sequences: list[TokenSequence], max_nodes: int
+) -> None:
+    inputs = sorted(sequence.tokens[:-1] for sequence in sequences)
+
+    def cost(part: list[tuple[int, ...]]) -> float:
+        nodes = len({tokens[: end + 1] for tokens in part for end in range(len(tokens))})
+        return nodes + _ROW_COST if nodes <= max_nodes or len(part) == 1 else float("inf")
+
+    def cheapest(rest: list[tuple[int, ...]]) -> float:
+        ends = range(1, len(rest) + 1)
+        return min((cost(rest[:end]) + cheapest(rest[end:]) for end in ends), default=0)
+
+    rows = pack(sequences, max_nodes)
+    assert sum(len(row.tokens) + _ROW_COST for row in rows) == cheapest(inputs)
+
+
+def test_rows_are_cut_between_questions_of_different_beginnings() -> None:
+    beginnings = [tuple(range(start, start + 10)) for start in (0, 20, 40)]
+    sequences = [TokenSequence((*b, n, 9), 11) for b in beginnings for n in range(60, 64)]
+    rows = pack(sequences, max_nodes=16)  # a beginning and its four questions are 14
+    assert [len(row.tokens) for row in rows] == [14, 14, 14]
 
 
 @given(sequences=_sequences)

@@ -12,8 +12,6 @@ import pytest
 from mpsearch.errors import FactsError
 from mpsearch.facts import Fact, FactSet
 
-PUBLISHED = Path(__file__).parents[3] / "shared" / "facts" / "lre"
-
 
 def relation(**changed: Any) -> dict[str, Any]:
     content = {
@@ -120,12 +118,3 @@ def test_a_folder_without_json_and_a_file_in_latin_1_are_refused(tmp_path: Path)
     (tmp_path / "a.json").write_bytes('{"name": "é"}'.encode("latin-1"))
     with pytest.raises(FactsError, match="is not UTF-8 text; save it as UTF-8"):
         FactSet.load(tmp_path)
-
-
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the LRE data set is not beside the project")
-def test_the_published_folder_is_read_whole() -> None:
-    facts = FactSet.load(PUBLISHED)
-    assert len(facts.relations) == 26
-    right = sum(len(fact.accepted) for fact in facts.facts)
-    assert right == 9675  # unique samples, of 9,696
-    assert all(facts.distractors(fact) for fact in facts.part("test"))
