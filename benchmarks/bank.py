@@ -46,15 +46,13 @@ from mpsearch.quantizers import InputStatistics, get_quantizer
 from mpsearch.space import ResolvedSpace, SearchSpace
 
 PACKED = [f"int{bits}-g64" for bits in (2, 3, 4, 5, 6, 8)]
-WITH_ZERO_POINTS = [f"{name}-asym" for name in PACKED]
-OTHER_GROUPS = ["int4-g32", "int4-channel"]
 COMPARED = {
-    "rounding": [*PACKED, *WITH_ZERO_POINTS, *OTHER_GROUPS, "fp8"],
-    "gptq": [*PACKED, "int4-g64-asym", *OTHER_GROUPS, *(f"gptq{b}-g64" for b in (2, 3, 4, 8))],
-    "hqq": WITH_ZERO_POINTS,
+    "rounding": [*PACKED, "int4-g64-asym", "int4-g32", "int4-channel", "fp8"],
+    "gptq": [*PACKED, "gptq4-g64"],
+    "hqq": [f"{name}-asym" for name in PACKED],
     "bitsandbytes": ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"],
 }
-AFTER_AWQ = {name: ["int3-g64", "int4-g64", "int4-g64-asym"] for name in ("rounding", "gptq")}
+AFTER_AWQ = {name: ["int3-g64", "int4-g64"] for name in ("rounding", "gptq")}
 WHOLE = ("int2-g64", "int3-g64", "int4-g64", "int8-g64")
 
 
