@@ -28,9 +28,13 @@ RELOAD = """
 import sys, torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-folder, tokens, out = sys.argv[1], eval(sys.argv[2]), sys.argv[3]
+folder, tokens, out, dtype = sys.argv[1], eval(sys.argv[2]), sys.argv[3], sys.argv[4]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-with torch.inference_mode():
+with torch.no_grad():
+    model(torch.tensor([[0]]))  # decompresses
+    for parameter in model.parameters():  # to the arithmetic of the candidate, on the same values
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(getattr(torch, dtype))
     logits = model(torch.tensor([tokens])).logits
 weights = {
     name: module.weight.detach().clone().contiguous()
@@ -49,9 +53,12 @@ def mixed(space: ResolvedSpace, formats: Sequence[str]) -> Assignment:
     )
 
 
-def reload(folder: Path, tokens: list[int], out: Path) -> dict[str, torch.Tensor]:
+def reload(
+    folder: Path, tokens: list[int], out: Path, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    arguments = [str(folder), repr(tokens), str(out), str(dtype).removeprefix("torch.")]
     subprocess.run(
-        [sys.executable, "-c", RELOAD, str(folder), repr(tokens), str(out)],
+        [sys.executable, "-c", RELOAD, *arguments],
         check=True,
         capture_output=True,
         timeout=300,
@@ -73,13 +80,10 @@ def check_export(
         }
         if model.embedding and model.embedding.tied:
             weights[model.embedding.tied] = weights[model.embedding.name]
-    loaded = reload(folder, tokens, tmp_path / "reloaded.safetensors")
+    loaded = reload(folder, tokens, tmp_path / "reloaded.safetensors", model.dtype)
     for name, weight in weights.items():
-        assert torch.equal(loaded[name], weight.to(torch.bfloat16)), name
-    if model.dtype == torch.bfloat16:
-        assert torch.equal(loaded["logits"], logits)
-    else:  # the candidate was scored in float32 arithmetic on the same weights
-        assert torch.allclose(loaded["logits"].float(), logits.float(), atol=0.5, rtol=0.05)
+        assert torch.equal(loaded[name], weight), name
+    assert torch.equal(loaded["logits"], logits)
 
     with safe_open(folder / "model.safetensors", framework="pt") as stored:
         tensors = [stored.get_tensor(name) for name in stored.keys()]  # noqa: SIM118
