@@ -35,11 +35,12 @@ WITH_TORCH = (
         "sensitivity",
         "samplers",
     ),
-    *("asked", "scorer", "search", "export", "plot", "doctor", "console", "recall_commands"),
+    *("asked", "scorer", "search", "export", "plot", "doctor", "console"),
+    *("recall_commands", "commands"),
     "cli",
 )
 ORDER = (*WITHOUT_TORCH, *WITH_TORCH)
-LIGHT = (*WITHOUT_TORCH, "plot", "console", "recall_commands", "cli")
+LIGHT = (*WITHOUT_TORCH, "plot", "console", "recall_commands", "commands", "cli")
 HEAVY = {"torch", "transformers", "optuna"}
 MOST_LINES = 450
 
