@@ -7,7 +7,10 @@ something to lose; everything runs offline.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from cli_cases import BUDGET, TRIALS, Cli, Outcome
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -25,7 +29,9 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
+from mpsearch import cli
 from mpsearch.bank import Wanted
 from mpsearch.facts import FactSet
 from mpsearch.formats import FORMATS
@@ -201,3 +207,50 @@ def wanted(tiny: Model) -> Wanted:
 def mpsearch_home(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Banks and small things of the tests go to a temporary home, unless the caller set one."""
     os.environ.setdefault("MPSEARCH_HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture
+def left_as_found() -> Iterator[None]:
+    """`main` sets a signal handler and a log handler for its whole process."""
+    handler = signal.getsignal(signal.SIGINT)
+    logger = logging.getLogger("mpsearch")
+    handlers, propagate = logger.handlers[:], logger.propagate
+    transformers_logging.disable_progress_bar()
+    yield
+    signal.signal(signal.SIGINT, handler)
+    logger.handlers[:], logger.propagate = handlers, propagate
+
+
+@pytest.fixture
+def mpsearch(left_as_found: None, capsys: pytest.CaptureFixture[str]) -> Cli:
+    def called(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return called
+
+
+@pytest.fixture
+def question(tiny_folder: Path, facts_file: Path) -> list[str]:
+    """A search, all but its -o."""
+    return [
+        "search", str(tiny_folder), "--facts", str(facts_file), "--budget", BUDGET,
+        "--trials", TRIALS,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def whole(tiny_folder: Path, facts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted search; read it only."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    code = cli.main(
+        ["search", str(tiny_folder), "--facts", str(facts_file), "--budget", BUDGET,
+         "--trials", TRIALS, "-o", str(out)]
+    )  # fmt: skip
+    assert code == 0
+    return out

@@ -2,122 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import logging
 import os
 import re
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers.utils import logging as transformers_logging
+from cli_cases import BUDGET, Cli, command, one_line
 
-from mpsearch import cli, models
-from mpsearch.evaluate import Bench
+from mpsearch import models
 from mpsearch.space import ResolvedSpace
 
-BUDGET = "57KiB"
-TRIALS = "40"
 COMMANDS = (
     "search", "layers", "bank", "sensitivity", "facts", "recall", "compare", "front", "show",
     "plot", "export", "doctor",
 )  # fmt: skip
-TALK = re.compile(r"loading |budget [\d.]+ [KMGT]iB \([\d,]+ bytes\)$|[a-z][^:]*: \d+/\d+")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def talk(self) -> list[str]:
-        return self.err.splitlines()
-
-    @property
-    def said(self) -> list[str]:
-        """Lines of standard error beyond loading, the parsed budget and progress."""
-        return [line for line in self.talk if not TALK.match(line)]
-
-
-Cli = Callable[..., Outcome]
-
-
-@pytest.fixture(autouse=True)
-def left_as_found() -> Iterator[None]:
-    """`main` sets a signal handler and a log handler for its whole process."""
-    handler = signal.getsignal(signal.SIGINT)
-    logger = logging.getLogger("mpsearch")
-    handlers, propagate = logger.handlers[:], logger.propagate
-    transformers_logging.disable_progress_bar()
-    yield
-    signal.signal(signal.SIGINT, handler)
-    logger.handlers[:], logger.propagate = handlers, propagate
-
-
-@pytest.fixture
-def mpsearch(capsys: pytest.CaptureFixture[str]) -> Cli:
-    def called(*arguments: object) -> Outcome:
-        capsys.readouterr()
-        try:
-            code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return called
-
-
-@pytest.fixture
-def question(tiny_folder: Path, facts_file: Path) -> list[str]:
-    """A search, all but its -o."""
-    return [
-        "search", str(tiny_folder), "--facts", str(facts_file), "--budget", BUDGET,
-        "--trials", TRIALS,
-    ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def whole(tiny_folder: Path, facts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an uninterrupted search; read it only."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    code = cli.main(
-        ["search", str(tiny_folder), "--facts", str(facts_file), "--budget", BUDGET,
-         "--trials", TRIALS, "-o", str(out)]
-    )  # fmt: skip
-    assert code == 0
-    return out
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "mpsearch.cli", *map(str, arguments)]
-
-
-def one_line(outcome: Outcome, code: int, *words: str) -> None:
-    """A failure as the contract wants it: its code, no data, and one line that says why."""
-    assert (outcome.code, outcome.out) == (code, ""), outcome.err
-    assert len(outcome.said) == 1, outcome.err
-    assert outcome.talk[-1] == outcome.said[0]
-    assert outcome.said[0].startswith("mpsearch: ")
-    for word in words:
-        assert word in outcome.said[0]
-
-
 # ------------------------------------------------------------------------------------- help
 
 
@@ -542,183 +446,3 @@ def test_a_reference_that_knows_nothing_is_a_failed_check(
     save_file(tensors, ignorant / "model.safetensors", metadata={"format": "pt"})
     outcome = mpsearch("search", ignorant, *question[2:], "-o", tmp_path / "run")
     one_line(outcome, 4, "no relation better than chance")
-
-
-# --------------------------------------------------------------- 5 and 130: resumable endings
-
-
-def figures(mpsearch: Cli, run: Path) -> dict[str, Any]:
-    """The front as data, which a resumed search must reproduce exactly."""
-    content: dict[str, Any] = json.loads(mpsearch("front", run, "--json").out)
-    assert content["finished"] is True
-    return content
-
-
-def continued(outcome: Outcome) -> list[str]:
-    """The arguments of the command that an error says to continue with."""
-    found = re.search(r"continue with: mpsearch (.*)$", outcome.said[-1])
-    assert found, outcome.err
-    return shlex.split(found.group(1))
-
-
-def test_a_full_disk_ends_with_5_and_the_search_is_resumed_to_the_same_front(
-    question: list[str], whole: Path, mpsearch: Cli, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    run, resumed = tmp_path / "run", [*question, "--resume", "-o", tmp_path / "run"]
-    sync, left = os.fsync, 60
-
-    def full(descriptor: int) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sync(descriptor)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        for attempt, allowed in enumerate((60, 61, 62, 63)):  # each hits another of the files
-            left = allowed
-            outcome = mpsearch(*(resumed if attempt else [*question, "-o", run]))
-            one_line(outcome, 5, "free some")
-    assert mpsearch(*resumed).code == 0
-    assert figures(mpsearch, run) == figures(mpsearch, whole)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")],
-)
-def test_memory_that_runs_out_ends_with_5_and_says_how_to_go_on(
-    error: Exception, question: list[str], whole: Path, mpsearch: Cli, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    run = tmp_path / "run"
-    evaluate, calls = Bench.evaluate, 0
-
-    def exhausted(bench: Bench, *arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 30:
-            raise error
-        return evaluate(bench, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Bench, "evaluate", exhausted)
-        outcome = mpsearch(*question, "-o", run)
-    one_line(outcome, 5, "memory ran out", "everything finished is kept")
-    assert mpsearch(*continued(outcome)).code == 0
-    assert figures(mpsearch, run) == figures(mpsearch, whole)
-
-
-def test_a_bug_of_ours_is_not_hidden(
-    question: list[str], mpsearch: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: Any) -> Any:
-        raise RuntimeError("shapes differ")
-
-    monkeypatch.setattr(Bench, "evaluate", broken)
-    with pytest.raises(RuntimeError, match="shapes differ"):
-        mpsearch(*question, "-o", tmp_path / "run")
-
-
-@pytest.mark.parametrize("name", ["run", "a run's folder"])
-def test_the_command_that_an_interrupted_search_prints_can_be_pasted(
-    name: str, question: list[str], mpsearch: Cli, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    run = tmp_path / name
-
-    def interrupted(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
-    chosen = ["--trials", 3, "--seed", 5, "--sampler", "tpe", "--time", "10m"]
-    with monkeypatch.context() as patch:
-        patch.setattr(Bench, "evaluate", interrupted)
-        outcome = mpsearch(*question, *chosen, "-o", run)
-    one_line(outcome, 130, "interrupted", "everything finished is kept")
-    assert mpsearch(*continued(outcome)).code == 0
-    assert figures(mpsearch, run)["points"]
-
-
-def test_an_unscored_run_names_a_command_that_is_whole(
-    question: list[str], mpsearch: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Bench, "evaluate", interrupted)
-    mpsearch(*question, "-o", tmp_path / "run")
-    outcome = mpsearch("front", tmp_path / "run")
-    one_line(outcome, 2, "no scored point yet", "--resume", "--budget")
-
-
-@dataclass
-class Interrupted:
-    """A search in its own process that got Ctrl-C once it was proposing."""
-
-    run: Path
-    code: int
-    talk: list[str]
-
-
-@pytest.fixture(scope="module")
-def interrupted(
-    tiny_folder: Path, facts_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, Interrupted]:
-    """Searches that got Ctrl-C once, and twice in a row; both at the same time."""
-    folder = tmp_path_factory.mktemp("interrupted")
-    found: dict[int, Interrupted] = {}
-
-    def search(times: int) -> None:
-        run = folder / f"run{times}"
-        process = subprocess.Popen(
-            command("search", tiny_folder, "--facts", facts_file, "--budget", BUDGET,
-                    "--trials", TRIALS, "-o", run),
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=folder,
-        )  # fmt: skip
-        watchdog = threading.Timer(100, process.kill)
-        watchdog.start()
-        assert process.stderr is not None
-        talk = []
-        for line in process.stderr:
-            talk.append(line.rstrip("\n"))
-            if line.startswith("search,") and "search" not in line[7:]:
-                time.sleep(0.1)
-                for _ in range(times):
-                    process.send_signal(signal.SIGINT)
-                    time.sleep(0.002)
-        code = process.wait()
-        watchdog.cancel()
-        found[times] = Interrupted(run, code, talk)
-
-    threads = [threading.Thread(target=search, args=(times,)) for times in (1, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
-
-
-@pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_ends_with_130_and_the_search_is_resumed_to_the_same_front(
-    times: int, interrupted: dict[int, Interrupted], question: list[str], whole: Path,
-    mpsearch: Cli,
-) -> None:  # fmt: skip
-    ended = interrupted[times]
-    assert ended.code == 130, ended.talk
-    assert not any("Traceback" in line for line in ended.talk)
-    content = json.loads((ended.run / "run.json").read_text(encoding="utf-8"))
-    assert content["finished"] is False
-    resumed = mpsearch(*question, "--resume", "-o", ended.run)
-    assert resumed.code == 0, resumed.err
-    assert figures(mpsearch, ended.run) == figures(mpsearch, whole)
-
-
-def test_ctrl_c_says_what_is_kept_and_other_libraries_say_nothing(
-    interrupted: dict[int, Interrupted],
-) -> None:
-    said = [line for line in interrupted[1].talk if not TALK.match(line)]
-    assert len(said) == 1, said
-    assert said[0].startswith("mpsearch: interrupted; everything finished is kept; continue with")
-    assert f"--resume -o {interrupted[1].run}" in said[0]
