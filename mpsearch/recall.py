@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mpsearch.errors import CheckError, UsageError
 from mpsearch.facts import Fact, FactSet
-from mpsearch.forward import Pass, TokenSequence
+from mpsearch.forward import MAX_NODES, Pass, TokenSequence
 from mpsearch.models import Model
 from mpsearch.scores import (
     FactScores,
@@ -66,7 +66,7 @@ class RecallProxy:
         shots: solved examples before each question, where the relation has that many.
         against: another model's first tokens on the same facts, from which KL is measured; by
             default these weights' own.
-        row_tokens: at most so many go through the model at once; None for the pass's own choice.
+        row_tokens: at most so many go through the model at once.
     Attributes:
         reference: the scores of the weights that the model holds now.
         chances: `(facts,)` probability that a blind guess among the answers asked is right.
@@ -84,7 +84,7 @@ class RecallProxy:
         contrast: bool,
         shots: int = SHOTS,
         against: FirstTokens | None = None,
-        row_tokens: int | None = None,
+        row_tokens: int = MAX_NODES,
     ):
         self.facts = tuple(facts)
         self.relations = [fact.relation for fact in self.facts]
@@ -103,8 +103,7 @@ class RecallProxy:
         self._contrast = contrast
         self._model, self._fact_set, self._shots = model, fact_set, shots
         self._sequences = tuple(sequences)
-        size = {} if row_tokens is None else {"max_nodes": row_tokens}
-        self._pass = Pass(model, sequences, **size)
+        self._pass = Pass(model, sequences, row_tokens)
         if against is not None and against.sequences != self._sequences:
             raise UsageError(
                 f"'{model.name}' reads these facts as other tokens than '{against.model_name}', so "
