@@ -77,6 +77,14 @@ def subject_bootstrap(
     return _interval(means.mean(), drawn.mean(axis=1)), within
 
 
+def subject_weights(
+    subjects: Sequence[str], generator: np.random.Generator, draws: int = DRAWS
+) -> NDArray[Any]:
+    """`(draws, facts)` random weights of mean 1, one a subject, for statistics of another form."""
+    names, subject_of = np.unique(np.asarray(subjects), return_inverse=True)
+    return generator.exponential(size=(draws, len(names)))[:, subject_of]
+
+
 def _interval(mean: float, drawn: NDArray[Any]) -> Interval:
     low, high = np.percentile(drawn, (2.5, 97.5))
     return Interval(float(mean), float(low), float(high))

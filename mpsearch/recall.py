@@ -7,7 +7,8 @@ Each fact is asked after a few solved examples of its relation. Scores per fact:
 - top-1: the likeliest first token is a non-empty, case-insensitive prefix of the answer
   (the rule of the LRE study, Hernandez et al. 2023);
 - margin: the answer's log-probability per token minus the best distractor's, in nats;
-- contrastive: the answer ranks first among the distractors, so the margin is above zero.
+- contrastive: the answer ranks first among the distractors, so the margin is above zero;
+- lead: the likeliest option's log-probability per token minus the next one's, whichever they are.
 
 Answer loss is the reference's log-probability of the answer minus the candidate's.
 """
@@ -67,6 +68,7 @@ class RecallProxy:
         against: another model's first tokens on the same facts, from which KL is measured; by
             default these weights' own.
         row_tokens: at most so many go through the model at once.
+        reverse_examples: show the solved examples in the opposite order.
     Attributes:
         reference: the scores of the weights that the model holds now.
         chances: `(facts,)` probability that a blind guess among the answers asked is right.
@@ -85,6 +87,7 @@ class RecallProxy:
         shots: int = SHOTS,
         against: FirstTokens | None = None,
         row_tokens: int = MAX_NODES,
+        reverse_examples: bool = False,
     ):
         self.facts = tuple(facts)
         self.relations = [fact.relation for fact in self.facts]
@@ -96,7 +99,8 @@ class RecallProxy:
                 list(range(len(sequences), len(sequences) + 1 + len(distractors)))
             )
             sequences += [
-                ask(model, fact_set, fact, answer, shots) for answer in (fact.answer, *distractors)
+                ask(model, fact_set, fact, answer, shots, reverse_examples)
+                for answer in (fact.answer, *distractors)
             ]
         self._lengths = np.array([len(s.tokens) - s.start for s in sequences])
         self.chances = np.array([1 / len(answers) for answers in self._answers_of])
@@ -152,12 +156,13 @@ class RecallProxy:
             _is_prefix(self._model.tokenizer.decode([int(token)]), fact)
             for token, fact in zip(first_tokens, self.facts, strict=True)
         ]
-        margin = None
+        margin, lead = None, None
         if self._contrast:
-            per_token = sums / self._lengths
-            margin = np.array([per_token[a[0]] - per_token[a[1:]].max() for a in self._answers_of])
+            options = [(sums / self._lengths)[answers] for answers in self._answers_of]
+            margin = np.array([option[0] - option[1:].max() for option in options])
+            lead = np.array([np.diff(np.sort(option)[-2:])[0] for option in options])
         log_prob = sums[[answers[0] for answers in self._answers_of]]
-        return FactScores(log_prob, kl, np.array(top1, dtype=bool), margin)
+        return FactScores(log_prob, kl, np.array(top1, dtype=bool), margin, lead)
 
     def noise_floor(self) -> NoiseFloor:
         """What packing the facts into other rows changes; the model must hold the reference.
@@ -185,15 +190,24 @@ class RecallProxy:
         return summarize(self.reference, self.relations, subjects, self.chances, generator)
 
 
-def prompt(fact_set: FactSet, fact: Fact, shots: int) -> str:
+def prompt(fact_set: FactSet, fact: Fact, shots: int, reverse_examples: bool = False) -> str:
     """Solved examples of the relation, a line each, then the fact's own prompt."""
     examples = fact_set.demonstrations(fact.relation, shots)
+    if reverse_examples:
+        examples = examples[::-1]
     return "".join(f"{e.prompt} {e.answer}\n" for e in examples) + fact.prompt
 
 
-def ask(model: Model, fact_set: FactSet, fact: Fact, answer: str, shots: int) -> TokenSequence:
+def ask(
+    model: Model,
+    fact_set: FactSet,
+    fact: Fact,
+    answer: str,
+    shots: int,
+    reverse_examples: bool = False,
+) -> TokenSequence:
     """A fact's question and one answer to it, in the model's chat template if it is asked so."""
-    context = prompt(fact_set, fact, shots)
+    context = prompt(fact_set, fact, shots, reverse_examples)
     if not model.chat:
         return encode(model.tokenizer, context, f" {answer}")
     turn = [{"role": "user", "content": context}]

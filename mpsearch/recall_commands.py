@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mpsearch.errors import UsageError
@@ -14,6 +15,7 @@ from mpsearch.errors import UsageError
 if TYPE_CHECKING:
     from mpsearch.bootstrap import Interval
     from mpsearch.compare import Changes, Comparison
+    from mpsearch.displaced import Displacement
     from mpsearch.facts import Fact, FactSet
     from mpsearch.scores import NoiseFloor, RecallSummary
 
@@ -27,8 +29,18 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     compare_command = add("compare", compare, "say what B forgot and gained against A")
     compare_command.add_argument("reference", metavar="A", help="a model or an export")
     compare_command.add_argument("candidate", metavar="B", help="likewise, of the same model")
+    compare_command.add_argument(
+        "--displaced",
+        action="store_true",
+        help="ask in other ways, too: which forgotten facts come back?",
+    )
     for command in (recall_command, compare_command):
-        command.add_argument("--facts", metavar="FILE", help="JSONL of facts (the built-in ones)")
+        command.add_argument(
+            "--facts", metavar="FILE", help="JSONL, or a folder in the LRE format (built-in facts)"
+        )
+        command.add_argument(
+            "--two-hop", action="store_true", help="ask the two-hop questions that the facts give"
+        )
         command.add_argument("--shots", type=int, default=4, help="solved examples first (4)")
         command.add_argument(
             "--partition",
@@ -74,6 +86,8 @@ def compare(args: argparse.Namespace) -> None:
 
     from mpsearch.compare import compare as compare_scores
     from mpsearch.console import Progress, emit_json, say
+    from mpsearch.displaced import displacement
+    from mpsearch.prompts import ask_otherwise, ask_reordered
     from mpsearch.recall import RecallProxy
 
     started = time.perf_counter()
@@ -85,17 +99,33 @@ def compare(args: argparse.Namespace) -> None:
         report(stage, 1, 3)
         noise, reference, first = proxy.noise_floor(), proxy.reference, proxy.first
         report(stage, 2, 3)
+        if args.displaced:
+            reordered = ask_reordered(model, fact_set, facts, args.shots)
         del proxy, model
         model = _model(args.candidate, args.chat_template)
         proxy = RecallProxy(model, fact_set, facts, contrast=True, shots=args.shots, against=first)
         report(stage, 3, 3)
-    found = compare_scores(reference, proxy.reference, facts, noise, np.random.default_rng(_SEED))
+        candidate = proxy.reference
+        del proxy
+        if args.displaced:
+            otherwise = ask_otherwise(
+                model, fact_set, facts, args.shots, partial(report, "asking in other ways")
+            )
+    found = compare_scores(reference, candidate, facts, noise, np.random.default_rng(_SEED))
+    displaced = None
+    if args.displaced:
+        displaced = displacement(
+            reference, candidate, otherwise, reordered, facts, np.random.default_rng(_SEED)
+        )
     if args.json:
         about = _about(args, seconds=time.perf_counter() - started)
         names = {"reference": args.reference, "candidate": args.candidate}
-        emit_json({**names, **about, **found.to_json()})
+        further = {"displaced": displaced.to_json()} if displaced else {}
+        emit_json({**names, **about, **found.to_json(), **further})
     else:
         _show_comparison(args, found)
+        if displaced:
+            _show_displacement(displaced)
     say(f"next: mpsearch recall {shlex.quote(args.candidate)}")
 
 
@@ -105,6 +135,16 @@ def _facts(args: argparse.Namespace) -> tuple[FactSet, tuple[Fact, ...]]:
     if args.shots < 0:
         raise UsageError(f"shots {args.shots} is negative; use 0 or more")
     fact_set = FactSet.load(args.facts) if args.facts else FactSet.builtin()
+    if args.two_hop:
+        from mpsearch.facts.two_hop import FEWEST, compose
+
+        one_hop, fact_set = fact_set, compose(fact_set)
+        if not fact_set.facts:
+            raise UsageError(
+                f"facts '{one_hop.source}' give no two-hop questions: no two relations connect in "
+                f"at least {FEWEST} chains; say first_hop, range, domain and second_hop in their "
+                "first lines, or use the built-in facts"
+            )
     if not (facts := fact_set.part(args.partition)):
         raise UsageError(
             f"facts '{fact_set.source}': none is in the {args.partition} partition; add facts"
@@ -124,6 +164,7 @@ def _model(name: str, chat_template: bool) -> Any:
 def _about(args: argparse.Namespace, seconds: float) -> dict[str, Any]:
     return {
         "facts_source": args.facts or "built-in",
+        "two_hop": args.two_hop,
         "partition": args.partition,
         "shots": args.shots,
         "seconds": round(seconds, 2),
@@ -232,4 +273,36 @@ def _show_comparison(args: argparse.Namespace, found: Comparison) -> None:
             left=4,
         )
     emit(_noise_line(noise))
+    emit(found.verdict)
+
+
+def _show_displacement(found: Displacement) -> None:
+    from mpsearch.console import emit, table
+
+    def cell(share: Interval | None) -> str:
+        return "" if share is None else _percent(share)
+
+    if found.ways:
+        table(
+            ["right by", "forgotten %", "neither knows %", "kept %", "displaced %"],
+            [
+                [way.way, cell(way.forgotten), cell(way.missed), cell(way.kept),
+                 cell(way.displaced)]
+                for way in found.ways
+            ],
+            title=f"Asked in other ways: {len(found.facts)} forgotten facts, {found.missed} that "
+            f"neither knows (luck) and {found.kept} kept; 95 % intervals; displaced is the share "
+            "of the forgotten that luck does not explain",
+            left=1,
+        )  # fmt: skip
+    if found.facts:
+        table(
+            ["relation", "subject", "answer", "comes back by"],
+            [
+                [fact.relation, fact.subject, fact.answer, ", ".join(fact.back_by) or "nothing"]
+                for fact in found.facts
+            ],
+            title="Forgotten facts",
+            left=4,
+        )
     emit(found.verdict)

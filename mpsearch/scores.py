@@ -24,12 +24,15 @@ class FactScores:
         top1: `(facts,)` bool.
         margin: `(facts,)` the answer's log-probability per token minus the best distractor's, in
             nats; None where distractors were not asked.
+        lead: `(facts,)` by how much the likeliest of the options, right or wrong, is ahead of the
+            next; None likewise.
     """
 
     log_prob: NDArray[Any]
     kl: NDArray[Any]
     top1: NDArray[Any]
     margin: NDArray[Any] | None
+    lead: NDArray[Any] | None = None
 
     @property
     def correct(self) -> NDArray[Any] | None:
@@ -39,7 +42,8 @@ class FactScores:
     def part(self, some: slice) -> FactScores:
         """The scores of some of the facts."""
         margin = None if self.margin is None else self.margin[some]
-        return FactScores(self.log_prob[some], self.kl[some], self.top1[some], margin)
+        lead = None if self.lead is None else self.lead[some]
+        return FactScores(self.log_prob[some], self.kl[some], self.top1[some], margin, lead)
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ def by_relation(
     return tuple(found)
 
 
-def wilson(right: int, facts: int) -> Interval:
+def wilson(right: float, facts: float) -> Interval:
     """A share and its 95 % score interval, which stays honest for few facts and near 0 and 1.
 
     Resampling would give a relation whose facts are all right an interval of no width.

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,18 +24,14 @@ COMMANDS = (
 # ------------------------------------------------------------------------------------- help
 
 
-def test_help_answers_in_a_moment_without_importing_torch(tmp_path: Path) -> None:
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run(command("--help"), capture_output=True, text=True, cwd=tmp_path)
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0
-        assert all(name in done.stdout for name in COMMANDS)
-    assert min(seconds) < 0.3
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    done = subprocess.run(command("--help"), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in COMMANDS)
+    heavy = {"torch", "transformers", "optuna", "numpy", "rich", "matplotlib"}
     code = (
         "import sys\nfrom mpsearch.cli import main\ntry:\n    main(['search', '--help'])\n"
-        "finally:\n    assert not {'torch', 'transformers', 'optuna'} & set(sys.modules)"
+        f"finally:\n    assert not {heavy} & set(sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path

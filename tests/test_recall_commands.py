@@ -70,7 +70,7 @@ def test_recall_in_other_partitions_and_without_examples(
 ) -> None:
     asked: list[tuple[str, int]] = []
 
-    def prompt(fact_set: FactSet, fact: Fact, shots: int) -> str:
+    def prompt(fact_set: FactSet, fact: Fact, shots: int, reverse_examples: bool) -> str:
         asked.append((fact.subject, shots))
         return fact.prompt
 
@@ -125,6 +125,57 @@ def test_compare_a_model_with_itself_finds_nothing(
     _, out, _ = call(capsys, *question)
     assert "~0.000 [0.000, 0.000]" in out
     assert "Flipped" not in out
+
+
+def test_displaced_facts_are_told_from_forgotten_ones(
+    tiny_folder: Path, facts_file: Path, int2: Path, capsys: Capture
+) -> None:
+    question = ("compare", tiny_folder, int2, "--facts", facts_file, "--shots", 2, "--displaced")
+    told = call_json(capsys, *question)
+    displaced = told["displaced"]
+    forgotten = [(flip["relation"], flip["subject"]) for flip in told["flips"] if flip["forgotten"]]
+    listed = [(fact["relation"], fact["subject"]) for fact in displaced["facts"]]
+    assert sorted(listed) == sorted(forgotten)
+    # These facts have no paraphrases, and their relations four examples.
+    assert [way["way"] for way in displaced["ways"]] == [
+        "more examples", "the surest prompt", "any other prompt",
+    ]  # fmt: skip
+    assert displaced["kept"] == told["overall"]["kept"]
+    assert displaced["missed"] == told["overall"]["never"]
+    null = displaced["null"]
+    assert null["missed"] == told["overall"]["facts"] - displaced["kept"] - len(listed)
+    assert (null["gained"], null["forgotten"]) == (told["overall"]["gained"], len(listed))
+    assert null["null_forgotten"] < len(listed) / 2  # the model knows its facts in any order
+
+    code, out, err = call(capsys, *question)
+    assert code == 0
+    assert displaced["verdict"] in out
+    assert "asking in other ways: 1/1" in err
+
+
+def test_two_hop_questions_are_asked(
+    tiny_folder: Path, facts_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    connected = tmp_path / "connected.jsonl"
+    first = {"relation": "shape", "template": "the shape of {} is", "range": "thing",
+             "first_hop": "the shape of {}"}  # fmt: skip
+    second = {"relation": "place", "template": "the place of {} is", "domain": "thing",
+              "second_hop": ["the place of {} is"]}  # fmt: skip
+    lines: list[dict[str, Any]] = [first]
+    lines += [{"relation": "shape", "subject": f"s{n}", "answer": f"s{n}"} for n in range(48)]
+    lines += [second]
+    for n in range(48):
+        answer = ("north", "south", "east", "west")[n % 4]
+        lines.append({"relation": "place", "subject": f"s{n}", "answer": answer})
+    connected.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    question = ("recall", tiny_folder, "--facts", connected, "--partition", "search", "--two-hop")
+    told = call_json(capsys, *question)
+    assert told["two_hop"] is True
+    assert [row["relation"] for row in told["relations"]] == ["shape/place"]
+
+    code, out, err = call(capsys, "recall", tiny_folder, "--facts", facts_file, "--two-hop")
+    assert (code, out) == (2, "")
+    assert "give no two-hop questions" in err.splitlines()[-1]
 
 
 def test_wrong_usage_is_one_line(

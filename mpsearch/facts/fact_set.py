@@ -97,8 +97,8 @@ class FactSet:
         return tuple(f for f in self.facts if f.relation in wanted and f.partition == partition)
 
     def paraphrased(self, number: int) -> FactSet:
-        """The same facts asked by paraphrase `number` (from 1); those without it are left out."""
-        facts = (f.paraphrased(number) for f in self.facts if len(f.paraphrases) >= number)
+        """The same facts asked by paraphrase `number` (from 1); those without it as before."""
+        facts = (f.paraphrased(number) if len(f.paraphrases) >= number else f for f in self.facts)
         return FactSet(tuple(facts), f"{self.source}, paraphrase {number}", self.about)
 
     def demonstrations(self, relation: str, shots: int) -> tuple[Fact, ...]:
