@@ -153,7 +153,9 @@ def _parser() -> argparse.ArgumentParser:
             "--calibration", metavar="FILE", help="text for gptq (the model writes its own)"
         )
     for command in (search, sensitivity):
-        command.add_argument("--facts", metavar="FILE", help="JSONL of facts (the built-in ones)")
+        command.add_argument(
+            "--facts", metavar="FILE", help="JSONL, or a folder in the LRE format (built-in facts)"
+        )
         command.add_argument(
             "--chat-template", action="store_true", help="ask facts through the model's template"
         )

@@ -1,12 +1,15 @@
 """Load an export the way its users do, to score what ships and not what was meant to.
 
-transformers' own loader makes the weights. They are then put into the model's plain modules, so
-that the arithmetic is the reference's and only the weights differ.
+transformers' own loader makes the weights of compressed-tensors. GPTQ's are decoded here, as no
+loader of theirs runs everywhere; `mpsearch.codecs` is tested against gptqmodel's. Either way they
+are then put into the model's plain modules, so that the arithmetic is the reference's and only the
+weights differ.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import replace
 from io import StringIO
@@ -14,10 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
 
+from mpsearch.codecs import decode
 from mpsearch.device import compute_dtype, pick_device
 from mpsearch.errors import ModelError
+from mpsearch.formats import FORMATS, Format
 from mpsearch.models import Model, from_module, load_model
 
 
@@ -42,15 +51,15 @@ def load_export(name: str, quantization: dict[str, Any]) -> Model:
         ModelError: transformers cannot load it.
     """
     method = quantization.get("quant_method")
-    if method == "gptq":
+    if method not in ("gptq", "compressed-tensors"):
         raise ModelError(
-            f"'{name}' is a GPTQ checkpoint, which only gptqmodel computes with: "
-            "GPTQModel.load(folder) runs it; scored here are models and compressed-tensors exports"
+            f"'{name}' is quantized by {method or 'an unknown method'}; scored here are models, "
+            "compressed-tensors and GPTQ exports, so pass the model it was made from"
         )
-    if method != "compressed-tensors":
+    if (version := quantization.get("checkpoint_format", "gptq")) != "gptq":
         raise ModelError(
-            f"'{name}' is quantized by {method or 'an unknown method'}; scored here are models and "
-            "compressed-tensors exports, so pass the model it was made from"
+            f"'{name}' is a GPTQ checkpoint of format '{version}', and 'gptq' is read here; save "
+            "it in that one"
         )
     schemes = quantization.get("config_groups", {}).values()
     if any(scheme["weights"].get("symmetric") is False for scheme in schemes):
@@ -59,29 +68,69 @@ def load_export(name: str, quantization: dict[str, Any]) -> Model:
             "(5.23) and vLLM can; search symmetric formats to score the export here"
         )
     folder = Path(name).expanduser()
+    device = pick_device()
+    dtype = compute_dtype(device)
+    decoded: dict[str, Tensor] = {}
     try:
-        module, tokenizer = _load(folder)
+        if method == "gptq":
+            module, decoded = _load_gptq(folder)
+        else:
+            module = _load_compressed(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, LookupError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"export '{name}' does not load: {reason}") from error
-    device = pick_device()
-    return from_module(name, folder, module, tokenizer, device, compute_dtype(device))
+    model = from_module(name, folder, module, tokenizer, device, dtype)
+    for layer, weight in decoded.items():  # in fp16, of which a model's own bf16 holds too little
+        model.places[layer].put(weight.to(device, dtype))
+    return model
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+def _load_compressed(folder: Path) -> Any:
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
     auto: Any = getattr(transformers, config.architectures[0])
     with redirect_stderr(StringIO()), torch.no_grad():  # its bars
         packed: Any = auto.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
         packed(torch.zeros(1, 1, dtype=torch.long))  # decompresses its weights on the first pass
-    weights = packed.state_dict()
+    return _plain(config, packed.state_dict())
+
+
+def _load_gptq(folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The module, and the decoded fp16 weights by layer, which it holds in bf16."""
+    stored: dict[str, dict[str, Tensor]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for key, tensor in load_file(path).items():
+            layer, _, part = key.rpartition(".")
+            stored.setdefault(layer, {})[part] = tensor
+    decoded = {
+        layer: decode(parts, _gptq_format(parts))
+        for layer, parts in stored.items()
+        if "qweight" in parts
+    }
+    weights = {f"{layer}.weight": weight for layer, weight in decoded.items()}
+    for layer, parts in stored.items():
+        kept = {part: t for part, t in parts.items() if layer not in decoded or part == "bias"}
+        weights.update({f"{layer}.{part}": tensor for part, tensor in kept.items()})
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return _plain(config, weights), decoded
+
+
+def _gptq_format(parts: Mapping[str, Tensor]) -> Format:
+    """A GPTQ format of the width in which a layer is packed; its groups are stored with it."""
+    bits = parts["qweight"].shape[0] * 32 // parts["g_idx"].numel()
+    return FORMATS[f"gptq{bits}-g128"]
+
+
+def _plain(config: Any, weights: Mapping[str, Tensor]) -> Any:
+    """The model without its quantization, with given weights; a tied head needs none of its own."""
     del config.quantization_config
+    auto: Any = getattr(transformers, config.architectures[0])
     plain = auto._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    plain.load_state_dict({key: weights[key] for key in plain.state_dict()})
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return plain, tokenizer
+    tied = getattr(plain, "_tied_weights_keys", None) or {}
+    absent = plain.load_state_dict(dict(weights), strict=False).missing_keys
+    if lost := [key for key in absent if key not in tied]:
+        raise ValueError(f"its files lack '{lost[0]}'")
+    return plain
 
 
 def _quantization(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import mpsearch as mps
 from mpsearch.assignment import Assignment
@@ -38,17 +39,23 @@ def exported(model: Model, space: ResolvedSpace, out: Path) -> tuple[Path, Assig
 
 
 @pytest.mark.parametrize(
-    "formats", [["int2-g64", "int3-g64", "int8-g64", "bf16"], ["fp8", "int4-g32", "int6-channel"]]
+    ("target", "formats"),
+    [
+        ("compressed-tensors", ["int2-g64", "int3-g64", "int8-g64", "bf16"]),
+        ("compressed-tensors", ["fp8", "int4-g32", "int6-channel"]),
+        ("gptq", ["gptq4-g64"]),
+        ("gptq", ["gptq2-g32", "gptq3-g64", "gptq8-g128", "bf16"]),
+    ],
 )
 def test_a_reloaded_export_has_the_weights_and_scores_of_its_candidate(
-    tiny: Model, tiny_facts: FactSet, formats: list[str], tmp_path: Path
+    tiny: Model, tiny_facts: FactSet, target: str, formats: list[str], tmp_path: Path
 ) -> None:
-    space = space_of(tiny, "compressed-tensors", *formats)
+    space = space_of(tiny, target, *formats)
     folder, assignment = exported(tiny, space, tmp_path / "export")
     loaded = load_any(str(folder))
     facts = tiny_facts.part("validation")
     proxy = RecallProxy(tiny, tiny_facts, facts, contrast=True)
-    bank = Bank(tiny, get_quantizer(None, "compressed-tensors"))
+    bank = Bank(tiny, get_quantizer(None, target))
     with Bench(space, bank) as bench:
         scored = bench.evaluate(assignment, proxy).scores
         for layer in tiny.layers:
@@ -72,7 +79,6 @@ def test_what_transformers_cannot_load_is_one_line_that_names_what_can(
     tiny: Model, tmp_path: Path
 ) -> None:
     for target, formats, words in (
-        ("gptq", ["gptq4-g64", "gptq3-g32"], "GPTQModel.load"),
         ("compressed-tensors", ["int4-g64-asym"], "zero-points, .* vLLM can"),
     ):
         folder, _ = exported(tiny, space_of(tiny, target, *formats), tmp_path / formats[0])
@@ -88,6 +94,18 @@ def test_other_quantized_and_damaged_folders_are_refused(tiny: Model, tmp_path: 
     with pytest.raises(ModelError, match="does not load") as caught:
         load_any(str(folder))
     assert "\n" not in str(caught.value)
+    gptq, _ = exported(tiny, space_of(tiny, "gptq", "gptq4-g64"), tmp_path / "gptq")
+    tensors = load_file(gptq / "model.safetensors")
+    norm = next(name for name in tensors if "layernorm" in name)
+    kept = {name: tensor for name, tensor in tensors.items() if name != norm}
+    save_file(kept, gptq / "model.safetensors")
+    with pytest.raises(ModelError, match=f"its files lack '{norm}'"):
+        load_any(str(gptq))
+    config = json.loads((gptq / "config.json").read_text())
+    config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    (gptq / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="format 'gptq_v2'"):
+        load_any(str(gptq))
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     (other / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
