@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mpsearch.compare import Changes, Comparison
     from mpsearch.displaced import Displacement
     from mpsearch.facts import Fact, FactSet
-    from mpsearch.scores import NoiseFloor, RecallSummary
+    from mpsearch.scores import HopsRecall, NoiseFloor, RecallSummary
 
 _SEED = 0  # of the bootstrap
 
@@ -55,12 +55,14 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def recall(args: argparse.Namespace) -> None:
     """Recall by relation, with intervals and the noise floor."""
-    fact_set, facts = _facts(args)
+    one_hop, fact_set, facts = _facts(args)
     model = _model(args.model, args.chat_template)
     import numpy as np
 
     from mpsearch.console import Progress, emit_json, say
+    from mpsearch.facts.two_hop import TwoHopFact
     from mpsearch.recall import RecallProxy
+    from mpsearch.scores import by_hops
 
     started = time.perf_counter()
     with Progress() as report:
@@ -70,18 +72,33 @@ def recall(args: argparse.Namespace) -> None:
         report(stage, 1, 2)
         noise = proxy.noise_floor()
         report(stage, 2, 2)
+        hops: tuple[HopsRecall, ...] = ()
+        if args.two_hop:
+            report("asking their hops", 0, 1)
+            asked = zip(*(f.hops for f in facts if isinstance(f, TwoHopFact)), strict=True)
+            first, second = (
+                RecallProxy(model, one_hop, hop, contrast=True, shots=args.shots).reference
+                for hop in asked
+            )
+            hops = by_hops(proxy.reference, first, second)
+            report("asking their hops", 1, 1)
     summary = proxy.summary(np.random.default_rng(_SEED))
     if args.json:
         about = _about(args, seconds=time.perf_counter() - started)
-        emit_json({"model": args.model, **about, **summary.to_json(), "noise": asdict(noise)})
+        further = {"hops": [asdict(row) for row in hops]} if hops else {}
+        emit_json(
+            {"model": args.model, **about, **summary.to_json(), "noise": asdict(noise), **further}
+        )
     else:
         _show_recall(args, summary, noise)
+        if hops:
+            _show_hops(hops)
     say(f"next: mpsearch compare {shlex.quote(args.model)} EXPORT")
 
 
 def compare(args: argparse.Namespace) -> None:
     """What B kept, forgot and gained; one of the two models is in memory at a time."""
-    fact_set, facts = _facts(args)
+    _, fact_set, facts = _facts(args)
     import numpy as np
 
     from mpsearch.compare import compare as compare_scores
@@ -129,16 +146,17 @@ def compare(args: argparse.Namespace) -> None:
     say(f"next: mpsearch recall {shlex.quote(args.candidate)}")
 
 
-def _facts(args: argparse.Namespace) -> tuple[FactSet, tuple[Fact, ...]]:
+def _facts(args: argparse.Namespace) -> tuple[FactSet, FactSet, tuple[Fact, ...]]:
+    """The one-hop facts, the set that is asked, and those of it to ask."""
     from mpsearch.facts import FactSet
 
     if args.shots < 0:
         raise UsageError(f"shots {args.shots} is negative; use 0 or more")
-    fact_set = FactSet.load(args.facts) if args.facts else FactSet.builtin()
+    fact_set = one_hop = FactSet.load(args.facts) if args.facts else FactSet.builtin()
     if args.two_hop:
         from mpsearch.facts.two_hop import FEWEST, compose
 
-        one_hop, fact_set = fact_set, compose(fact_set)
+        fact_set = compose(one_hop)
         if not fact_set.facts:
             raise UsageError(
                 f"facts '{one_hop.source}' give no two-hop questions: no two relations connect in "
@@ -149,7 +167,7 @@ def _facts(args: argparse.Namespace) -> tuple[FactSet, tuple[Fact, ...]]:
         raise UsageError(
             f"facts '{fact_set.source}': none is in the {args.partition} partition; add facts"
         )
-    return fact_set, facts
+    return one_hop, fact_set, facts
 
 
 def _model(name: str, chat_template: bool) -> Any:
@@ -227,6 +245,25 @@ def _show_recall(args: argparse.Namespace, summary: RecallSummary, noise: NoiseF
         "search leaves the others out."
     )
     emit(_noise_line(noise))
+
+
+def _show_hops(hops: Sequence[HopsRecall]) -> None:
+    from mpsearch.console import table
+
+    table(
+        ["first hop", "second hop", "questions", "recall %"],
+        [
+            [
+                "known" if row.first else "not known",
+                "known" if row.second else "not known",
+                str(row.facts),
+                _percent(row.recall) if row.recall else "",
+            ]
+            for row in hops
+        ],
+        title="Two-hop questions by what the model says to their hops alone: right without a hop "
+        "is a shortcut, wrong with both is a failure to compose",
+    )
 
 
 def _show_comparison(args: argparse.Namespace, found: Comparison) -> None:

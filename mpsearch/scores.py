@@ -168,6 +168,42 @@ def by_relation(
     return tuple(found)
 
 
+@dataclass(frozen=True)
+class HopsRecall:
+    """Recall of two-hop questions whose hops the model knows, or not, when asked one by one.
+
+    Right without a hop is a shortcut; wrong with both is a failure to compose.
+
+    Attributes:
+        first, second: whether the hop is known.
+        recall: None where there is no such question.
+    """
+
+    first: bool
+    second: bool
+    facts: int
+    recall: Interval | None
+
+
+def by_hops(scores: FactScores, first: FactScores, second: FactScores) -> tuple[HopsRecall, ...]:
+    """Recall of two-hop questions by what is known of their hops, both known first.
+
+    Args:
+        first, second: of each question's hops, in the order of the questions.
+    Raises:
+        ValueError: distractors were not asked.
+    """
+    if scores.correct is None or first.correct is None or second.correct is None:
+        raise ValueError("recall by hops needs scores with distractors")
+    found = []
+    for one, two in ((True, True), (True, False), (False, True), (False, False)):
+        mine = (first.correct == one) & (second.correct == two)
+        facts = int(mine.sum())
+        recall = wilson(int(scores.correct[mine].sum()), facts) if facts else None
+        found.append(HopsRecall(one, two, facts, recall))
+    return tuple(found)
+
+
 def wilson(right: float, facts: float) -> Interval:
     """A share and its 95 % score interval, which stays honest for few facts and near 0 and 1.
 

@@ -172,6 +172,11 @@ def test_two_hop_questions_are_asked(
     told = call_json(capsys, *question)
     assert told["two_hop"] is True
     assert [row["relation"] for row in told["relations"]] == ["shape/place"]
+    hops = [(row["first"], row["second"]) for row in told["hops"]]
+    assert hops == [(True, True), (True, False), (False, True), (False, False)]
+    assert sum(row["facts"] for row in told["hops"]) == told["facts"] > 10
+    _, out, _ = call(capsys, *question)
+    assert "known       known" in out and "a failure to compose" in out
 
     code, out, err = call(capsys, "recall", tiny_folder, "--facts", facts_file, "--two-hop")
     assert (code, out) == (2, "")

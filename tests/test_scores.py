@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from mpsearch.bootstrap import Interval
-from mpsearch.scores import FactScores, NoiseFloor, RelationRecall, by_relation, wilson
+from mpsearch.scores import (
+    FactScores,
+    NoiseFloor,
+    RelationRecall,
+    by_hops,
+    by_relation,
+    wilson,
+)
 
 
 def scores(log_prob: list[float], margin: list[float] | None) -> FactScores:
@@ -76,3 +83,19 @@ def test_the_noise_floor_is_what_differs_between_two_packings() -> None:
     assert found.mean_nats == pytest.approx(1.96 * sqrt(0.02 / 2) / 2)
     assert NoiseFloor.between(first, first, ["a"] * 4) == NoiseFloor(4, 0, 0, 0, 0)
     assert NoiseFloor.between(scores([0], None), scores([0], None), ["a"]).margin_nats is None
+
+
+def test_two_hop_recall_by_what_is_known_of_the_hops() -> None:
+    def marked(text: str) -> FactScores:
+        return scores([-1.0] * 6, [1.0 if mark == "+" else -1.0 for mark in text])
+
+    found = by_hops(marked("++-+--"), marked("+++--+"), marked("++++-+"))
+    told = [(row.first, row.second, row.facts, row.recall and row.recall.mean) for row in found]
+    assert told == [
+        (True, True, 4, 0.5),
+        (True, False, 0, None),
+        (False, True, 1, 1.0),
+        (False, False, 1, 0.0),
+    ]
+    with pytest.raises(ValueError, match="distractors"):
+        by_hops(scores([-1], None), scores([-1], None), scores([-1], None))
