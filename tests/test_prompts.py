@@ -57,6 +57,9 @@ def test_facts_without_any_paraphrase_get_more_examples_only(
 ) -> None:
     facts = tiny_facts.part("search")[:5]
     assert list(ask_otherwise(tiny, tiny_facts, facts, 0, silent)) == ["more examples"]
+    twice = ask_otherwise(tiny, tiny_facts, facts, 1, silent)["more examples"]
+    two = RecallProxy(tiny, tiny_facts, facts, contrast=True, shots=2).reference
+    np.testing.assert_array_equal(twice.log_prob, two.log_prob)
     # No relation has so many examples that there would be more.
     assert ask_otherwise(tiny, tiny_facts, facts, 40, silent) == {}
 

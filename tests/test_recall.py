@@ -160,7 +160,8 @@ def test_contrastive_recall_compares_log_probability_per_token(
     facts = wordy.part("search")
     scores = RecallProxy(damaged, wordy, facts, contrast=True).score()
     assert scores.correct is not None and scores.margin is not None
-    per_token, per_answer, margins = [], [], []
+    assert scores.lead is not None
+    per_token, per_answer, margins, leads = [], [], [], []
     for fact in facts:
         sums, means = [], []
         for answer in (fact.answer, *wordy.distractors(fact)):
@@ -169,8 +170,11 @@ def test_contrastive_recall_compares_log_probability_per_token(
         per_answer.append(max(sums) == sums[0])
         per_token.append(max(means) == means[0])
         margins.append(means[0] - max(means[1:]))
+        first, second = sorted(means)[:-3:-1]
+        leads.append(first - second)
     assert scores.correct.tolist() == per_token
     np.testing.assert_allclose(scores.margin, margins, atol=2 * ROUNDING, rtol=0)
+    np.testing.assert_allclose(scores.lead, leads, atol=2 * ROUNDING, rtol=0)
     assert per_token != per_answer  # the rule matters here
 
 
