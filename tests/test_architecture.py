@@ -21,6 +21,7 @@ REPOSITORY = Path(__file__).parents[1]
 WITHOUT_TORCH = (
     *("errors", "layers", "formats", "targets", "budget", "assignment", "space"),
     *("front", "estimates", "bootstrap", "significance", "scores", "allocate", "files", "facts"),
+    *("text", "fluency"),
     *("compare", "displaced", "run"),
 )
 WITH_TORCH = (
@@ -30,6 +31,7 @@ WITH_TORCH = (
         "awq",
         "tensor_files",
         "bank",
+        "guard",
         "recall",
         "prompts",
         "evaluate",
