@@ -66,6 +66,15 @@ class TextScores:
             "log_perplexity_nats": asdict(self.log_perplexity),
         }
 
+    def compared(self, reference: TextScores) -> dict[str, Any]:
+        """As JSON: how this model's predictions differ from the reference's."""
+        return {
+            **self.about(),
+            "reference_perplexity": reference.perplexity,
+            "log_perplexity_change_nats": asdict(self.log_perplexity_change(reference)),
+            "kl_nats": asdict(self.kl),
+        }
+
 
 def check_max_text_kl(nats: float | None) -> None:
     """Raise `UsageError` for a limit that makes no sense; None is no limit."""

@@ -65,17 +65,7 @@ class TextGuard:
     def __init__(
         self, model: Model, paragraphs: Sequence[str], *, against: ReferenceText | None = None
     ):
-        pieces: list[list[TokenSequence]] = []
-        for paragraph in paragraphs:
-            if cut := cut_paragraph(model.tokenizer, paragraph):
-                pieces.append(cut)
-            if sum(len(piece.tokens) for cut in pieces for piece in cut) >= MOST_TOKENS:
-                break
-        if len(pieces) < _LEAST_PARAGRAPHS:
-            raise UsageError(
-                f"the text has {len(pieces)} paragraphs of at least two tokens among "
-                f"{len(paragraphs)}, and {_LEAST_PARAGRAPHS} are needed; give a longer text"
-            )
+        pieces = cut_text(model.tokenizer, paragraphs)
         self._model = model
         self._sequences = tuple(piece for cut in pieces for piece in cut)
         self._paragraph_of = [number for number, cut in enumerate(pieces) for _ in cut]
@@ -120,6 +110,22 @@ class TextGuard:
             tuple(float(nats) for nats in log_prob),
             tuple(float(nats) for nats in kl),
         )
+
+
+def cut_text(tokenizer: Any, paragraphs: Sequence[str]) -> list[list[TokenSequence]]:
+    """The sequences of each paragraph, up to `MOST_TOKENS`; raises `UsageError` if too few."""
+    found: list[list[TokenSequence]] = []
+    for paragraph in paragraphs:
+        if cut := cut_paragraph(tokenizer, paragraph):
+            found.append(cut)
+        if sum(len(piece.tokens) for cut in found for piece in cut) >= MOST_TOKENS:
+            break
+    if len(found) < _LEAST_PARAGRAPHS:
+        raise UsageError(
+            f"half of the text has {len(found)} paragraphs of at least two tokens, and "
+            f"{_LEAST_PARAGRAPHS} are needed; give a longer text"
+        )
+    return found
 
 
 def cut_paragraph(tokenizer: Any, paragraph: str) -> list[TokenSequence]:
