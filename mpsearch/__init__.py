@@ -29,7 +29,7 @@ _HOME = {
     "LevelSwitchSampler": "samplers",
     "Model": "models",
     "MpsearchError": "errors",
-    "ParetoFront": "run",
+    "ParetoFront": "points",
     "RecallProxy": "recall",
     "Run": "run",
     "SearchSpace": "space",

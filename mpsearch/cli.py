@@ -81,7 +81,7 @@ def _resume_hint(args: argparse.Namespace) -> str:
         return ""
     given = [f"--budget {shlex.quote(args.budget)}"]
     flags = ("space", "facts", "quantizer", "calibration", "sampler", "trials", "search_facts")
-    for flag in (*flags, "seed", "time"):
+    for flag in (*flags, "seed", "time", "text", "max_text_kl"):
         value = getattr(args, flag)
         if value is not None and value != args.defaults.get(flag):
             given.append(f"--{flag.replace('_', '-')} {shlex.quote(str(value))}")
@@ -128,6 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--awq", action="store_true", help="fold activation-aware scales into the norms first"
     )
+    search.add_argument(
+        "--max-text-kl", type=float, metavar="NATS",
+        help="never recommend what differs more from the reference on text, a token",
+    )  # fmt: skip
+    search.add_argument("--text", metavar="FILE", help="text to read beside facts (a built-in one)")
     search.add_argument("--time", metavar="10m", help="stop proposing after this time")
     search.add_argument("--sampler", default="level-switch", help="level-switch, nsga2 or tpe")
     search.add_argument("--resume", action="store_true", help="continue the run in RUN")

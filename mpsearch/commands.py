@@ -8,23 +8,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mpsearch.errors import RunError, UsageError
+from mpsearch.errors import InfeasibleError, RunError, UsageError
 
 
 def search(args: argparse.Namespace) -> None:
     from mpsearch.budget import format_size, parse_size
     from mpsearch.console import Progress, emit_json, front_json, say, show_front
+    from mpsearch.fluency import check_max_text_kl
     from mpsearch.run import Run
 
     # Whatever can be refused without the model is refused before it is loaded.
     budget_bytes = parse_size(args.budget)
     seconds = None if args.time is None else _parse_seconds(args.time)
+    check_max_text_kl(args.max_text_kl)
     out = Path(args.out)
     if args.resume:
         Run.open(out)
     elif out.exists():
         raise RunError(f"'{out}' exists; continue it with --resume, or choose another -o")
-    space_file, facts, calibration = _space(args), _facts(args), _calibration(args)
+    space_file, facts, text = _space(args), _facts(args), _text(args)
+    calibration = _calibration(args)
     model = _model(args)
     from mpsearch import awq
     from mpsearch.search import search
@@ -47,6 +50,8 @@ def search(args: argparse.Namespace) -> None:
             quantizer=args.quantizer,
             calibration=calibration,
             facts=facts,
+            text=text,
+            max_text_kl_nats=args.max_text_kl,
             resume=args.resume,
             report=report,
         )
@@ -55,9 +60,11 @@ def search(args: argparse.Namespace) -> None:
         emit_json(front_json(run, front))
     else:
         show_front(run, front)
+    if front.pick is None:
+        raise InfeasibleError(front.verdict)
     from mpsearch.export import WRITERS
 
-    if front.pick is not None and run.space.target.name in WRITERS:
+    if run.space.target.name in WRITERS:
         say(f"next: mpsearch export {out} best -o exports/{out.name}")
     else:
         say(f"next: mpsearch plot {out} -o tradeoff.png")
@@ -249,6 +256,12 @@ def _facts(args: argparse.Namespace) -> Any:
     from mpsearch.facts import FactSet
 
     return FactSet.load(args.facts) if args.facts else FactSet.builtin()
+
+
+def _text(args: argparse.Namespace) -> Any:
+    from mpsearch.text import Text
+
+    return Text.load(args.text) if args.text else None
 
 
 def _calibration(args: argparse.Namespace) -> Any:

@@ -13,7 +13,8 @@ from mpsearch.budget import format_size
 from mpsearch.estimates import Estimate
 from mpsearch.facts import PARTITIONS
 from mpsearch.facts.describe import Description
-from mpsearch.run import ParetoFront, Point, Run
+from mpsearch.points import ParetoFront, Point
+from mpsearch.run import Run
 
 _PLAIN_EVERY_SECONDS = 10.0
 
@@ -149,14 +150,21 @@ def show_front(run: Run, front: ParetoFront) -> None:
     rows = [_front_row(point, front) for point in front.points]
     if "reference_validation" in run.content:
         recall = run.content["reference_validation"]["recall"]
-        rows.append(["reference", "", "", "16.000", f"{recall * 100:.1f}", "0.000", "", ""])
+        text = run.content.get("reference_text")
+        read = ["0.000", f"{text['perplexity']:.2f}"] if text else ["", ""]
+        rows.append(["reference", "", "", "16.000", f"{recall * 100:.1f}", "0.000", "", *read, ""])
     table(
         ["id", "kind", "stored bytes", "bits/weight", "recall %", "answer loss (nats)",
-         "against uniform", "front"],
+         "against uniform", "text KL", "perplexity", "front"],
         rows,
         title=f"{run.question['model']} on validation facts, budget "
         f"{format_size(run.budget_bytes)}; ± is one standard error",
     )  # fmt: skip
+    if run.max_text_kl_nats is not None:
+        emit(
+            f"Text KL is limited to {run.max_text_kl_nats:g} nats a token on search text; the "
+            "table shows it on held-out text."
+        )
     emit(front.verdict)
     for point in run.points("test"):
         if front.pick is not None and point.id == front.pick.id:
@@ -184,6 +192,8 @@ def _front_row(point: Point, front: ParetoFront) -> list[str]:
     marks = ("*" if point.id in front.pareto_ids else "") + (
         " pick" if front.pick is not None and point.id == front.pick.id else ""
     )
+    if point.over_text_kl:
+        marks = "over text KL"
     return [
         point.id,
         point.kind,
@@ -192,6 +202,8 @@ def _front_row(point: Point, front: ParetoFront) -> list[str]:
         plus_minus(point.recall, 100, 1),
         plus_minus(point.answer_loss),
         plus_minus(point.against_uniform) if point.against_uniform is not None else "",
+        plus_minus(point.text.kl) if point.text is not None else "",
+        f"{point.text.perplexity:.2f}" if point.text is not None else "",
         marks.strip(),
     ]
 
@@ -203,6 +215,7 @@ def front_json(run: Run, front: ParetoFront) -> dict[str, Any]:
     return {
         "model": run.question["model"],
         "budget_bytes": run.budget_bytes,
+        "max_text_kl_nats": run.max_text_kl_nats,
         "finished": run.finished,
         "points": [
             {**point.to_json(), "on_front": point.id in front.pareto_ids} for point in front.points
@@ -214,6 +227,7 @@ def front_json(run: Run, front: ParetoFront) -> dict[str, Any]:
             partition: run.content.get(f"reference_{partition}")
             for partition in ("validation", "test")
         },
+        "reference_text": run.content.get("reference_text"),
     }
 
 
@@ -227,6 +241,11 @@ def show_point(run: Run, point: Point) -> None:
         f"validation facts: recall {plus_minus(point.recall, 100, 1)} %, answer loss "
         f"{plus_minus(point.answer_loss)} nats, KL {point.kl_nats:.3f} nats"
     )
+    if point.text is not None:
+        emit(
+            f"held-out text: KL {plus_minus(point.text.kl)} nats a token, perplexity "
+            f"{point.text.perplexity:.2f}"
+        )
     kinds = list(dict.fromkeys(group.kind for group in run.space.groups))
     blocks: dict[str, dict[str, str]] = {}
     for group in run.space.groups:

@@ -1,4 +1,4 @@
-"""Means over facts with their uncertainty.
+"""Means over facts, and over text, with their uncertainty.
 
 Every figure of recall or answer loss is a mean within each relation, then over relations, so that
 a relation counts the same however many facts it has.
@@ -60,3 +60,21 @@ def relation_mean(values: Sequence[float] | NDArray[Any], relations: Sequence[st
 def paired_difference(a: Sequence[float], b: Sequence[float], relations: Sequence[str]) -> Estimate:
     """Mean of `a - b` over the same facts; far tighter than the difference of two means."""
     return relation_mean(np.asarray(a, dtype=float) - np.asarray(b, dtype=float), relations)
+
+
+def ratio(sums: Sequence[float] | NDArray[Any], counts: Sequence[int] | NDArray[Any]) -> Estimate:
+    """`sum(sums) / sum(counts)` of units of unequal size, such as nats a token over paragraphs.
+
+    The standard error takes units as independent draws, linearised:
+    `sqrt(n / (n - 1) * sum((sums - mean * counts) ** 2)) / sum(counts)` for `n` units.
+
+    Args:
+        sums, counts: `(units,)`; at least two units, and one counted in all.
+    Source: the ratio estimator, Cochran, Sampling Techniques (1977), section 6.4.
+    """
+    array, sizes = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
+    if array.shape != sizes.shape or array.size < 2 or sizes.sum() <= 0:
+        raise ValueError(f"{array.size} sums of {sizes.size} counts, {sizes.sum()} in all")
+    mean = array.sum() / sizes.sum()
+    squared = ((array - mean * sizes) ** 2).sum() * array.size / (array.size - 1)
+    return Estimate(float(mean), sqrt(squared) / float(sizes.sum()))

@@ -11,7 +11,8 @@ from typing import Any
 from mpsearch.errors import UsageError
 from mpsearch.formats import FORMATS
 from mpsearch.front import pareto_front
-from mpsearch.run import ParetoFront, Point, Run
+from mpsearch.points import ParetoFront, Point
+from mpsearch.run import Run
 
 _MARKS: dict[str, dict[str, Any]] = {
     "uniform": {"marker": "s", "markerfacecolor": "white", "markersize": 7},

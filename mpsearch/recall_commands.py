@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from math import exp
 from typing import TYPE_CHECKING, Any
 
 from mpsearch.errors import UsageError
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
     from mpsearch.bootstrap import Interval
     from mpsearch.compare import Changes, Comparison
     from mpsearch.displaced import Displacement
+    from mpsearch.estimates import Estimate
     from mpsearch.facts import Fact, FactSet
+    from mpsearch.fluency import TextScores
     from mpsearch.scores import HopsRecall, NoiseFloor, RecallSummary
+    from mpsearch.text import Text
 
 _SEED = 0  # of the bootstrap
 
@@ -41,6 +45,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         command.add_argument(
             "--two-hop", action="store_true", help="ask the two-hop questions that the facts give"
         )
+        command.add_argument("--text", metavar="FILE", help="text to read, too (a built-in one)")
         command.add_argument("--shots", type=int, default=4, help="solved examples first (4)")
         command.add_argument(
             "--partition",
@@ -54,13 +59,15 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def recall(args: argparse.Namespace) -> None:
-    """Recall by relation, with intervals and the noise floor."""
+    """Recall by relation, with intervals and the noise floor, and the perplexity of text."""
     one_hop, fact_set, facts = _facts(args)
+    text = _text(args)
     model = _model(args.model, args.chat_template)
     import numpy as np
 
     from mpsearch.console import Progress, emit_json, say
     from mpsearch.facts.two_hop import TwoHopFact
+    from mpsearch.guard import TextGuard
     from mpsearch.recall import RecallProxy
     from mpsearch.scores import by_hops
 
@@ -82,28 +89,32 @@ def recall(args: argparse.Namespace) -> None:
             )
             hops = by_hops(proxy.reference, first, second)
             report("asking their hops", 1, 1)
+        read = TextGuard(model, text.held_out).reference
     summary = proxy.summary(np.random.default_rng(_SEED))
     if args.json:
         about = _about(args, seconds=time.perf_counter() - started)
-        further = {"hops": [asdict(row) for row in hops]} if hops else {}
-        emit_json(
-            {"model": args.model, **about, **summary.to_json(), "noise": asdict(noise), **further}
-        )
+        further = {"noise": asdict(noise), "text": {"source": text.source, **read.about()}}
+        if hops:
+            further["hops"] = [asdict(row) for row in hops]
+        emit_json({"model": args.model, **about, **summary.to_json(), **further})
     else:
         _show_recall(args, summary, noise)
         if hops:
             _show_hops(hops)
+        _show_perplexity(text, read)
     say(f"next: mpsearch compare {shlex.quote(args.model)} EXPORT")
 
 
 def compare(args: argparse.Namespace) -> None:
     """What B kept, forgot and gained; one of the two models is in memory at a time."""
     _, fact_set, facts = _facts(args)
+    text = _text(args)
     import numpy as np
 
     from mpsearch.compare import compare as compare_scores
     from mpsearch.console import Progress, emit_json, say
     from mpsearch.displaced import displacement
+    from mpsearch.guard import TextGuard
     from mpsearch.prompts import ask_otherwise, ask_reordered
     from mpsearch.recall import RecallProxy
 
@@ -118,11 +129,14 @@ def compare(args: argparse.Namespace) -> None:
         report(stage, 2, 3)
         if args.displaced:
             reordered = ask_reordered(model, fact_set, facts, args.shots)
-        del proxy, model
+        guard = TextGuard(model, text.held_out)
+        said, read_by_reference = guard.said, guard.reference
+        del proxy, guard, model
         model = _model(args.candidate, args.chat_template)
         proxy = RecallProxy(model, fact_set, facts, contrast=True, shots=args.shots, against=first)
         report(stage, 3, 3)
         candidate = proxy.reference
+        read = TextGuard(model, text.held_out, against=said).reference
         del proxy
         if args.displaced:
             otherwise = ask_otherwise(
@@ -138,9 +152,11 @@ def compare(args: argparse.Namespace) -> None:
         about = _about(args, seconds=time.perf_counter() - started)
         names = {"reference": args.reference, "candidate": args.candidate}
         further = {"displaced": displaced.to_json()} if displaced else {}
+        further["text"] = {"source": text.source, **read.compared(read_by_reference)}
         emit_json({**names, **about, **found.to_json(), **further})
     else:
         _show_comparison(args, found)
+        _show_fluency(text, read, read_by_reference)
         if displaced:
             _show_displacement(displaced)
     say(f"next: mpsearch recall {shlex.quote(args.candidate)}")
@@ -168,6 +184,12 @@ def _facts(args: argparse.Namespace) -> tuple[FactSet, FactSet, tuple[Fact, ...]
             f"facts '{fact_set.source}': none is in the {args.partition} partition; add facts"
         )
     return one_hop, fact_set, facts
+
+
+def _text(args: argparse.Namespace) -> Text:
+    from mpsearch.text import Text
+
+    return Text.load(args.text) if args.text else Text.builtin()
 
 
 def _model(name: str, chat_template: bool) -> Any:
@@ -263,6 +285,32 @@ def _show_hops(hops: Sequence[HopsRecall]) -> None:
         ],
         title="Two-hop questions by what the model says to their hops alone: right without a hop "
         "is a shortcut, wrong with both is a failure to compose",
+    )
+
+
+def _held_out(text: Text, read: TextScores) -> str:
+    paragraphs, tokens = len(read.tokens), sum(read.tokens)
+    return f"Held-out text ({text.source}, {paragraphs} paragraphs, {tokens:,} tokens)"
+
+
+def _show_perplexity(text: Text, read: TextScores) -> None:
+    from mpsearch.console import emit
+
+    low, high = map(exp, read.log_perplexity.interval)
+    emit(f"{_held_out(text, read)}: perplexity {read.perplexity:.2f} [{low:.2f}, {high:.2f}].")
+
+
+def _show_fluency(text: Text, read: TextScores, by_reference: TextScores) -> None:
+    from mpsearch.console import emit
+
+    def nats(estimate: Estimate, sign: str = "") -> str:
+        low, high = estimate.interval
+        return f"{estimate.mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+    emit(
+        f"{_held_out(text, read)}: KL {nats(read.kl)} nats a token; perplexity "
+        f"{by_reference.perplexity:.2f} -> {read.perplexity:.2f}, log-perplexity "
+        f"{nats(read.log_perplexity_change(by_reference), '+')}."
     )
 
 

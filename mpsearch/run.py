@@ -13,111 +13,27 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from mpsearch.assignment import Assignment
 from mpsearch.errors import ResourceError, RunError
-from mpsearch.estimates import Estimate, paired_difference, relation_mean
+from mpsearch.estimates import paired_difference, relation_mean
 from mpsearch.files import published, write_atomically
+from mpsearch.fluency import TextScores
 from mpsearch.formats import FORMATS
-from mpsearch.front import best_under, pareto_front
+from mpsearch.front import pareto_front
 from mpsearch.layers import Layer, LayerGroup
+from mpsearch.points import ParetoFront, Point, Score, coordinates, recommend, unmet
 from mpsearch.space import ResolvedSpace, Rule, SearchSpace
 from mpsearch.targets import TARGETS
 
 VERSION = 1
-SIMPLE_KINDS = ("uniform", "greedy", "knapsack")
-
-
-@dataclass(frozen=True, eq=False)
-class Score:
-    """One assignment's values on one partition's facts, as stored.
-
-    Attributes:
-        kind: uniform, greedy, knapsack or search; `reference` for the unquantized model.
-        loss_per_fact: answer loss in nats.
-        correct: contrastive, or None where distractors were not asked.
-    """
-
-    assignment: Assignment
-    kind: str
-    partition: str
-    loss_per_fact: tuple[float, ...]
-    kl_nats: float
-    top1: float
-    correct: tuple[bool, ...] | None
-    seconds: float
-
-
-@dataclass(frozen=True, eq=False)
-class Point:
-    """An assignment with its size and its validation (or test) figures.
-
-    Attributes:
-        against_uniform: answer loss minus that of the best uniform assignment of at most the same
-            size, paired by fact; None if there is none.
-    """
-
-    id: str
-    kind: str
-    assignment: Assignment
-    stored_bytes: int
-    bits_per_weight: float
-    answer_loss: Estimate
-    recall: Estimate
-    kl_nats: float
-    against_uniform: Estimate | None
-    score: Score
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "kind": self.kind,
-            "stored_bytes": self.stored_bytes,
-            "bits_per_weight": self.bits_per_weight,
-            "recall": asdict(self.recall),
-            "answer_loss_nats": asdict(self.answer_loss),
-            "kl_nats": self.kl_nats,
-            "against_uniform_nats": self.against_uniform and asdict(self.against_uniform),
-        }
-
-
-@dataclass(frozen=True, eq=False)
-class ParetoFront:
-    """All points that were scored on validation facts, by rising size.
-
-    Attributes:
-        points: baselines and finalists.
-        pareto_ids: of those that no other point dominates in (bytes, answer loss).
-        pick: recommended under the run's budget: the lowest answer loss, but a simple allocation
-            unless a searched one beats the best simple one beyond noise. None if nothing fits.
-        verdict: one plain sentence about search against simple allocations.
-    """
-
-    points: tuple[Point, ...]
-    pareto_ids: frozenset[str]
-    pick: Point | None
-    verdict: str
-
-    def best(self, max_bytes: str | int) -> Point:
-        """The point of least answer loss within a size; raises `RunError` if none fits."""
-        from mpsearch.budget import parse_size
-
-        limit = parse_size(max_bytes) if isinstance(max_bytes, str) else max_bytes
-        found = best_under(self.points, _coordinates, limit)
-        if found is None:
-            smallest = min(point.stored_bytes for point in self.points)
-            raise RunError(f"no point within {limit:,} bytes; the smallest takes {smallest:,}")
-        return found
-
-
-def _coordinates(point: Point) -> tuple[float, float]:
-    return point.stored_bytes, point.answer_loss.mean
 
 
 class Run:
@@ -213,6 +129,12 @@ class Run:
         return int(self.question["budget_bytes"])
 
     @property
+    def max_text_kl_nats(self) -> float | None:
+        """The limit of KL on search text, a token; None, as in older runs, for no limit."""
+        limit: float | None = self.question.get("max_text_kl_nats")
+        return limit
+
+    @property
     def finished(self) -> bool:
         return bool(self.content.get("finished"))
 
@@ -284,10 +206,17 @@ class Run:
     def points(self, partition: str = "validation") -> tuple[Point, ...]:
         """Every assignment scored on a partition with distractors, by size, then loss."""
         relations = self.content.get("asked", {}).get(partition, [])
+        every = self.scores()
         scores = {
             score.assignment: score
-            for score in self.scores()
+            for score in every
             if score.partition == partition and score.kind != "reference"
+        }
+        limit = self.max_text_kl_nats
+        text_kl = {
+            score.assignment: score.text.kl.mean
+            for score in every
+            if score.partition == "search" and score.text is not None
         }
         sized = {a: self.space.stored_bytes(a) for a in scores}
         uniforms = [a for a, score in scores.items() if score.kind == "uniform"]
@@ -316,9 +245,10 @@ class Run:
                 score.kl_nats,
                 against,
                 score,
+                limit is not None and text_kl.get(score.assignment, inf) > limit,
             )
 
-        return tuple(sorted((point(score) for score in scores.values()), key=_coordinates))
+        return tuple(sorted((point(score) for score in scores.values()), key=coordinates))
 
     def front(self) -> ParetoFront:
         """The validation table with its front, the pick and the verdict.
@@ -333,41 +263,28 @@ class Run:
                 f"{shlex.quote(self.question['model'])} --budget {self.budget_bytes}B --resume "
                 f"-o {shlex.quote(str(self.folder))}, with any other options that it had"
             )
-        pareto = frozenset(point.id for point in pareto_front(points, _coordinates))
-        pick, verdict = self._recommend(points)
+        allowed = [point for point in points if not point.over_text_kl]
+        pareto = frozenset(point.id for point in pareto_front(allowed, coordinates))
+        pick, verdict = recommend(allowed, self.relations("validation"), self.budget_bytes)
+        if pick is None and self.max_text_kl_nats is not None:
+            verdict = unmet(self._within_budget(), self.max_text_kl_nats)
         return ParetoFront(points, pareto, pick, verdict)
 
-    def _recommend(self, points: Sequence[Point]) -> tuple[Point | None, str]:
-        simple = [point for point in points if point.kind in SIMPLE_KINDS]
-        best_simple = best_under(simple, _coordinates, self.budget_bytes)
-        searched = [point for point in points if point.kind == "search"]
-        best_searched = best_under(searched, _coordinates, self.budget_bytes)
-        if best_searched is None:
-            return best_simple, "No searched point fits the budget; the simple allocations stand."
-        if best_simple is None:
-            return best_searched, "Only searched points fit the budget."
-        gain = paired_difference(
-            best_simple.score.loss_per_fact,
-            best_searched.score.loss_per_fact,
-            self.relations("validation"),
-        )
-        figures = f"{gain.mean:+.3f} +- {gain.stderr:.3f} nats on validation facts"
-        if gain.mean > 0 and gain.significant:
-            return best_searched, (
-                f"The search beats the best simple allocation ({best_simple.kind} "
-                f"{best_simple.id}): its answer loss is lower by {figures}."
-            )
-        return best_simple, (
-            f"The search did not beat the best simple allocation beyond noise ({figures}); "
-            f"the {best_simple.kind} allocation {best_simple.id} is recommended."
-        )
+    def _within_budget(self) -> list[Score]:
+        """Scores on search facts."""
+        return [
+            score
+            for score in self.scores()
+            if score.partition == "search"
+            and self.space.stored_bytes(score.assignment) <= self.budget_bytes
+        ]
 
     def find(self, wanted: str) -> Point:
         """A validated point by id, an unambiguous beginning of it, or `best`."""
         front = self.front()
         if wanted == "best":
             if front.pick is None:
-                raise RunError(f"'{self.folder}' has no point within its budget")
+                raise RunError(f"'{self.folder}' has no point within its budget. {front.verdict}")
             return front.pick
         found = [point for point in front.points if point.id.startswith(wanted)]
         if len(found) != 1:
@@ -395,6 +312,7 @@ def _score(line: dict[str, Any], bank: str) -> Score:
         line["top1"],
         None if correct is None else tuple(correct),
         line["seconds"],
+        TextScores.of(line.get("text")),
     )
 
 

@@ -3,7 +3,8 @@
 A proposal takes a parent near the front, raises a few groups by one level, and lowers others until
 it fits the budget again: every trial is feasible, and every trial spends the same bytes in another
 way. Of many such children one is chosen by a model of the loss that starts from the damage table
-and is corrected by every trial. All state is read from the study, so a resumed search goes on as if
+and is corrected by every trial; where text KL is limited, a second such model says which children
+keep to it. All state is read from the study, so a resumed search goes on as if
 it had never stopped, and several workers can share one study.
 
 Sources: level switch mutation, EvoPress (arXiv:2410.14649); choice by posterior sampling, Thompson
@@ -13,6 +14,7 @@ Sources: level switch mutation, EvoPress (arXiv:2410.14649); choice by posterior
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from mpsearch.formats import nearest
 from mpsearch.space import ResolvedSpace
 
 SAMPLERS = ("level-switch", "nsga2", "tpe")
+OVER_TEXT_KL = "over_text_kl_nats"  # a trial's constraint: its text KL minus the limit
 _LOOSE = 0.1  # share of proposals at another size than the budget, to cover the front
 _CHILDREN = 64  # of which one is proposed
 _ATTEMPTS = 200
@@ -48,6 +51,16 @@ def distributions(space: ResolvedSpace) -> dict[str, BaseDistribution]:
     }
 
 
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """A finished one: answer loss, size, a level a group, text KL minus its limit or 0."""
+
+    loss: float
+    stored_bytes: float
+    levels: NDArray[Any]
+    over_text_kl: float
+
+
 class LevelSwitchSampler(BaseSampler):
     """Proposes assignments for studies whose values are (answer loss, stored bytes).
 
@@ -56,6 +69,8 @@ class LevelSwitchSampler(BaseSampler):
         damage: `(group, format)` to predicted loss; weighs which groups to raise and lower.
         budget_bytes: stored bytes that most proposals stay within.
         seed: with the number of finished trials it decides a proposal.
+        max_text_kl_nats: text KL that proposals should stay within, by what the trials' constraint
+            says; None for no limit.
     """
 
     def __init__(
@@ -64,8 +79,10 @@ class LevelSwitchSampler(BaseSampler):
         damage: Mapping[tuple[str, str], float],
         budget_bytes: int,
         seed: int,
+        max_text_kl_nats: float | None = None,
     ):
         self._seed = seed
+        self._max_text_kl = max_text_kl_nats
         self._budget_bytes = budget_bytes
         self._kept_bytes = space.kept_bytes
         self._names = [group.name for group in space.groups]
@@ -143,36 +160,57 @@ class LevelSwitchSampler(BaseSampler):
         self, rng: np.random.Generator, done: list[FrozenTrial], seen: set[bytes]
     ) -> NDArray[Any]:
         """A feasible assignment that no trial has had; an old one only where none is left."""
-        known = [(t.values[0], t.values[1], self._levels(t)) for t in done]
+        known = [
+            _Trial(t.values[0], t.values[1], self._levels(t), t.constraints.get(OVER_TEXT_KL, 0.0))
+            for t in done
+        ]
         smallest: NDArray[Any] = np.zeros(len(self._names), dtype=int)
         limit = self._budget_bytes
         if rng.random() < _LOOSE:
             floor = self._size(smallest)
             limit = int(floor + (self._budget_bytes - floor) * rng.uniform(0.3, 1.0))
         fitting = sorted(
-            (k for k in known if k[1] <= limit), key=lambda k: (k[0], k[1], k[2].tobytes())
+            (t for t in known if t.stored_bytes <= limit),
+            key=lambda t: (t.loss, t.stored_bytes, t.levels.tobytes()),
         )
+        # Parents keep the limit of text KL; while no trial does, the nearest come first.
+        parents = [t for t in fitting if t.over_text_kl <= 0]
+        parents = parents or sorted(fitting, key=lambda t: t.over_text_kl)
         children: dict[bytes, NDArray[Any]] = {}
         child = smallest
         for _ in range(_ATTEMPTS):
             parent = smallest
-            if fitting:
-                parent = fitting[min(int(rng.geometric(_ELITE)) - 1, len(fitting) - 1)][2]
+            if parents:
+                parent = parents[min(int(rng.geometric(_ELITE)) - 1, len(parents) - 1)].levels
             child = self._switch(rng, parent, limit)
             if child.tobytes() not in seen:
                 children[child.tobytes()] = child
             if len(children) == _CHILDREN:
                 break
-        if not fitting or not children:
+        if not parents or not children:
             return next(iter(children.values()), child)
-        best = fitting[0][0]
-        near = [k for k in fitting if k[0] <= best + _NEAR * max(abs(best), _LEAST_NATS)]
-        drawn = self._draw_losses(rng, near)
         groups = np.arange(len(self._names))
-        return min(children.values(), key=lambda levels: float(drawn[groups, levels].sum()))
+        tried = np.array([t.levels for t in fitting])
+        losses = np.array([t.loss for t in fitting])
+        drawn = self._draw_losses(rng, losses, tried, parents[0].loss)
+        if self._max_text_kl is None:
+            return min(children.values(), key=lambda levels: float(drawn[groups, levels].sum()))
+        limit_nats = self._max_text_kl
+        text = np.array([t.over_text_kl for t in fitting]) + limit_nats
+        text_drawn = self._draw_losses(rng, text, tried, max(limit_nats, float(text.min())))
+
+        def beyond_then_loss(levels: NDArray[Any]) -> tuple[float, float]:
+            beyond = float(text_drawn[groups, levels].sum()) - limit_nats
+            return max(beyond, 0.0), float(drawn[groups, levels].sum())
+
+        return min(children.values(), key=beyond_then_loss)
 
     def _draw_losses(
-        self, rng: np.random.Generator, known: list[tuple[float, float, NDArray[Any]]]
+        self,
+        rng: np.random.Generator,
+        losses: NDArray[Any],
+        levels: NDArray[Any],
+        best: float,
     ) -> NDArray[Any]:
         """One draw of every (group, level)'s loss from its posterior, `(groups, levels)` in nats.
 
@@ -180,10 +218,15 @@ class LevelSwitchSampler(BaseSampler):
         predicted damage times one factor for all, which the trials fix; its standard deviation is
         a share of that mean. The draw is a prior draw corrected by the residuals that it leaves on
         the trials (Matheron's rule).
+
+        Args:
+            losses: `(trials,)` in nats, of facts or of text.
+            levels: `(trials, groups)`.
+            best: trials not far above this teach the model.
         """
         groups = np.arange(len(self._names))
-        losses = np.array([loss for loss, _, _ in known])
-        levels = np.array([levels for _, _, levels in known])
+        near = losses <= best + _NEAR * max(abs(best), _LEAST_NATS)
+        losses, levels = losses[near], levels[near]
         predicted = self._damage[groups, levels].sum(1)
         ratio = float(np.median(losses / np.maximum(predicted, 1e-12)))
         factor = max(ratio, _LEAST_FACTOR)
@@ -258,13 +301,14 @@ def make_sampler(
     damage: Mapping[tuple[str, str], float],
     budget_bytes: int,
     seed: int,
+    max_text_kl_nats: float | None = None,
 ) -> BaseSampler:
     """A sampler by name. Raises `UsageError` for an unknown one.
 
-    Optuna's own read the budget from each trial's constraint.
+    Optuna's own read the budget and the limit of text KL from each trial's constraints.
     """
     if name == "level-switch":
-        return LevelSwitchSampler(space, damage, budget_bytes, seed)
+        return LevelSwitchSampler(space, damage, budget_bytes, seed, max_text_kl_nats)
     if name == "nsga2":
         return optuna.samplers.NSGAIISampler(population_size=20, seed=seed)
     if name == "tpe":

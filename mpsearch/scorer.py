@@ -1,15 +1,24 @@
-"""Scores assignments on a run's partitions: proxies when first needed, repeats from the cache."""
+"""Scores assignments on a run's partitions: proxies when first needed, repeats from the cache.
+
+Beside validation facts a candidate reads held-out text, beside search facts search text where the
+run limits its KL, beside test facts none.
+"""
 
 from __future__ import annotations
+
+import time
 
 from mpsearch.asked import asked_facts
 from mpsearch.assignment import Assignment
 from mpsearch.estimates import relation_mean
 from mpsearch.evaluate import Bench
 from mpsearch.facts import FactSet
+from mpsearch.guard import TextGuard
 from mpsearch.models import Model
+from mpsearch.points import Score
 from mpsearch.recall import RecallProxy
-from mpsearch.run import Run, Score
+from mpsearch.run import Run
+from mpsearch.text import Text
 
 
 class Scorer:
@@ -19,9 +28,14 @@ class Scorer:
         bench: puts candidates in place; a proxy is built on the reference, which it restores.
     """
 
-    def __init__(self, model: Model, facts: FactSet, run: Run, bench: Bench):
+    def __init__(self, model: Model, facts: FactSet, text: Text, run: Run, bench: Bench):
         self._model, self._facts, self._run, self._bench = model, facts, run, bench
+        self._source = text.source
+        self._paragraphs = {"validation": text.held_out}
+        if run.max_text_kl_nats is not None:
+            self._paragraphs["search"] = text.search
         self._proxies: dict[str, RecallProxy] = {}
+        self._guards: dict[str, TextGuard] = {}
         self._cache = {(s.partition, s.assignment): s for s in run.scores()}
 
     def score(self, assignment: Assignment, kind: str, partition: str) -> Score:
@@ -32,7 +46,10 @@ class Scorer:
         """
         if (found := self._cache.get((partition, assignment))) is not None:
             return found
-        evaluation = self._bench.evaluate(assignment, self._proxy(partition))
+        proxy, guard = self._proxy(partition), self._guard(partition)
+        evaluation = self._bench.evaluate(assignment, proxy)
+        began = time.perf_counter()
+        text = None if guard is None else guard.score()
         correct = evaluation.scores.correct
         score = Score(
             assignment,
@@ -42,7 +59,8 @@ class Scorer:
             evaluation.kl.mean,
             evaluation.top1.mean,
             None if correct is None else tuple(bool(right) for right in correct),
-            evaluation.seconds,
+            evaluation.seconds + time.perf_counter() - began,
+            text,
         )
         self._run.add(score)
         self._cache[partition, assignment] = score
@@ -53,7 +71,11 @@ class Scorer:
         return relation_mean(score.loss_per_fact, self._run.relations(score.partition)).mean
 
     def record_reference(self, partition: str) -> None:
-        """Write the reference's own recall beside the candidates', once."""
+        """Write the reference's own recall, and of text its perplexity, beside the candidates'."""
+        if (guard := self._guard(partition)) and "reference_text" not in self._run.content:
+            about = {"source": self._source, **guard.reference.about()}
+            self._run.content["reference_text"] = about
+            self._run.save()
         key = f"reference_{partition}"
         if key in self._run.content:
             return
@@ -76,3 +98,10 @@ class Scorer:
                 contrast=partition != "search",
             )
         return self._proxies[partition]
+
+    def _guard(self, partition: str) -> TextGuard | None:
+        """What reads text beside a partition's facts, if anything does."""
+        if partition in self._paragraphs and partition not in self._guards:
+            self._bench.restore()
+            self._guards[partition] = TextGuard(self._model, self._paragraphs[partition])
+        return self._guards.get(partition)

@@ -2,7 +2,9 @@
 
 Which facts see what: solved examples come from the demonstration facts; candidates are proposed
 and ranked on search facts; baselines and finalists are scored on validation facts, where the pick
-is made; test facts are read once, for the pick, its rival and the reference.
+is made; test facts are read once, for the pick, its rival and the reference. Likewise of text:
+search paragraphs constrain candidates where that is asked for, and what is scored on validation
+facts is reported on held-out paragraphs.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,56 +28,30 @@ from mpsearch.allocate import greedy, knapsack, uniform
 from mpsearch.asked import MOST_FACTS, asked_facts, balanced, freeze_facts, known_facts
 from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank, Report, check_formats, silent
-from mpsearch.budget import check_reachable, format_size, parse_size
 from mpsearch.calibration import Calibration
 from mpsearch.device import require_disk, require_memory
-from mpsearch.errors import CheckError, UsageError
+from mpsearch.errors import CheckError
 from mpsearch.evaluate import Bench, all_layers
 from mpsearch.facts import FactSet
-from mpsearch.formats import nearest
 from mpsearch.front import pareto_front
+from mpsearch.guard import cut_text
 from mpsearch.models import Model
+from mpsearch.points import Score
 from mpsearch.quantizers import get_quantizer
 from mpsearch.recall import SHOTS
-from mpsearch.run import Run, Score
-from mpsearch.samplers import SAMPLERS, distributions, make_sampler
+from mpsearch.run import Run
+from mpsearch.samplers import OVER_TEXT_KL, distributions, make_sampler
 from mpsearch.scorer import Scorer
 from mpsearch.sensitivity import Sensitivity, measure_sensitivity
 from mpsearch.space import ResolvedSpace, SearchSpace
+from mpsearch.text import Text
+from mpsearch.wish import TRIALS, Wish, check_wish
 
 log = logging.getLogger(__name__)
 
-TRIALS = 150
 _SENSITIVITY_FACTS = 150
 _FINALISTS = 3
 _SPREAD = (0.2, 0.4, 0.6, 0.8)  # of the feasible range, for the knapsack's further first points
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What a search is asked for, beside the model and the space.
-
-    Attributes:
-        budget: stored bytes allowed, as a number or as text such as `96 MiB`.
-        trials: proposals after the baselines.
-        seconds: stop proposing after this time, even if trials are left; None for no limit.
-        quantizer: None for the target's default.
-        calibration: for quantizers that need inputs; None for text that the model writes.
-        search_facts: at most this many facts score each candidate.
-    """
-
-    budget: str | int
-    trials: int = TRIALS
-    seconds: float | None = None
-    seed: int = 0
-    sampler: str = "level-switch"
-    quantizer: str | None = None
-    search_facts: int = MOST_FACTS["search"]
-    calibration: Calibration | None = None
-
-    @property
-    def budget_bytes(self) -> int:
-        return parse_size(self.budget) if isinstance(self.budget, str) else self.budget
 
 
 def search(
@@ -93,6 +68,8 @@ def search(
     search_facts: int = MOST_FACTS["search"],
     calibration: Calibration | None = None,
     facts: FactSet | None = None,
+    text: Text | None = None,
+    max_text_kl_nats: float | None = None,
     resume: bool = False,
     report: Report = silent,
 ) -> Run:
@@ -112,7 +89,10 @@ def search(
         ResourceError: memory or disk; what is finished is kept.
         KeyboardInterrupt: all finished trials are kept; resume goes on from there.
     """
-    wish = Wish(budget, trials, seconds, seed, sampler, quantizer, search_facts, calibration)
+    wish = Wish(
+        budget, trials, seconds, seed, sampler, quantizer, search_facts, calibration, text,
+        max_text_kl_nats,
+    )  # fmt: skip
     if isinstance(space, SearchSpace):
         space = space.resolve(model)
     return _Search(model, space, wish, facts or FactSet.builtin(), report).run(Path(out), resume)
@@ -130,6 +110,9 @@ class _Search:
         )  # fmt: skip
         quantizer = get_quantizer(wish.quantizer, space.target.name)
         check_formats(quantizer, all_layers(space))
+        self.text = wish.text or Text.builtin()
+        for half in (self.text.search, self.text.held_out):
+            cut_text(model.tokenizer, half)  # too short a text is refused here
         self.bank = Bank(model, quantizer, wish.calibration)
         odd = sum(not model.places[layer.name].is_linear for layer in model.layers)
         if odd:
@@ -154,6 +137,9 @@ class _Search:
             },
             "facts": self.facts.digest,
             "search_facts": self.wish.search_facts,
+            # As in older runs: None for the built-in text, and for no limit.
+            "text": self.wish.text and self.wish.text.digest,
+            "max_text_kl_nats": self.wish.max_text_kl_nats,
             "shots": SHOTS,
             "budget_bytes": self.wish.budget_bytes,
             "seed": self.wish.seed,
@@ -227,45 +213,12 @@ def sensitivity_of(
     return measure_sensitivity(space, bank, facts, tuple(known), seed=seed, report=report)
 
 
-def check_wish(space: ResolvedSpace, wish: Wish) -> None:
-    """Refuse in an instant what cannot be done.
-
-    Raises:
-        InfeasibleError: a budget below the smallest assignment.
-        UsageError: a number that makes no sense.
-    """
-    if wish.trials < 0 or wish.search_facts < 2:
-        raise UsageError(
-            f"trials {wish.trials}, search facts {wish.search_facts}: at least 0 and 2 are needed"
-        )
-    if wish.seed < 0:
-        raise UsageError(f"seed {wish.seed} is negative; use 0 or more")
-    if wish.sampler not in SAMPLERS:
-        raise UsageError(f"no sampler '{wish.sampler}'{nearest(wish.sampler, SAMPLERS)}")
-    smallest, largest = space.stored_bytes(space.smallest), space.stored_bytes(space.largest)
-    kept = format_size(space.kept_bytes)
-    check_reachable(
-        wish.budget_bytes,
-        smallest,
-        largest,
-        f"{kept} of it are weights that this space keeps in bf16; raise the budget to at least "
-        f"{smallest / 2**20 + 0.01:.2f}MiB or allow smaller formats",
-    )
-    if wish.budget_bytes >= largest:
-        log.warning(
-            "budget %s holds even the largest formats of this space (%s): nothing needs to be "
-            "given up; searching anyway",
-            format_size(wish.budget_bytes),
-            format_size(largest),
-        )
-
-
 class _Work:
     """The study of one search: baselines, proposals, finalists, test."""
 
     def __init__(self, search: _Search, run: Run, bench: Bench):
         self.search, self.run = search, run
-        self.scorer = Scorer(search.model, search.facts, run, bench)
+        self.scorer = Scorer(search.model, search.facts, search.text, run, bench)
         storage = JournalStorage(JournalFileBackend(str(run.journal)))
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.study: Study = optuna.create_study(
@@ -290,6 +243,8 @@ class _Work:
             self.study.tell(trial, state=TrialState.FAIL)
             log.warning("assignment %s is refused: %s", assignment.id, error)
             return
+        for name, over in self._over_text_kl(score).items():
+            trial.set_constraint(name, over)
         self.study.tell(trial, self._values(score))
 
     def add_baseline(self, assignment: Assignment, kind: str) -> None:
@@ -305,13 +260,23 @@ class _Work:
                 distributions=distributions(self.search.space),
                 values=self._values(score),
                 user_attrs={"kind": kind},
-                constraints={"over_budget_bytes": self._over_budget(assignment)},
+                constraints={
+                    "over_budget_bytes": self._over_budget(assignment),
+                    **self._over_text_kl(score),
+                },
             )
         )
 
     def _over_budget(self, assignment: Assignment) -> float:
         """Above zero where Optuna's own samplers must not go."""
         return float(self.search.space.stored_bytes(assignment) - self.search.wish.budget_bytes)
+
+    def _over_text_kl(self, score: Score) -> dict[str, float]:
+        """The same of the limit of text KL, empty where there is none."""
+        limit = self.search.wish.max_text_kl_nats
+        if limit is None or score.text is None:
+            return {}
+        return {OVER_TEXT_KL: score.text.kl.mean - limit}
 
     def _values(self, score: Score) -> list[float]:
         stored_bytes = self.search.space.stored_bytes(score.assignment)
@@ -362,7 +327,7 @@ class _Work:
         ours = wish.sampler == "level-switch"
         seed = wish.seed if ours else wish.seed + done
         self.study.sampler = make_sampler(
-            wish.sampler, self.search.space, damage, wish.budget_bytes, seed
+            wish.sampler, self.search.space, damage, wish.budget_bytes, seed, wish.max_text_kl_nats
         )
         start = time.monotonic()
         while done < wish.trials:
@@ -381,12 +346,12 @@ class _Work:
         )
 
     def _ranked(self) -> list[tuple[float, float, Assignment]]:
-        """Search-fact (loss, bytes, assignment) of all complete trials within the budget."""
+        """Search-fact (loss, bytes, assignment) of all complete trials that break no limit."""
         budget, names = self.search.wish.budget_bytes, self.search.space.options
         ranked = [
             (t.values[0], t.values[1], Assignment.of({name: t.params[name] for name in names}))
             for t in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            if t.values[1] <= budget
+            if t.values[1] <= budget and t.constraints.get(OVER_TEXT_KL, 0.0) <= 0
         ]
         return sorted(ranked, key=lambda entry: entry[:2])
 
@@ -415,6 +380,7 @@ class _Work:
 
     def test(self) -> None:
         """Read the test facts: for the pick, the best uniform that fits, and the reference."""
+        self.scorer.record_reference("validation")
         front = self.run.front()
         if front.pick is None:
             return
@@ -428,8 +394,7 @@ class _Work:
             if point is not None:
                 self.search.report("test facts", 0, 1)
                 self.scorer.score(point.assignment, point.kind, "test")
-        for partition in ("validation", "test"):
-            self.scorer.record_reference(partition)
+        self.scorer.record_reference("test")
         self.search.report("test facts", 1, 1)
 
 

@@ -196,6 +196,13 @@ def tiny_space(tiny: Model) -> ResolvedSpace:
     return SearchSpace.default().resolve(tiny)
 
 
+@pytest.fixture(scope="session")
+def budget(tiny_space: ResolvedSpace) -> int:
+    """Stored bytes half way between the smallest and the largest assignment."""
+    smallest = tiny_space.stored_bytes(tiny_space.smallest)
+    return (smallest + tiny_space.stored_bytes(tiny_space.largest)) // 2
+
+
 @pytest.fixture
 def wanted(tiny: Model) -> Wanted:
     """Five layers in two formats each."""

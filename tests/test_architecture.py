@@ -21,6 +21,7 @@ REPOSITORY = Path(__file__).parents[1]
 WITHOUT_TORCH = (
     *("errors", "layers", "formats", "targets", "budget", "assignment", "space"),
     *("front", "estimates", "bootstrap", "significance", "scores", "allocate", "files", "facts"),
+    *("text", "fluency", "points"),
     *("compare", "displaced", "run"),
 )
 WITH_TORCH = (
@@ -30,13 +31,14 @@ WITH_TORCH = (
         "awq",
         "tensor_files",
         "bank",
+        "guard",
         "recall",
         "prompts",
         "evaluate",
         "sensitivity",
         "samplers",
     ),
-    *("asked", "scorer", "search", "export", "plot", "doctor", "console"),
+    *("asked", "scorer", "wish", "search", "export", "plot", "doctor", "console"),
     *("recall_commands", "commands"),
     "cli",
 )

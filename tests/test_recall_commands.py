@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from math import exp, log
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import build_tokenizer
 
 import mpsearch as mps
 from mpsearch import cli, recall
 from mpsearch.assignment import Assignment
+from mpsearch.export.reload import load_any
 from mpsearch.facts import Fact, FactSet
 from mpsearch.models import Model
 from mpsearch.space import ResolvedSpace
@@ -58,6 +62,7 @@ def test_recall_of_a_model(tiny_folder: Path, facts_file: Path, capsys: Capture)
         assert row["recall"]["low"] < row["recall"]["mean"] <= row["recall"]["high"]
         assert row["beats_chance"] is True
     assert told["noise"]["facts"] == 51
+    assert (told["text"]["source"], told["text"]["paragraphs"]) == ("built-in", 16)
     assert told["seconds"] > 0
 
 
@@ -124,6 +129,9 @@ def test_compare_a_model_with_itself_finds_nothing(
     assert "is not beyond noise" in told["verdict"]
     _, out, _ = call(capsys, *question)
     assert "~0.000 [0.000, 0.000]" in out
+    assert told["text"]["kl_nats"] == {"mean": 0.0, "stderr": 0.0}
+    assert told["text"]["log_perplexity_change_nats"]["mean"] == 0.0
+    assert "KL 0.000 [0.000, 0.000] nats a token" in out
     assert "Flipped" not in out
 
 
@@ -183,6 +191,51 @@ def test_two_hop_questions_are_asked(
     assert "give no two-hop questions" in err.splitlines()[-1]
 
 
+@torch.no_grad()
+def plainly(folder: Path, paragraphs: tuple[str, ...]) -> list[torch.Tensor]:
+    """Log-probabilities of each paragraph's next tokens, by transformers alone."""
+    module = load_any(str(folder)).module
+    tokens = [build_tokenizer()(p, return_tensors="pt")["input_ids"] for p in paragraphs]
+    return [module(t).logits[0, :-1].double().log_softmax(-1) for t in tokens]
+
+
+def test_fluency_is_that_of_a_plain_pass_of_the_held_out_paragraphs(
+    tiny_folder: Path, facts_file: Path, int2: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    paragraphs = tuple(f"the color of s{n} is red the place of s{n + 3} is" for n in range(8))
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(paragraphs), encoding="utf-8")
+    question = ("--facts", facts_file, "--text", path)
+    told = call_json(capsys, "compare", tiny_folder, int2, *question)["text"]
+
+    before, after = (plainly(folder, paragraphs[1::2]) for folder in (tiny_folder, int2))
+    came = [torch.tensor(build_tokenizer()(p)["input_ids"])[1:, None] for p in paragraphs[1::2]]
+    tokens = sum(map(len, came))
+    perplexity = [
+        exp(-sum(float(lp.gather(-1, c).sum()) for lp, c in zip(said, came, strict=True)) / tokens)
+        for said in (before, after)
+    ]
+    kl = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(before, after, strict=True))
+    assert (told["source"], told["paragraphs"], told["tokens"]) == (str(path), 4, tokens)
+    # Packed or not, bf16 weights in float32: the sums differ in their last digits.
+    assert told["reference_perplexity"] == pytest.approx(perplexity[0], rel=1e-3)
+    assert told["perplexity"] == pytest.approx(perplexity[1], rel=1e-3)
+    assert told["kl_nats"]["mean"] == pytest.approx(kl / tokens, rel=1e-3)
+    change = told["log_perplexity_change_nats"]
+    assert change["mean"] == pytest.approx(log(perplexity[1] / perplexity[0]), abs=1e-3)
+    assert change["stderr"] > 0
+
+    alone = call_json(capsys, "recall", int2, *question)["text"]
+    assert alone["perplexity"] == told["perplexity"]
+    assert (alone["source"], alone["tokens"]) == (str(path), tokens)
+    out = call(capsys, "recall", int2, *question)[1]
+    assert f"4 paragraphs, {tokens} tokens): perplexity {alone['perplexity']:.2f} [" in out
+    out = call(capsys, "compare", tiny_folder, int2, *question)[1]
+    assert f"): KL {told['kl_nats']['mean']:.3f} [" in out
+    assert f"perplexity {told['reference_perplexity']:.2f} -> {told['perplexity']:.2f}, " in out
+    assert f"log-perplexity {change['mean']:+.3f} [" in out
+
+
 def test_wrong_usage_is_one_line(
     tiny_folder: Path, facts_file: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -193,6 +246,7 @@ def test_wrong_usage_is_one_line(
     for arguments, words in (
         ((tiny_folder, "--facts", few), "is in the test partition"),
         ((tiny_folder, "--facts", facts_file, "--shots", "-1"), "shots -1"),
+        ((tiny_folder, "--facts", facts_file, "--text", few), "1 paragraphs, and 4 are needed"),
         ((tmp_path / "nothing", "--facts", facts_file), "neither a folder here nor a hub id"),
     ):
         code, out, err = call(capsys, "recall", *arguments)

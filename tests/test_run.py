@@ -19,7 +19,8 @@ from mpsearch.assignment import Assignment
 from mpsearch.errors import ResourceError, RunError
 from mpsearch.formats import get_format
 from mpsearch.layers import Layer, LayerGroup
-from mpsearch.run import Point, Run, Score
+from mpsearch.points import Point, Score
+from mpsearch.run import Run
 
 FIRST, SECOND = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
 FORMATS = ["int2-g64", "int4-g64", "int8-g64"]

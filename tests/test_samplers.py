@@ -19,12 +19,19 @@ from mpsearch.assignment import Assignment
 from mpsearch.errors import UsageError
 from mpsearch.formats import FORMATS
 from mpsearch.layers import Layer
-from mpsearch.samplers import SAMPLERS, LevelSwitchSampler, distributions, make_sampler
+from mpsearch.samplers import (
+    OVER_TEXT_KL,
+    SAMPLERS,
+    LevelSwitchSampler,
+    distributions,
+    make_sampler,
+)
 from mpsearch.space import ResolvedSpace, SearchSpace
 from mpsearch.targets import TARGETS
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 Damage = dict[tuple[str, str], float]
+Loss = Callable[[Assignment], float]
 KEPT_BYTES = 5000
 EVERY_FORMAT = ("int2-g64", "int3-g64", "int4-g64", "int8-g64")
 
@@ -282,6 +289,99 @@ def test_trials_of_another_space_in_the_study_are_passed_over() -> None:
     study.tell(trial, [0.0, 1.0])
     _, assignment = ask(study, space)
     assert space.allows(assignment)
+
+
+def explore_limited(
+    study: Study, space: ResolvedSpace, loss: Loss, text: Loss, limit: float, trials: int
+) -> list[Assignment]:
+    """Like `explore`, with text KL above a limit as a constraint of each trial."""
+    proposals = []
+    for _ in range(trials):
+        trial, assignment = ask(study, space)
+        trial.set_constraint(OVER_TEXT_KL, text(assignment) - limit)
+        study.tell(trial, [loss(assignment), float(space.stored_bytes(assignment))])
+        proposals.append(assignment)
+    return proposals
+
+
+def conflict() -> tuple[ResolvedSpace, Damage, Loss, Loss]:
+    """Facts are lost in the first half of the groups, text in the second."""
+    space = make_space()
+    damage = make_damage(space)
+    names = list(space.options)
+
+    def lost(of: list[str]) -> Loss:
+        return lambda assignment: sum(damage[name, assignment[name]] for name in of)
+
+    return space, damage, lost(names[:5]), lost(names[5:])
+
+
+def test_a_limit_of_text_kl_is_kept_by_most_proposals_and_facts_are_still_won() -> None:
+    space, damage, loss, text = conflict()
+    budget = middle(space)
+    free = explore(new_study(LevelSwitchSampler(space, damage, budget, 0)), space, loss, 24)
+    limit = float(np.median([text(a) for a in free])) / 3
+    sampler = LevelSwitchSampler(space, damage, budget, 0, max_text_kl_nats=limit)
+    proposals = explore_limited(new_study(sampler), space, loss, text, limit, 24)
+    late = slice(8, None)
+    keeping = [a for a in proposals[late] if text(a) <= limit]
+    assert len(keeping) >= 10
+    assert len(keeping) > 2 * sum(text(a) <= limit for a in free[late])
+    feasible = [a for a in random_feasible(space, budget, 0, 200) if text(a) <= limit]
+    assert min(map(loss, keeping)) < min(map(loss, feasible))
+    assert max(map(space.stored_bytes, proposals)) <= budget
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_parents_keep_the_limit_or_are_the_nearest_to_it(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space, damage, loss, text = conflict()
+    budget = middle(space)
+    first = random_feasible(space, budget, 0, 12)
+    limit = float(np.quantile([text(a) for a in first], share)) - 1e-9
+    sampler = LevelSwitchSampler(space, damage, budget, 0, max_text_kl_nats=limit)
+    study = new_study(sampler)
+    for assignment in first:
+        study.enqueue_trial(dict(assignment))
+    explore_limited(study, space, loss, text, limit, len(first))
+    keeping = {a for a in first if text(a) <= limit}
+    assert bool(keeping) == bool(share)
+    parents: set[Assignment] = set()
+    switch = LevelSwitchSampler._switch
+
+    def watched(self: LevelSwitchSampler, rng: object, parent: object, limit: int) -> object:
+        levels = np.array(parent)
+        parents.add(
+            Assignment.of(
+                {
+                    n: f[level]
+                    for n, f, level in zip(self._names, self._formats, levels, strict=True)
+                }
+            )
+        )
+        return switch(self, rng, levels, limit)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LevelSwitchSampler, "_switch", watched)
+    monkeypatch.setattr(mpsearch.samplers, "_LOOSE", 0.0)
+    ask(study, space)
+    assert parents
+    if keeping:
+        assert parents <= keeping
+    else:
+        assert min(first, key=text) in parents
+        monkeypatch.setattr(mpsearch.samplers, "_ELITE", 1.0)
+        parents.clear()
+        ask(study, space)
+        assert parents == {min(first, key=text)}
+
+
+def test_a_limit_that_every_trial_keeps_by_far_rules_out_nothing() -> None:
+    space, damage, loss, text = conflict()
+    sampler = LevelSwitchSampler(space, damage, middle(space), 0, max_text_kl_nats=1e9)
+    proposals = explore_limited(new_study(sampler), space, loss, text, 1e9, 20)
+    chance = random_feasible(space, middle(space), 0, 20)
+    assert min(map(loss, proposals)) < 0.6 * min(map(loss, chance))
 
 
 @pytest.mark.parametrize(

@@ -23,22 +23,18 @@ from mpsearch.errors import CheckError, InfeasibleError, MpsearchError, RunError
 from mpsearch.evaluate import Bench, Evaluation
 from mpsearch.facts import FactSet
 from mpsearch.models import Model, load_model
+from mpsearch.points import SIMPLE_KINDS, Point
 from mpsearch.recall import RecallProxy
-from mpsearch.run import SIMPLE_KINDS, Point, Run
-from mpsearch.search import Wish, check_wish, search
+from mpsearch.run import Run
+from mpsearch.search import search
 from mpsearch.sensitivity import Sensitivity
 from mpsearch.space import ResolvedSpace, SearchSpace
+from mpsearch.wish import Wish, check_wish
 
 TRIALS = 6
 FACTS = 30
 Search = Callable[..., Run]
 BenchEvaluate = Callable[[Bench, Assignment, RecallProxy], Evaluation]
-
-
-@pytest.fixture(scope="module")
-def budget(tiny_space: ResolvedSpace) -> int:
-    smallest = tiny_space.stored_bytes(tiny_space.smallest)
-    return (smallest + tiny_space.stored_bytes(tiny_space.largest)) // 2
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,174 @@
+"""What a run's evaluations say of an assignment, and which assignment to take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mpsearch.assignment import Assignment
+from mpsearch.errors import RunError
+from mpsearch.estimates import Estimate, paired_difference
+from mpsearch.fluency import TextScores
+from mpsearch.front import best_under
+
+SIMPLE_KINDS = ("uniform", "greedy", "knapsack")
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """One assignment's values on one partition's facts, as stored.
+
+    Attributes:
+        kind: uniform, greedy, knapsack or search; `reference` for the unquantized model.
+        loss_per_fact: answer loss in nats.
+        correct: contrastive, or None where distractors were not asked.
+        text: beside validation facts held-out text, beside search facts search text where the run
+            limits its KL; None where it was not read.
+    """
+
+    assignment: Assignment
+    kind: str
+    partition: str
+    loss_per_fact: tuple[float, ...]
+    kl_nats: float
+    top1: float
+    correct: tuple[bool, ...] | None
+    seconds: float
+    text: TextScores | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """An assignment with its size and its validation (or test) figures.
+
+    Attributes:
+        against_uniform: answer loss minus that of the best uniform assignment of at most the same
+            size, paired by fact; None if there is none.
+        over_text_kl: whether it breaks the run's limit of KL on search text; such a point is shown
+            and never recommended.
+    """
+
+    id: str
+    kind: str
+    assignment: Assignment
+    stored_bytes: int
+    bits_per_weight: float
+    answer_loss: Estimate
+    recall: Estimate
+    kl_nats: float
+    against_uniform: Estimate | None
+    score: Score
+    over_text_kl: bool = False
+
+    @property
+    def text(self) -> TextScores | None:
+        """Of held-out text; None on test facts, and in runs of before it was read."""
+        return self.score.text
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "kind": self.kind,
+            "stored_bytes": self.stored_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "recall": asdict(self.recall),
+            "answer_loss_nats": asdict(self.answer_loss),
+            "kl_nats": self.kl_nats,
+            "against_uniform_nats": self.against_uniform and asdict(self.against_uniform),
+            "text_kl_nats": self.text and asdict(self.text.kl),
+            "perplexity": self.text and self.text.perplexity,
+            "over_text_kl": self.over_text_kl,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class ParetoFront:
+    """All points that were scored on validation facts, by rising size.
+
+    Attributes:
+        points: baselines and finalists.
+        pareto_ids: of those within the run's limit of text KL that no other such point dominates
+            in (bytes, answer loss).
+        pick: recommended under the run's budget and limit: the lowest answer loss, but a simple
+            allocation unless a searched one beats the best simple one beyond noise. None if nothing
+            fits.
+        verdict: one plain sentence about search against simple allocations.
+    """
+
+    points: tuple[Point, ...]
+    pareto_ids: frozenset[str]
+    pick: Point | None
+    verdict: str
+
+    def best(self, max_bytes: str | int) -> Point:
+        """The point of least answer loss within a size and the run's limit of text KL.
+
+        Raises:
+            RunError: none fits.
+        """
+        from mpsearch.budget import parse_size
+
+        limit = parse_size(max_bytes) if isinstance(max_bytes, str) else max_bytes
+        allowed = [point for point in self.points if not point.over_text_kl]
+        if not allowed:
+            raise RunError(f"no point keeps the run's limit of text KL. {self.verdict}")
+        found = best_under(allowed, coordinates, limit)
+        if found is None:
+            smallest = min(point.stored_bytes for point in allowed)
+            raise RunError(f"no point within {limit:,} bytes; the smallest takes {smallest:,}")
+        return found
+
+
+def coordinates(point: Point) -> tuple[float, float]:
+    """What the front is of: stored bytes and answer loss."""
+    return point.stored_bytes, point.answer_loss.mean
+
+
+def recommend(
+    points: Sequence[Point], relations: Sequence[str], budget_bytes: int
+) -> tuple[Point | None, str]:
+    """The pick among validated points that break no limit, and the verdict; see `ParetoFront`.
+
+    Args:
+        relations: of the validation facts.
+    """
+    simple = [point for point in points if point.kind in SIMPLE_KINDS]
+    best_simple = best_under(simple, coordinates, budget_bytes)
+    searched = [point for point in points if point.kind == "search"]
+    best_searched = best_under(searched, coordinates, budget_bytes)
+    if best_searched is None:
+        return best_simple, "No searched point fits; the simple allocations stand."
+    if best_simple is None:
+        return best_searched, "Only searched points fit."
+    gain = paired_difference(
+        best_simple.score.loss_per_fact, best_searched.score.loss_per_fact, relations
+    )
+    figures = f"{gain.mean:+.3f} +- {gain.stderr:.3f} nats on validation facts"
+    if gain.mean > 0 and gain.significant:
+        return best_searched, (
+            f"The search beats the best simple allocation ({best_simple.kind} "
+            f"{best_simple.id}): its answer loss is lower by {figures}."
+        )
+    return best_simple, (
+        f"The search did not beat the best simple allocation beyond noise ({figures}); "
+        f"the {best_simple.kind} allocation {best_simple.id} is recommended."
+    )
+
+
+def unmet(scores: Sequence[Score], max_text_kl_nats: float) -> str:
+    """The verdict where no point within the budget keeps the limit of text KL.
+
+    Args:
+        scores: on search facts, of assignments within the budget.
+    """
+    limit = f"{max_text_kl_nats:g} nats a token"
+    read = [(score.text.kl.mean, score) for score in scores if score.text is not None]
+    least, nearest = min(read, key=lambda found: found[0], default=(0.0, None))
+    if nearest is None or least <= max_text_kl_nats:
+        return f"No validated point within the budget keeps text KL to {limit} yet."
+    return (
+        f"No assignment within the budget keeps text KL to {limit}: the nearest of {len(read)}, "
+        f"{nearest.kind} {nearest.assignment.id}, reaches {least:.3f}; raise --max-text-kl or "
+        "--budget."
+    )

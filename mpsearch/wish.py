@@ -1,0 +1,87 @@
+"""What a search is asked for, and what of it is refused in an instant."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from mpsearch.asked import MOST_FACTS
+from mpsearch.budget import check_reachable, format_size, parse_size
+from mpsearch.calibration import Calibration
+from mpsearch.errors import UsageError
+from mpsearch.fluency import check_max_text_kl
+from mpsearch.formats import nearest
+from mpsearch.samplers import SAMPLERS
+from mpsearch.space import ResolvedSpace
+from mpsearch.text import Text
+
+log = logging.getLogger(__name__)
+
+TRIALS = 150
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a search is asked for, beside the model and the space.
+
+    Attributes:
+        budget: stored bytes allowed, as a number or as text such as `96 MiB`.
+        trials: proposals after the baselines.
+        seconds: stop proposing after this time, even if trials are left; None for no limit.
+        quantizer: None for the target's default.
+        calibration: for quantizers that need inputs; None for text that the model writes.
+        search_facts: at most this many facts score each candidate.
+        text: None for the built-in one.
+        max_text_kl_nats: KL from the reference on search text, a token, that no recommended
+            assignment exceeds; every candidate then reads that text. None for no limit. What is
+            reported is of held-out text.
+    """
+
+    budget: str | int
+    trials: int = TRIALS
+    seconds: float | None = None
+    seed: int = 0
+    sampler: str = "level-switch"
+    quantizer: str | None = None
+    search_facts: int = MOST_FACTS["search"]
+    calibration: Calibration | None = None
+    text: Text | None = None
+    max_text_kl_nats: float | None = None
+
+    @property
+    def budget_bytes(self) -> int:
+        return parse_size(self.budget) if isinstance(self.budget, str) else self.budget
+
+
+def check_wish(space: ResolvedSpace, wish: Wish) -> None:
+    """Refuse in an instant what cannot be done.
+
+    Raises:
+        InfeasibleError: a budget below the smallest assignment.
+        UsageError: a number that makes no sense.
+    """
+    if wish.trials < 0 or wish.search_facts < 2:
+        raise UsageError(
+            f"trials {wish.trials}, search facts {wish.search_facts}: at least 0 and 2 are needed"
+        )
+    if wish.seed < 0:
+        raise UsageError(f"seed {wish.seed} is negative; use 0 or more")
+    check_max_text_kl(wish.max_text_kl_nats)
+    if wish.sampler not in SAMPLERS:
+        raise UsageError(f"no sampler '{wish.sampler}'{nearest(wish.sampler, SAMPLERS)}")
+    smallest, largest = space.stored_bytes(space.smallest), space.stored_bytes(space.largest)
+    kept = format_size(space.kept_bytes)
+    check_reachable(
+        wish.budget_bytes,
+        smallest,
+        largest,
+        f"{kept} of it are weights that this space keeps in bf16; raise the budget to at least "
+        f"{smallest / 2**20 + 0.01:.2f}MiB or allow smaller formats",
+    )
+    if wish.budget_bytes >= largest:
+        log.warning(
+            "budget %s holds even the largest formats of this space (%s): nothing needs to be "
+            "given up; searching anyway",
+            format_size(wish.budget_bytes),
+            format_size(largest),
+        )

@@ -1,0 +1,216 @@
+"""The guard: equal to a plain pass of each paragraph, exact on itself, short of the KL by a bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import exp
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_tokenizer, tiny_llama
+from tokenizers import processors
+from torch import Tensor
+
+from mpsearch import guard
+from mpsearch.errors import CheckError, UsageError
+from mpsearch.guard import TextGuard, cut_paragraph, kl_by_token, shortened
+from mpsearch.models import Model, from_module
+
+ROUNDING = 5e-5  # nats, float32 sums in another order; see test_forward.py
+PARAGRAPHS = (
+    "the color of s1 is red the place of s9 is north",
+    "s4 s5 s6 is flat",
+    "the shape of blue is the shape of the shape and square is brown",
+    "red green blue white black brown",
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """Random weights in float32, so that packed and plain passes may be compared closely."""
+    tokenizer = build_tokenizer()
+    module = tiny_llama(len(tokenizer))
+    return from_module("tiny", Path(), module, tokenizer, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def damaged(model: Model) -> Iterator[Model]:
+    """The same; `damage` puts noise on two layers, which is taken back afterwards."""
+    yield model
+    model.restore()
+
+
+def damage(model: Model, size: float = 0.2) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for layer in ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"):
+        noise = torch.randn(model.originals[layer].shape, generator=generator)
+        model.places[layer].put(model.originals[layer] + size * noise)
+
+
+@torch.no_grad()
+def plain(model: Model, paragraph: str) -> tuple[Tensor, Tensor]:
+    """`(tokens - 1, vocab)` log-probabilities of one paragraph alone, and what came."""
+    tokens = model.tokenizer(paragraph, return_tensors="pt")["input_ids"]
+    return model.module(tokens).logits[0, :-1].double().log_softmax(-1), tokens[0, 1:]
+
+
+def test_kl_and_perplexity_equal_a_plain_pass_of_each_paragraph(damaged: Model) -> None:
+    guarded = TextGuard(damaged, PARAGRAPHS)
+    before = [plain(damaged, paragraph) for paragraph in PARAGRAPHS]
+    damage(damaged)
+    after = [plain(damaged, paragraph) for paragraph in PARAGRAPHS]
+    scores = guarded.score()
+    assert scores.tokens == tuple(len(came) for _, came in before)
+    for found, passes in ((guarded.reference, before), (scores, after)):
+        for log_prob, (log_probs, came) in zip(found.log_prob_nats, passes, strict=True):
+            expected = log_probs.gather(-1, came[:, None]).sum().item()
+            assert log_prob == pytest.approx(expected, abs=ROUNDING * len(came))
+    for kl, (p, _), (q, _) in zip(scores.kl_nats, before, after, strict=True):
+        expected = torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True).item()
+        assert kl == pytest.approx(expected, abs=ROUNDING * len(p))
+        assert kl > 0.01
+    tokens, losses = 0, 0.0
+    for paragraph in PARAGRAPHS:
+        ids = damaged.tokenizer(paragraph, return_tensors="pt")["input_ids"]
+        tokens += ids.shape[1] - 1
+        losses += (ids.shape[1] - 1) * damaged.module(ids, labels=ids).loss.item()
+    assert scores.perplexity == pytest.approx(exp(losses / tokens), rel=1e-5)
+    assert scores.log_perplexity_change(guarded.reference).mean != 0
+
+
+def test_the_reference_against_itself_is_exactly_zero(
+    damaged: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for top in (guard.TOP, 5):
+        monkeypatch.setattr(guard, "TOP", top)
+        damaged.restore()
+        guarded = TextGuard(damaged, PARAGRAPHS)
+        damage(damaged)
+        assert guarded.score() != guarded.reference
+        damaged.restore()
+        assert guarded.score() == guarded.reference
+        assert set(guarded.reference.kl_nats) == {0.0}
+
+
+def test_fewer_tokens_kept_never_exceed_the_whole_kl_and_come_up_to_it(
+    damaged: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for top in (1, 4, 16, 40, 10_000):
+        monkeypatch.setattr(guard, "TOP", top)
+        damaged.restore()
+        guarded = TextGuard(damaged, PARAGRAPHS)
+        assert guarded.said is not None
+        kept = min(top, len(damaged.tokenizer) - 1)
+        assert {t.shape[1] for t in guarded.said.tops} == {kept}
+        assert {t.shape[1] for t in guarded.said.log_probs} == {kept + 1}
+        damage(damaged)
+        found.append(guarded.score().kl.mean)
+    assert found == sorted(found)
+    assert 0 < found[0] < 0.8 * found[-1]
+    assert found[-2] > 0.5 * found[-1]
+
+
+def test_the_shortfall_is_the_kl_within_the_others_times_their_probability() -> None:
+    torch.manual_seed(0)
+    p, q = torch.randn(2, 3, 50, dtype=torch.float64).log_softmax(-1)
+    top = p.topk(8).indices
+    whole, short = kl_by_token(p, q), kl_by_token(shortened(p, top), shortened(q, top))
+    for row in range(3):
+        others = torch.tensor([t for t in range(50) if t not in top[row]])
+        mass = p[row, others].exp().sum()
+        within = kl_by_token(
+            p[row, others].log_softmax(-1)[None], q[row, others].log_softmax(-1)[None]
+        )
+        assert (whole - short)[row].item() == pytest.approx((mass * within[0]).item())
+
+
+def test_nan_weights_are_a_failed_check(damaged: Model) -> None:
+    guarded = TextGuard(damaged, PARAGRAPHS)
+    place = damaged.places["model.layers.0.mlp.up_proj"]
+    place.put(torch.full_like(place.weight, float("nan")))
+    with pytest.raises(CheckError, match="NaN"):
+        guarded.score()
+
+
+def test_another_model_is_measured_from_the_first_ones_predictions(damaged: Model) -> None:
+    first = TextGuard(damaged, PARAGRAPHS)
+    damage(damaged)
+    second = TextGuard(damaged, PARAGRAPHS, against=first.said)
+    assert second.reference == first.score()
+    with pytest.raises(UsageError, match="reads the text as other tokens than 'tiny'"):
+        TextGuard(damaged, PARAGRAPHS[::-1], against=first.said)
+
+
+# ------------------------------------------------------------------------------- what is asked
+
+
+@dataclass
+class Words:
+    """A tokenizer of one token a word, with special tokens around a text."""
+
+    front: Sequence[int] = ()
+    behind: Sequence[int] = ()
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        own = list(range(100, 100 + len(text.split())))
+        special = [1] * len(self.front) + [0] * len(own) + [1] * len(self.behind)
+        return {
+            "input_ids": [*self.front, *own, *self.behind],
+            "special_tokens_mask": special,
+        }
+
+
+def cut(tokenizer: Words, words: int) -> list[tuple[tuple[int, ...], int]]:
+    pieces = cut_paragraph(tokenizer, " ".join("x" * words))
+    return [(piece.tokens, piece.start) for piece in pieces]
+
+
+def test_a_long_paragraph_is_cut_and_each_piece_begins_like_a_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(guard, "LENGTH", 4)
+    assert cut(Words(), 6) == [((100, 101, 102, 103), 1), ((104, 105), 1)]
+    assert cut(Words(), 5) == [((100, 101, 102, 103), 1)]  # nothing comes before the last
+    assert cut(Words([7], [9]), 5) == [((7, 100, 101, 102), 1), ((7, 103, 104), 1)]
+    assert cut(Words([7, 8]), 3) == [((7, 8, 100, 101), 2), ((7, 8, 102), 2)]
+    assert cut(Words(), 1) == cut(Words(), 0) == cut(Words([7]), 0) == []
+
+
+def test_a_tokenizers_own_beginning_predicts_the_first_token(model: Model) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> $A <unk>", special_tokens=[("<pad>", 0), ("<unk>", 1)]
+    )
+    (piece,) = cut_paragraph(tokenizer, PARAGRAPHS[1])
+    assert piece.tokens == (0, *model.tokenizer(PARAGRAPHS[1])["input_ids"])
+    assert piece.start == 1
+    begun = TextGuard(replace(model, tokenizer=tokenizer), PARAGRAPHS)
+    tokens = TextGuard(model, PARAGRAPHS).reference.tokens
+    assert begun.reference.tokens == tuple(count + 1 for count in tokens)
+
+
+def test_pieces_of_one_paragraph_count_as_one(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "LENGTH", 3)
+    scores = TextGuard(model, PARAGRAPHS).reference
+    assert len(scores.tokens) == len(PARAGRAPHS)
+    words = [len(paragraph.split()) for paragraph in PARAGRAPHS]
+    assert scores.tokens == tuple(n - -(-n // 3) for n in words)
+
+
+def test_a_very_long_text_is_read_up_to_its_limit(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "MOST_TOKENS", 14)
+    assert len(TextGuard(model, PARAGRAPHS * 100).reference.tokens) == 2
+
+
+@pytest.mark.parametrize("paragraphs", [[], [PARAGRAPHS[0]], [PARAGRAPHS[0], "s1", "s2"]])
+def test_too_little_text_is_refused(paragraphs: list[str], model: Model) -> None:
+    with pytest.raises(UsageError, match="give a longer text"):
+        TextGuard(model, paragraphs)
