@@ -14,6 +14,7 @@ from mpsearch.errors import UsageError
 if TYPE_CHECKING:
     from mpsearch.bootstrap import Interval
     from mpsearch.compare import Changes, Comparison
+    from mpsearch.depth import Depth
     from mpsearch.facts import Fact, FactSet
     from mpsearch.scores import NoiseFloor, RecallSummary
 
@@ -27,6 +28,9 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     compare_command = add("compare", compare, "say what B forgot and gained against A")
     compare_command.add_argument("reference", metavar="A", help="a model or an export")
     compare_command.add_argument("candidate", metavar="B", help="likewise, of the same model")
+    compare_command.add_argument(
+        "--depth", action="store_true", help="also read every block: where are answers lost?"
+    )
     for command in (recall_command, compare_command):
         command.add_argument("--facts", metavar="FILE", help="JSONL of facts (the built-in ones)")
         command.add_argument("--shots", type=int, default=4, help="solved examples first (4)")
@@ -74,6 +78,8 @@ def compare(args: argparse.Namespace) -> None:
 
     from mpsearch.compare import compare as compare_scores
     from mpsearch.console import Progress, emit_json, say
+    from mpsearch.depth import compare_depth
+    from mpsearch.lens import read_facts
     from mpsearch.recall import RecallProxy
 
     started = time.perf_counter()
@@ -81,21 +87,34 @@ def compare(args: argparse.Namespace) -> None:
     with Progress() as report:
         stage = f"asking {len(facts)} facts of both"
         report(stage, 0, 3)
+        if args.depth:  # first, as it may refuse the model
+            blocks = read_facts(model, fact_set, facts, args.shots)
         proxy = RecallProxy(model, fact_set, facts, contrast=True, shots=args.shots)
         report(stage, 1, 3)
         noise, reference, first = proxy.noise_floor(), proxy.reference, proxy.first
         report(stage, 2, 3)
         del proxy, model
         model = _model(args.candidate, args.chat_template)
+        if args.depth:
+            candidate_blocks = read_facts(model, fact_set, facts, args.shots)
         proxy = RecallProxy(model, fact_set, facts, contrast=True, shots=args.shots, against=first)
         report(stage, 3, 3)
     found = compare_scores(reference, proxy.reference, facts, noise, np.random.default_rng(_SEED))
+    depth = None
+    if args.depth:
+        forgotten = np.asarray(reference.correct) & ~np.asarray(proxy.reference.correct)
+        depth = compare_depth(
+            blocks, candidate_blocks, facts, forgotten, noise, np.random.default_rng(_SEED)
+        )
     if args.json:
         about = _about(args, seconds=time.perf_counter() - started)
         names = {"reference": args.reference, "candidate": args.candidate}
-        emit_json({**names, **about, **found.to_json()})
+        further = {"depth": depth.to_json()} if depth else {}
+        emit_json({**names, **about, **found.to_json(), **further})
     else:
         _show_comparison(args, found)
+        if depth:
+            _show_depth(depth)
     say(f"next: mpsearch recall {shlex.quote(args.candidate)}")
 
 
@@ -232,4 +251,27 @@ def _show_comparison(args: argparse.Namespace, found: Comparison) -> None:
             left=4,
         )
     emit(_noise_line(noise))
+    emit(found.verdict)
+
+
+def _show_depth(found: Depth) -> None:
+    from mpsearch.console import emit, table
+
+    table(
+        ["block", "reference log-prob", "candidate log-prob", "shortfall (nats)", "forgotten here"],
+        [
+            [
+                str(number),
+                f"{block.reference_log_prob:.3f}",
+                f"{block.candidate_log_prob:.3f}",
+                _nats(block.shortfall),
+                str(block.forgotten or ""),
+            ]
+            for number, block in enumerate(found.blocks)
+        ],
+        title="The answer read after every block by the logit lens, which early blocks are not "
+        "calibrated for; means over relations, 95 % intervals; a fact is lost at the first block "
+        "from which on its shortfall is at least half of the last block's",
+        left=0,
+    )
     emit(found.verdict)

@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parents[1]
 WITHOUT_TORCH = (
     *("errors", "layers", "formats", "targets", "budget", "assignment", "space"),
     *("front", "estimates", "bootstrap", "significance", "scores", "allocate", "files", "facts"),
-    *("compare", "run"),
+    *("compare", "depth", "run"),
 )
 WITH_TORCH = (
     *("device", "builtin", "places", "models", "forward", "codecs", "quantizers"),
@@ -31,6 +31,7 @@ WITH_TORCH = (
         "tensor_files",
         "bank",
         "recall",
+        "lens",
         "evaluate",
         "sensitivity",
         "samplers",
