@@ -105,14 +105,27 @@ def test_equal_readings_have_equal_intervals() -> None:
     assert max(i.high for i in intervals) == pytest.approx(min(i.high for i in intervals))
 
 
-def test_most_forgotten_facts_are_in_the_fewest_blocks_that_hold_more_than_half() -> None:
+@pytest.mark.parametrize(
+    ("lost", "most"),
+    [
+        ([0, 2, 2, 3, 3, 5, 5], (2, 3)),
+        ([1, 1, 4, 4], (1, 4)),  # half is not most
+        ([0, 0, 0, 1, 5], (0, 0)),
+        ([0, 1, 4, 5], (0, 4)),  # the first of two such
+    ],
+)
+def test_most_forgotten_facts_are_in_the_fewest_blocks_that_hold_more_than_half(
+    lost: list[int], most: tuple[int, int]
+) -> None:
     shortfall, forgotten = np.zeros((len(FACTS), BLOCKS)), np.zeros(len(FACTS), dtype=bool)
-    for fact, block in enumerate([0, 2, 2, 3, 3, 5, 5]):  # two and two of seven are most
+    for fact, block in enumerate(lost):
         shortfall[fact, block:], forgotten[fact] = 1.0, True
     found = compared(shortfall, forgotten)
-    assert [block.forgotten for block in found.blocks] == [1, 0, 2, 2, 0, 2]
-    assert found.most == (2, 3)
-    assert "most forgotten facts are lost at blocks 2 to 3." in found.verdict
+    assert [block.forgotten for block in found.blocks] == [lost.count(b) for b in range(BLOCKS)]
+    assert found.most == most
+    first, end = most
+    where = f"block {first}" if first == end else f"blocks {first} to {end}"
+    assert f"most forgotten facts are lost at {where}." in found.verdict
 
 
 def test_without_a_loss_no_block_is_named() -> None:

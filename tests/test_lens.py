@@ -153,6 +153,14 @@ def test_a_model_whose_blocks_are_in_no_list_is_refused() -> None:
         read_blocks(wrapped(module), SEQUENCES)
 
 
+def test_a_list_of_other_modules_is_not_taken_for_the_blocks() -> None:
+    model = deep()
+    expected = read_blocks(model, SEQUENCES)
+    decoder = model.module.model
+    decoder._modules = {"others": nn.ModuleList([nn.Linear(4, 4)] * 2), **decoder._modules}
+    np.testing.assert_array_equal(read_blocks(model, SEQUENCES), expected)
+
+
 def test_broken_weights_are_said_and_not_read() -> None:
     model = deep()
     model.places["model.layers.2.mlp.down_proj"].put(torch.full((64, 128), torch.nan))
