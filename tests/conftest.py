@@ -110,7 +110,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
-    """A config of two blocks and hidden size 64 for any of `FAMILIES`."""
+    """A config of two blocks and hidden size 64 for any of `FAMILIES`, or one like them."""
     sizes = {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -121,7 +121,7 @@ def tiny_config(family: str, **changes: Any) -> Any:
     }
     common = {"vocab_size": 71, "initializer_range": 0.1, "pad_token_id": 0}
     common |= {"bos_token_id": None, "eos_token_id": None}
-    own = FAMILIES[family] if family == "gpt2" else {**sizes, **FAMILIES[family]}
+    own = FAMILIES[family] if family == "gpt2" else {**sizes, **FAMILIES.get(family, {})}
     return AutoConfig.for_model(family, **{**common, **own, **changes})
 
 

@@ -22,7 +22,7 @@ WITHOUT_TORCH = (
     *("errors", "layers", "formats", "targets", "budget", "assignment", "space"),
     *("front", "estimates", "bootstrap", "significance", "scores", "allocate", "files", "facts"),
     *("text", "fluency", "points"),
-    *("compare", "displaced", "run"),
+    *("compare", "displaced", "depth", "run"),
 )
 WITH_TORCH = (
     *("device", "builtin", "places", "models", "forward", "codecs", "quantizers"),
@@ -34,16 +34,17 @@ WITH_TORCH = (
         "guard",
         "recall",
         "prompts",
+        "lens",
         "evaluate",
         "sensitivity",
         "samplers",
     ),
     *("asked", "scorer", "wish", "search", "export", "plot", "doctor", "console"),
-    *("recall_commands", "commands"),
+    *("recall_tables", "recall_commands", "commands"),
     "cli",
 )
 ORDER = (*WITHOUT_TORCH, *WITH_TORCH)
-LIGHT = (*WITHOUT_TORCH, "plot", "console", "recall_commands", "commands", "cli")
+LIGHT = (*WITHOUT_TORCH, "plot", "console", "recall_tables", "recall_commands", "commands", "cli")
 HEAVY = {"torch", "transformers", "optuna"}
 MOST_LINES = 450
 

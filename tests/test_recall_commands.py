@@ -236,6 +236,46 @@ def test_fluency_is_that_of_a_plain_pass_of_the_held_out_paragraphs(
     assert f"log-perplexity {change['mean']:+.3f} [" in out
 
 
+def test_depth_says_after_which_block_answers_are_lost(
+    tiny_folder: Path, facts_file: Path, int2: Path, capsys: Capture
+) -> None:
+    question = ("compare", tiny_folder, int2, "--facts", facts_file, "--depth")
+    told = call_json(capsys, *question)
+    depth = told["depth"]
+    assert len(depth["blocks"]) == 2
+    last = depth["blocks"][-1]["shortfall"]
+    assert last == pytest.approx(told["overall"]["answer_loss"], abs=1e-4)
+    assert depth["half_from"] in (0, 1)
+    forgotten = [(flip["relation"], flip["subject"]) for flip in told["flips"] if flip["forgotten"]]
+    assert sorted((fact["relation"], fact["subject"]) for fact in depth["forgotten"]) == sorted(
+        forgotten
+    )
+    assert sum(block["forgotten"] for block in depth["blocks"]) == sum(
+        fact["block"] is not None for fact in depth["forgotten"]
+    )
+
+    code, out, err = call(capsys, *question)
+    assert code == 0
+    rows = [line.split() for line in out[out.index("reference log-prob") :].splitlines()]
+    for number, block in enumerate(depth["blocks"]):
+        row = next(row for row in rows if row[:1] == [str(number)])
+        assert row[1] == f"{block['reference_log_prob']:.3f}"
+        assert row[2] == f"{block['candidate_log_prob']:.3f}"
+        assert row[3] == f"{block['shortfall']['mean']:.3f}"
+    assert out.splitlines()[-1] == depth["verdict"]
+    assert err.splitlines()[-1] == f"next: mpsearch recall {int2}"
+
+
+def test_depth_is_told_only_where_it_is_asked_for(
+    tiny_folder: Path, facts_file: Path, capsys: Capture
+) -> None:
+    question = ("compare", tiny_folder, tiny_folder, "--facts", facts_file)
+    assert "depth" not in call_json(capsys, *question)
+    depth = call_json(capsys, *question, "--depth")["depth"]
+    assert depth["half_from"] is None
+    assert all(block["shortfall"]["mean"] == 0 for block in depth["blocks"])
+
+
 def test_wrong_usage_is_one_line(
     tiny_folder: Path, facts_file: Path, tmp_path: Path, capsys: Capture
 ) -> None:

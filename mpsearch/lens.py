@@ -1,0 +1,147 @@
+"""The logit lens: what a model would answer if it ended after each of its blocks.
+
+A block's hidden state goes straight to what follows the last block: the final norm, the output
+head, and any scale or softcap on the logits. All blocks are made to return that one state, so what
+is said of it is the model's own code, whatever its family.
+
+Two models that differ in their weights alone, such as a model and its quantization, can be told
+apart so: the block from which on the answer is less likely. What a reading does not tell: an early
+block does not write in the basis that the head reads, so its log-probabilities are biased and not
+calibrated. A low one does not say that the answer is unknown there, and one that changes does not
+say that later blocks miss what has changed. A map learnt for every block would take the bias away
+(the tuned lens), which needs text and training. Each model is read through its own norm and head:
+a quantized head shows at every block.
+
+Source: nostalgebraist, interpreting GPT: the logit lens (2020); Belrose et al., Eliciting Latent
+Predictions from Transformers with the Tuned Lens (arXiv:2303.08112).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mpsearch.errors import CheckError
+from mpsearch.facts import Fact, FactSet
+from mpsearch.forward import Pass, PreparedRow, TokenSequence
+from mpsearch.models import Model
+from mpsearch.recall import SHOTS, ask
+
+# The last reading repeats the arithmetic that it is checked against.
+_TOLERANCE_NATS = 0.01
+
+
+def read_facts(
+    model: Model, fact_set: FactSet, facts: Sequence[Fact], shots: int = SHOTS
+) -> NDArray[Any]:
+    """Log-probability of each fact's answer after every block, asked as `RecallProxy` asks.
+
+    Args:
+        model: asked with the weights that it holds now.
+        fact_set: source of solved examples.
+        shots: solved examples before each question.
+    Returns:
+        `(facts, blocks)` in nats, summed over the answer's tokens.
+    Raises:
+        CheckError: as `read_blocks`.
+    """
+    return read_blocks(model, [ask(model, fact_set, fact, fact.answer, shots) for fact in facts])
+
+
+@torch.inference_mode()
+def read_blocks(model: Model, sequences: Sequence[TokenSequence]) -> NDArray[Any]:
+    """Log-probability of each sequence's continuation after every block.
+
+    Held at a time are the blocks' outputs on one row of tokens, and the logits of one block.
+
+    Returns:
+        `(sequences, blocks)` in nats, summed over the continuation's tokens.
+    Raises:
+        CheckError: the blocks cannot be found, the model's logits are not those of its last block,
+            or a reading is NaN or infinite.
+    """
+    blocks = _blocks(model)
+    work = Pass(model, sequences)
+    found = np.empty((work.count, len(blocks)))
+    for row in work.rows:
+        with _recorded(blocks) as outputs:
+            own = _answers(work.logits(row), row)
+        for depth, output in enumerate(outputs):
+            with _returning(blocks, output):
+                found[row.indices, depth] = _answers(work.logits(row), row)
+        _check(model, own, found[row.indices])
+    return found
+
+
+def _blocks(model: Model) -> list[Any]:
+    """The text model's blocks, in order."""
+    count = model.module.config.get_text_config(decoder=True).num_hidden_layers
+    for child in model.module.get_decoder().children():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return list(child)
+    raise CheckError(
+        f"'{model.name}' ({type(model.module).__name__}) keeps its {count} blocks in no list that "
+        "is known here, so they cannot be read one by one; compare without --depth"
+    )
+
+
+@contextmanager
+def _recorded(blocks: Sequence[Any]) -> Iterator[list[Any]]:
+    """A list that one forward of the model fills with its blocks' outputs."""
+    outputs: list[Any] = []
+    hooks = [
+        block.register_forward_hook(lambda _block, _inputs, output: outputs.append(output))
+        for block in blocks
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _returning(blocks: Sequence[Any], output: Any) -> Iterator[None]:
+    """While it is open every block returns that output and computes nothing."""
+    try:
+        for block in blocks:
+            block.forward = lambda *_, **__: output
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own shows again
+
+
+def _answers(logits: Tensor, row: PreparedRow) -> NDArray[Any]:
+    """`(sequences of the row,)` log-probability of each continuation, in nats.
+
+    Args:
+        logits: `(read nodes, vocab)` float32.
+    """
+    places = [place for nodes, _ in row.spans for place in nodes]
+    tokens = [token for _, answer in row.spans for token in answer]
+    starts = np.cumsum([0, *(len(answer) for _, answer in row.spans[:-1])])
+    steps = logits[places, tokens] - logits.logsumexp(-1)[places]
+    return np.add.reduceat(steps.double().cpu().numpy(), starts)
+
+
+def _check(model: Model, own: NDArray[Any], read: NDArray[Any]) -> None:
+    """Refuse readings `(sequences, blocks)` of which the last is not the model's own."""
+    if not np.isfinite(read).all():
+        raise CheckError(
+            f"'{model.name}': {int((~np.isfinite(read)).sum())} of {read.size} log-probabilities "
+            "read from its blocks are NaN or infinite; the weights in place are broken"
+        )
+    off_nats = float(np.abs(read[:, -1] - own).max())
+    if not off_nats <= _TOLERANCE_NATS:
+        raise CheckError(
+            f"'{model.name}' ({type(model.module).__name__}) does more after its last block than "
+            f"norm and head: read from that block's output an answer is {off_nats:.3g} nats off "
+            f"(at most {_TOLERANCE_NATS}), so blocks cannot be read; compare without --depth"
+        )
