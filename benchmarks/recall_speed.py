@@ -1,14 +1,15 @@
 """Facts a second of recall, beside two loops over transformers that ask the same tokens.
 
 Protocol: built-in search facts, `--facts` of every fifth relation; a search with 400 facts asks as
-many of each.
-The sequences are those that the proxy asks. `loop` is what a careful user writes: sorted by length,
-padded on the right (so causal attention needs no mask), the last token not fed, the output head
-only where an answer is read, inference mode. `cached loop` also computes the solved examples of a
-relation once and hands their keys and values to every batch. Each loop runs at the batch size that
-was fastest on an eighth of the facts. The proxy's time includes the top-1 answers and the KL that
-the loops do not compute. All three are timed in turn, `--repeats` times; medians. Tokenizing and
-packing, done once for all candidates, are left out and reported.
+many of each. The sequences are those that the proxy asks. `loop` is what a careful user writes:
+sorted by length, padded on the right (so causal attention needs no mask), the last token not fed,
+the output head only where an answer is read, inference mode. `cached loop` also computes the solved
+examples of a relation once and hands their keys and values to every batch. Each loop runs at the
+batch size that was fastest on an eighth of the facts. The proxy's time includes the top-1 answers
+and the KL that the loops do not compute. All three are timed in turn, `--repeats` times; medians.
+Ratios are given of seconds by the clock and of seconds on the processors, which other programs on
+the machine change less. Tokenizing and packing, done once for all candidates, are left out and
+reported.
 
     python benchmarks/recall_speed.py [--facts 14] [--repeats 3] [--out FILE]
 
@@ -20,11 +21,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import commit, save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -40,7 +40,6 @@ from transformers import DynamicCache
 import mpsearch as mps
 from mpsearch.console import quiet_libraries, say, table
 from mpsearch.facts import Fact, FactSet
-from mpsearch.files import write_atomically
 from mpsearch.forward import Pass, TokenSequence
 from mpsearch.recall import ask
 
@@ -70,7 +69,7 @@ def main() -> None:
         "conditions": {
             "model": MODEL,
             "fingerprint": model.fingerprint,
-            "commit": _commit(),
+            "commit": commit(),
             "dtype": str(model.dtype),
             "device": str(model.device),
             "threads": torch.get_num_threads(),
@@ -89,14 +88,20 @@ def main() -> None:
         row = _row(model, fact_set, facts, contrast, shots, args.repeats)
         result["rows"].append({"setting": setting, **row})
         result["conditions"]["load_after"] = os.getloadavg()
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.out, json.dumps(result, indent=1) + "\n")
+        save(args.out, result)
     table(
-        ["setting", "proxy", "loop", "cached loop", "x loop", "x cached", "most apart (nats)"],
+        ["setting", *(f"{name}, facts/s" for name in METHODS), "x loop", "x cached loop",
+         "apart (nats)"],
         [
-            [row["setting"], *(f"{row[name]['facts_per_second']:.2f}" for name in METHODS),
-             f"{row['times_loop']:.1f}", f"{row['times_cached_loop']:.1f}",
-             f"{row['loop']['largest_difference_nats']:.1e}"]
+            [
+                row["setting"],
+                *(f"{row[name]['facts_per_second']:.2f}" for name in METHODS),
+                *(
+                    f"{row[name]['times']:.1f} (processor {row[name]['times_cpu']:.1f})"
+                    for name in ("loop", "cached loop")
+                ),
+                f"{row['loop']['largest_difference_nats']:.1e}",
+            ]
             for row in result["rows"]
         ],
     )  # fmt: skip
@@ -110,47 +115,47 @@ def _row(
     shots: int,
     repeats: int,
 ) -> dict[str, Any]:
-    start = time.perf_counter()
     proxy = mps.RecallProxy(model, fact_set, facts, contrast=contrast, shots=shots)
-    preparing = time.perf_counter() - start
-    start = time.perf_counter()
-    proxy.score()
-    preparing -= time.perf_counter() - start  # building it asks the reference once
+    start = time.process_time()
     by_relation = _sequences(model, fact_set, facts, contrast, shots)
     sequences = [s for group in by_relation for s in group]
+    ours = Pass(model, sequences)
+    preparing = time.process_time() - start
     some = [group[: max(8, len(group) // 8)] for group in by_relation]
     batches = {loop: _best_batch(loop, model.module, some) for loop in (padded, cached)}
-    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+    clock: dict[str, list[float]] = {name: [] for name in METHODS}
+    cpu: dict[str, list[float]] = {name: [] for name in METHODS}
     said: dict[str, tuple[Tensor, int]] = {}
     for _ in range(repeats):
         for name, loop in METHODS.items():
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             if loop is None:
                 proxy.score()
             else:
                 said[name] = loop(model.module, by_relation, batches[loop])
-            seconds[name].append(time.perf_counter() - start)
-    ours = Pass(model, sequences)
+            clock[name].append(time.perf_counter() - start)
+            cpu[name].append(time.process_time() - cpu_start)
     said["proxy"] = ours.run(), ours.tokens
     row: dict[str, Any] = {
         "facts": len(facts),
         "sequences": len(sequences),
         "sequence_tokens": sum(len(s.tokens) - 1 for s in sequences),
-        "preparing_seconds": preparing,
+        "preparing_cpu_seconds": preparing,
     }
     for name, loop in METHODS.items():
         apart = (said[name][0] - said["proxy"][0]).abs()
         row[name] = {
-            "facts_per_second": len(facts) / statistics.median(seconds[name]),
-            "seconds": seconds[name],
+            "facts_per_second": len(facts) / statistics.median(clock[name]),
+            "seconds": clock[name],
+            "cpu_seconds": cpu[name],
             "tokens": said[name][1],
             "batch": batches.get(loop),
             "largest_difference_nats": float(apart.max()),
             "mean_difference_nats": float(apart.mean()),
         }
-    for name in ("loop", "cached loop"):
-        pairs = zip(seconds[name], seconds["proxy"], strict=True)
-        row[f"times_{name.replace(' ', '_')}"] = statistics.median(a / b for a, b in pairs)
+        for ratio, seconds in (("times", clock), ("times_cpu", cpu)):
+            pairs = zip(seconds[name], seconds["proxy"], strict=True)
+            row[name][ratio] = statistics.median(a / b for a, b in pairs)
     return row
 
 
@@ -168,9 +173,9 @@ def _sequences(
 
 def _best_batch(loop: Loop, module: Any, some: list[list[TokenSequence]]) -> int:
     def seconds(batch: int) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         loop(module, some, batch)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     loop(module, [some[0]], BATCHES[0])  # warms up
     return min(BATCHES, key=seconds)
@@ -239,11 +244,6 @@ def _batches(
 
 
 METHODS: dict[str, Loop | None] = {"proxy": None, "loop": padded, "cached loop": cached}
-
-
-def _commit() -> str:
-    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
-import subprocess
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -33,6 +31,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from recall_study_findings import REFERENCE, Answers, Asked, changes, findings, percent
+from result_file import commit, load, save
 
 import mpsearch as mps
 from mpsearch import awq
@@ -45,7 +44,6 @@ from mpsearch.evaluate import Bench, quantized_layers
 from mpsearch.facts import Fact, FactSet
 from mpsearch.facts.fact import unit_hash
 from mpsearch.facts.two_hop import compose
-from mpsearch.files import write_atomically
 from mpsearch.formats import FORMATS
 from mpsearch.quantizers import get_quantizer
 from mpsearch.scores import FactScores, wilson
@@ -92,21 +90,21 @@ def main() -> None:
     args = parser.parse_args()
     quiet_libraries()
     study = Study.prepare(args.lre, args.facts_per_relation, args.chains_per_pair)
-    result = _load(args.out)
+    result = load(args.out)
     if result.setdefault("asked", study.digest) != study.digest:
         raise UsageError(f"'{args.out}' was measured on other facts; give another --out")
     known = {row["model"] for row in result["rows"]}
 
-    def save(row: dict[str, Any]) -> None:
+    def add(row: dict[str, Any]) -> None:
         result["rows"].append(row)
-        _save(args.out, result)
+        save(args.out, result)
 
     if len(known) <= len(CANDIDATES):
         model = mps.load_model(MODEL)
         result["conditions"] = _conditions(model, study, vars(args))
-        _measure(model, study, known, save)
+        _measure(model, study, known, add)
     result |= summary(result["rows"], study)
-    _save(args.out, result)
+    save(args.out, result)
     _show(result)
     _figure(result["table"], args.figure)
 
@@ -191,12 +189,11 @@ def some(fact_set: FactSet, most: int) -> list[Fact]:
 
 
 def _conditions(model: mps.Model, study: Study, arguments: dict[str, Any]) -> dict[str, Any]:
-    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     libraries = ("mpsearch", "torch", "transformers", "gptqmodel", "bitsandbytes")
     return {
         "model": MODEL,
         "fingerprint": model.fingerprint,
-        "commit": subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip(),
+        "commit": commit(),
         "dtype": str(model.dtype),
         "threads": torch.get_num_threads(),
         "machine": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
@@ -214,7 +211,7 @@ def _conditions(model: mps.Model, study: Study, arguments: dict[str, Any]) -> di
     }
 
 
-def _measure(model: mps.Model, study: Study, known: set[str], save: Any) -> None:
+def _measure(model: mps.Model, study: Study, known: set[str], add: Any) -> None:
     """Every row that is missing, the reference first; AWQ last, as it changes the model."""
     missing = [candidate for candidate in CANDIDATES if candidate.name not in known]
     start = time.perf_counter()
@@ -223,7 +220,7 @@ def _measure(model: mps.Model, study: Study, known: set[str], save: Any) -> None
     reference = {name: proxy.reference for name, proxy in proxies.items()}
     if REFERENCE not in known:
         bits_16 = sum(layer.weights * 2 for layer in model.layers) + model.kept_bytes
-        save(_row(REFERENCE, reference, reference, study, bits_16, 16.0, start))
+        add(_row(REFERENCE, reference, reference, study, bits_16, 16.0, start))
     for candidate in missing:
         start = time.perf_counter()
         say(candidate.name)
@@ -254,7 +251,7 @@ def _measure(model: mps.Model, study: Study, known: set[str], save: Any) -> None
                 int((proxies[name].reference.top1 != reference[name].top1).sum())
                 for name in proxies
             )
-        save(row)
+        add(row)
 
 
 def _row(
@@ -378,8 +375,7 @@ def _show(result: dict[str, Any]) -> None:
     )  # fmt: skip
     for found in result["findings"]:
         emit(f"{found['finding']}. {found['claim']}: {found['verdict']}")
-        figures = {key: value for key, value in found["figures"].items() if key != "relations"}
-        emit(f"   {found['measure']}\n   {json.dumps(figures)}")
+        emit(f"   {found['said']}\n   ({found['measure']})")
 
 
 def _figure(rows: list[dict[str, Any]], out: Path) -> None:
@@ -410,17 +406,6 @@ def _figure(rows: list[dict[str, Any]], out: Path) -> None:
     figure.axes[0].invert_yaxis()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    if path.exists():
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    return {"rows": []}
-
-
-def _save(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """What a published study of factual recall under quantization found, tried on what was measured.
 
-A finding is split into claims. Each names its measure, gives figures, and a verdict by a rule that
-was written before the figures were seen: "holds here" and "does not hold here" need p < 0.05, or a
-95 % interval beyond zero, on that side; all else is "not decided by this many facts".
+A finding is split into claims. Each names its measure, says its figures, and has a verdict by a
+rule that was written before the figures were seen: "holds here" and "does not hold here" need
+p < 0.05, or a 95 % interval beyond zero, on that side; all else is "not decided by this many
+facts".
 """
 
 from __future__ import annotations
@@ -77,12 +78,15 @@ def findings(models: Mapping[str, Answers], asked: Asked, seed: int) -> list[dic
     ]
 
 
-def _claim(number: str, claim: str, measure: str, verdict: str, **figures: Any) -> dict[str, Any]:
+def _claim(
+    number: str, claim: str, measure: str, verdict: str, said: str, **figures: Any
+) -> dict[str, Any]:
     return {
         "finding": number,
         "claim": claim,
-        "measure": measure,
         "verdict": verdict,
+        "said": said,
+        "measure": measure,
         "figures": figures,
     }
 
@@ -109,6 +113,10 @@ def percent(interval: Interval) -> dict[str, float]:
         "low": 100 * interval.low,
         "high": 100 * interval.high,
     }
+
+
+def points(interval: Mapping[str, float]) -> str:
+    return "{mean:+.1f} points [{low:+.1f}, {high:+.1f}]".format(**interval)
 
 
 def changes(before: NDArray[Any], after: NDArray[Any]) -> tuple[int, int]:
@@ -154,7 +162,12 @@ def _bitsandbytes_keeps_most(
         verdict = by_sign(ahead, [row["p_holm"] for row in mine])
         width = "4" if "NF4" in ours else "8"
         claim = f"bitsandbytes keeps most of the recall among the {width}-bit methods"
-        claims.append(_claim(number, claim, measure, verdict, comparisons=mine))
+        said = "; ".join(
+            f"{points(row['difference_points'])} against {row['rival']} ({row['right_here_only']} "
+            f"facts against {row['right_there_only']}, p = {row['p_holm']:.2g})"
+            for row in mine
+        )
+        claims.append(_claim(number, claim, measure, verdict, said, comparisons=mine))
     return claims
 
 
@@ -192,7 +205,17 @@ def _two_hops_fall_with_the_first(
         return figures
 
     first, second = after("first"), after("second")
-    difference = first["two_hop"]["change_difference_points"]
+    plain = first["two_hop"]
+    difference = plain["change_difference_points"]
+    said = (
+        f"two-hop top-1 goes from {plain['reference_accuracy_kept']:.1%} to "
+        f"{plain['accuracy_kept']:.1%} where the first hop is kept ({plain['kept']} answers) and "
+        f"from {plain['reference_accuracy_forgotten']:.1%} to {plain['accuracy_forgotten']:.1%} "
+        f"where it is forgotten ({plain['forgotten']}); the changes differ by {points(difference)} "
+        f"within model and relations; among distractors by "
+        f"{points(first['contrastive']['change_difference_points'])}; by the second hop instead, "
+        f"{points(second['two_hop']['change_difference_points'])}"
+    )
     within = _claim(
         "2a",
         "a chain is lost where its first hop is",
@@ -200,6 +223,7 @@ def _two_hops_fall_with_the_first(
         "whose first hop the reference answers; within model and pair of relations, 95 % over "
         "bridges; the verdict by top-1, contrastive beside it",
         by_interval(Interval(**difference)),
+        said,
         first_hop=first,
         second_hop_for_comparison=second,
     )
@@ -227,6 +251,8 @@ def _two_hops_fall_with_the_first(
         f"Spearman over {len(rows)} quantized models of the change of first-hop top-1 and of "
         "two-hop top-1 (means over pairs of relations), exact permutation p",
         by_sign([rho], [p]),
+        f"rho = {rho:+.2f}, p = {p:.2g}; with chains among distractors {other_rho:+.2f}, "
+        f"p = {other_p:.2g}",
         rho=rho,
         p=p,
         contrastive_rho=other_rho,
@@ -268,22 +294,36 @@ def _some_recall_more(
         verdict = HOLDS
     else:
         verdict = FAILS if all(change["high"] < 0 for change in overall.values()) else OPEN
+    best = max(overall, key=lambda name: overall[name]["mean"])
+    least = min(ahead, key=lambda test: test["p"], default=None)
+    relations_above = sum(test["relation"] != "all" for test in ahead)
+    behind = [test for test in tests if test["forgotten"] > test["gained"]]
+    relations_below = sum(test["relation"] != "all" for test in behind)
+    above = sum(change["mean"] > 0 for change in overall.values())
+    said = (
+        f"{above} of {len(overall)} models are above in the mean, the best is {best}, "
+        f"{points(overall[best])}; by relation {relations_above} are above and {relations_below} "
+        "below; "
+    )
+    said += (
+        f"the clearest gain is {least['model']}, {least['relation']}, {least['gained']} gained and "
+        f"{least['forgotten']} forgotten, p = {least['p']:.2g}, {least['p_holm']:.2g} corrected"
+        if least
+        else "nothing gained"
+    )
     return _claim(
         "3",
         "some quantized models recall more than the original",
         "LRE top-1: a net gain over all facts or in a relation, exact McNemar, Holm over all "
         f"{len(tests)} tests; it does not hold if every model's change lies below zero",
         verdict,
+        said,
         change_points=overall,
-        models_above_in_mean=sum(change["mean"] > 0 for change in overall.values()),
-        relations_above=sum(test["relation"] != "all" for test in ahead),
-        relations_below=sum(
-            test["relation"] != "all" and test["forgotten"] > test["gained"] for test in tests
-        ),
-        largest_gains=sorted(ahead, key=lambda test: test["p"])[:5],
-        significant_losses=sum(
-            test["p_holm"] < 0.05 and test["forgotten"] > test["gained"] for test in tests
-        ),
+        models_above=above,
+        relations_above=relations_above,
+        relations_below=relations_below,
+        clearest_gains=sorted(ahead, key=lambda test: test["p"])[:5],
+        significant_losses=sum(test["p_holm"] < 0.05 for test in behind),
     )
 
 
@@ -336,6 +376,8 @@ def _unsaturated_lose_most(
         "loss on the other half, both ways averaged, permutation p; the verdict by the relative "
         "loss, 1 - right / right before, of all quantized models together",
         by_sign([-relative["rho"]], [relative["p"]]),
+        f"relative loss: rho = {relative['rho']:+.2f}, p = {relative['p']:.2g}; absolute loss: "
+        f"{absolute['rho']:+.2f}, p = {absolute['p']:.2g}; over {len(names)} relations",
         relative=relative,
         absolute=absolute,
         models=by_model,
