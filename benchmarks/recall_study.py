@@ -40,6 +40,7 @@ from mpsearch.bank import Bank
 from mpsearch.bootstrap import subject_bootstrap
 from mpsearch.console import Progress, emit, quiet_libraries, say, table
 from mpsearch.errors import UsageError
+from mpsearch.estimates import relation_mean
 from mpsearch.evaluate import Bench, quantized_layers
 from mpsearch.facts import Fact, FactSet
 from mpsearch.facts.fact import unit_hash
@@ -93,20 +94,19 @@ def main() -> None:
     result = load(args.out)
     if result.setdefault("asked", study.digest) != study.digest:
         raise UsageError(f"'{args.out}' was measured on other facts; give another --out")
-    known = {row["model"] for row in result["rows"]}
 
     def add(row: dict[str, Any]) -> None:
         result["rows"].append(row)
         save(args.out, result)
 
-    if len(known) <= len(CANDIDATES):
+    if len(result["rows"]) <= len(CANDIDATES):
         model = mps.load_model(MODEL)
         result["conditions"] = _conditions(model, study, vars(args))
-        _measure(model, study, known, add)
+        _measure(model, study, result["rows"], add)
     result |= summary(result["rows"], study)
     save(args.out, result)
     _show(result)
-    _figure(result["table"], args.figure)
+    _figure(result["table"], 100 * result["chance_among_distractors"], args.figure)
 
 
 @dataclass(frozen=True)
@@ -211,16 +211,19 @@ def _conditions(model: mps.Model, study: Study, arguments: dict[str, Any]) -> di
     }
 
 
-def _measure(model: mps.Model, study: Study, known: set[str], add: Any) -> None:
+def _measure(model: mps.Model, study: Study, rows: list[dict[str, Any]], add: Any) -> None:
     """Every row that is missing, the reference first; AWQ last, as it changes the model."""
+    known = {row["model"] for row in rows}
     missing = [candidate for candidate in CANDIDATES if candidate.name not in known]
     start = time.perf_counter()
-    say(REFERENCE)
-    proxies = study.proxies(model)
-    reference = {name: proxy.reference for name, proxy in proxies.items()}
+    proxies: dict[str, mps.RecallProxy] = {}
+    if not all(candidate.after_awq for candidate in missing) or REFERENCE not in known:
+        say(REFERENCE)
+        proxies = study.proxies(model)
     if REFERENCE not in known:
+        found = {name: proxy.reference for name, proxy in proxies.items()}
         bits_16 = sum(layer.weights * 2 for layer in model.layers) + model.kept_bytes
-        add(_row(REFERENCE, reference, reference, study, bits_16, 16.0, start))
+        add(_row(REFERENCE, found, found, study, bits_16, 16.0, start))
     for candidate in missing:
         start = time.perf_counter()
         say(candidate.name)
@@ -237,19 +240,13 @@ def _measure(model: mps.Model, study: Study, known: set[str], add: Any) -> None:
             bank.build(quantized_layers(space, assignment), report)
         with Bench(space, bank) as bench:
             found = {name: bench.evaluate(assignment, p).scores for name, p in proxies.items()}
-        row = _row(
-            candidate.name,
-            found,
-            {name: proxy.reference for name, proxy in proxies.items()},
-            study,
-            space.stored_bytes(assignment),
-            space.bits_per_weight(assignment),
-            start,
-        )
+        reference = {name: proxy.reference for name, proxy in proxies.items()}
+        stored_bytes, bits = space.stored_bytes(assignment), space.bits_per_weight(assignment)
+        row = _row(candidate.name, found, reference, study, stored_bytes, bits, start)
         if candidate.after_awq:
+            before, after = rows[0]["right"], _right(reference)
             row["answers_changed_by_preparing"] = sum(
-                int((proxies[name].reference.top1 != reference[name].top1).sum())
-                for name in proxies
+                a != b for rule in before for a, b in zip(before[rule], after[rule], strict=True)
             )
         add(row)
 
@@ -275,18 +272,16 @@ def _row(
         "answer_loss_nats": vars(loss),
         "two_hop_answer_loss_nats": vars(chain_loss),
         "relation_answer_loss_nats": {name: i.mean for name, i in within.items()},
-        "right": {
-            "one_hop": _bits(found["one_hop"].top1),
-            "two_hop": _bits(found["two_hop"].top1),
-            "contrastive": _bits(found["two_hop"].correct),
-            "hops": _bits(found["hops"].top1),
-        },
+        "right": _right(found),
         "seconds": time.perf_counter() - start,
     }
 
 
-def _bits(right: Any) -> str:
-    return "".join("01"[int(value)] for value in right)
+def _right(found: dict[str, FactScores]) -> dict[str, str]:
+    """A 1 for every right answer and a 0 for every wrong one."""
+    right = {name: scores.top1 for name, scores in found.items()}
+    right["contrastive"] = found["two_hop"].correct
+    return {rule: "".join("01"[int(value)] for value in answers) for rule, answers in right.items()}
 
 
 def summary(rows: list[dict[str, Any]], study: Study) -> dict[str, Any]:
@@ -315,7 +310,9 @@ def summary(rows: list[dict[str, Any]], study: Study) -> dict[str, Any]:
     for rule in ("one_hop", "two_hop", "contrastive"):
         for line, p in zip(shown[1:], holm([s[f"{rule}_p"] for s in shown[1:]]), strict=True):
             line[f"{rule}_p_holm"] = p
+    wrong = [len(study.chains.distractors(chain)) for chain in asked.chains]
     return {
+        "chance_among_distractors": relation_mean([1 / (1 + n) for n in wrong], asked.pairs).mean,
         "table": shown,
         "relations": _relations(rows, models, study),
         "findings": findings(models, asked, SEED),
@@ -378,8 +375,10 @@ def _show(result: dict[str, Any]) -> None:
         emit(f"   {found['said']}\n   ({found['measure']})")
 
 
-def _figure(rows: list[dict[str, Any]], out: Path) -> None:
-    """Accuracy with its interval by model; the band is the unquantized model's interval."""
+def _figure(rows: list[dict[str, Any]], chance: float, out: Path) -> None:
+    """Accuracy with its interval by model; the band is the unquantized model's interval, the dotted
+    line what a blind guess among the answers gives, in percent.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -404,6 +403,7 @@ def _figure(rows: list[dict[str, Any]], out: Path) -> None:
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)
     figure.axes[0].invert_yaxis()
+    figure.axes[-1].axvline(chance, color="0.3", linestyle=":", linewidth=1)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)
 
