@@ -53,6 +53,7 @@ test-autogptq: .venv/installed .venv-autogptq/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/bank.py
+	$(BIN)/python benchmarks/recall_speed.py
 
 clean:
 	rm -rf .venv .venv-autogptq build runs exports

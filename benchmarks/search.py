@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import load, save
 
 import mpsearch as mps
 from mpsearch.allocate import greedy, knapsack, uniform
@@ -35,7 +36,6 @@ from mpsearch.console import Progress, quiet_libraries, say
 from mpsearch.device import peak_memory_bytes
 from mpsearch.estimates import paired_difference
 from mpsearch.evaluate import Bench, Evaluation
-from mpsearch.files import write_atomically
 from mpsearch.run import Run
 
 MODEL = "builtin:smollm2-135m"
@@ -60,7 +60,7 @@ def main() -> None:
         "half-way to 4-bit": (low + high) // 2,
         "uniform 4-bit": high,
     }
-    result = _load(args.out)
+    result = load(args.out)
     result["conditions"] = {
         "model": MODEL,
         "fingerprint": model.fingerprint,
@@ -94,10 +94,10 @@ def main() -> None:
             result["rows"] += _rows(run, model, space, size, seed, seconds)
             most = max(result.get("peak_memory_bytes", 0), peak_memory_bytes())
             result["peak_memory_bytes"] = most
-            _save(args.out, result)
+            save(args.out, result)
     if "cost" not in result:
         result["cost"] = _cost(run, model, space)
-        _save(args.out, result)
+        save(args.out, result)
 
 
 def _rows(
@@ -181,17 +181,6 @@ def _cost(run: Run, model: mps.Model, space: Any) -> dict[str, float]:
         "linears_alone_seconds": statistics.median(linears),
         "ratio": statistics.median(a / b for a, b in zip(whole, linears, strict=True)),
     }
-
-
-def _load(path: Path) -> dict[str, Any]:
-    if path.exists():
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    return {"rows": []}
-
-
-def _save(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
