@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parents[1]
 WITHOUT_TORCH = (
     *("errors", "layers", "formats", "targets", "budget", "assignment", "space"),
     *("front", "estimates", "bootstrap", "significance", "scores", "allocate", "files", "facts"),
-    *("compare", "run"),
+    *("measures", "compare", "run"),
 )
 WITH_TORCH = (
     *("device", "builtin", "places", "models", "forward", "codecs", "quantizers"),
@@ -32,6 +32,8 @@ WITH_TORCH = (
         "bank",
         "recall",
         "evaluate",
+        "geometry",
+        "perturb",
         "sensitivity",
         "samplers",
     ),

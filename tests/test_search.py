@@ -22,11 +22,11 @@ from mpsearch.assignment import Assignment
 from mpsearch.errors import CheckError, InfeasibleError, MpsearchError, RunError, UsageError
 from mpsearch.evaluate import Bench, Evaluation
 from mpsearch.facts import FactSet
+from mpsearch.measures import Sensitivity
 from mpsearch.models import Model, load_model
 from mpsearch.recall import RecallProxy
 from mpsearch.run import SIMPLE_KINDS, Point, Run
 from mpsearch.search import Wish, check_wish, search
-from mpsearch.sensitivity import Sensitivity
 from mpsearch.space import ResolvedSpace, SearchSpace
 
 TRIALS = 6
