@@ -31,8 +31,7 @@ def check_damage(space: ResolvedSpace, damage: Damage) -> None:
             if (value := damage.get((group, fmt.name))) is None or not isfinite(value):
                 found = "missing" if value is None else value
                 raise CheckError(
-                    f"the damage of '{group}' in {fmt.name} is {found}; measure the sensitivity "
-                    "again"
+                    f"the damage of '{group}' in {fmt.name} is {found}, where a number is needed"
                 )
 
 

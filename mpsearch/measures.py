@@ -157,9 +157,9 @@ class Sensitivity:
     def from_json(cls, content: dict[str, Any]) -> Sensitivity:
         """Raises `CheckError` if a value is NaN or infinite, `LookupError` if it is no table."""
         rows, groups = content["rows"], content.get("groups", [])
+        held = {"fisher_nats", "weight_error", *(name for name in OF_PAIRS if name in rows[0])}
         of_pairs: dict[str, Any] = {
-            name: {(row["group"], row["format"]): row[name] for row in rows if name in row}
-            for name in OF_PAIRS
+            name: {(row["group"], row["format"]): row[name] for row in rows} for name in held
         }
         of_groups: dict[str, Any] = {
             name: {row["group"]: row[name] for row in groups if name in row} for name in OF_GROUPS
@@ -185,9 +185,7 @@ class Sensitivity:
             reason = str(error)
         except (ValueError, LookupError, TypeError):
             reason = "it is cut short or no table of sensitivities"
-        raise RunError(
-            f"'{path}' cannot be used ({reason}); 'mpsearch search --resume' replaces it"
-        )
+        raise RunError(f"'{path}' cannot be used: {reason}")
 
 
 def _correlation(

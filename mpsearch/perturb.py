@@ -26,6 +26,8 @@ from mpsearch.layers import LayerGroup
 from mpsearch.models import Model
 from mpsearch.places import find_blocks
 
+STAGE = "measuring each group alone, in blocks run"
+
 
 @torch.inference_mode()
 def perturb_one(bench: Bench, work: Pass, report: Report = silent) -> dict[tuple[str, str], float]:
@@ -62,7 +64,7 @@ def perturb_one(bench: Bench, work: Pass, report: Report = silent) -> dict[tuple
                 states = _after(work, blocks, start, states)
             start += 1
         for fmt in space.options[group.name]:
-            report("perturb-one KL, blocks run", done, total)
+            report(STAGE, done, total)
             bench.put({**alone, group.name: fmt.name})
             kl = 0.0
             for index, row in enumerate(work.rows):
@@ -73,7 +75,7 @@ def perturb_one(bench: Bench, work: Pass, report: Report = silent) -> dict[tuple
             nats[group.name, fmt.name] = kl / work.count
             done += costs[group.name]
     bench.restore()
-    report("perturb-one KL, blocks run", total, total)
+    report(STAGE, total, total)
     return {
         (name, fmt.name): nats[name, fmt.name] for name in starts for fmt in space.options[name]
     }

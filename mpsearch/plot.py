@@ -184,7 +184,10 @@ def _values(run: Run, measure: str) -> tuple[str, Mapping[str, float]]:
     """What the panel of a measure is called, and its value for each group."""
     if measure not in MEASURES:
         raise UsageError(f"no measure '{measure}'{nearest(measure, MEASURES)}")
-    table = Sensitivity.load(run.folder / "sensitivity.json")
+    try:
+        table = Sensitivity.load(run.folder / "sensitivity.json")
+    except RunError as error:
+        raise RunError(f"{error}; 'mpsearch search --resume' measures it again") from None
     if measure not in table.measures:
         raise RunError(
             f"'{run.folder}' holds no {measure}; use one that it holds: {', '.join(table.measures)}"

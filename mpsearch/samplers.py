@@ -23,6 +23,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from mpsearch.allocate import check_damage
 from mpsearch.errors import UsageError
 from mpsearch.formats import nearest
 from mpsearch.space import ResolvedSpace
@@ -56,6 +57,8 @@ class LevelSwitchSampler(BaseSampler):
         damage: `(group, format)` to predicted loss; weighs which groups to raise and lower.
         budget_bytes: stored bytes that most proposals stay within.
         seed: with the number of finished trials it decides a proposal.
+    Raises:
+        CheckError: a damage is missing, NaN or infinite.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class LevelSwitchSampler(BaseSampler):
         budget_bytes: int,
         seed: int,
     ):
+        check_damage(space, damage)
         self._seed = seed
         self._budget_bytes = budget_bytes
         self._kept_bytes = space.kept_bytes

@@ -201,7 +201,7 @@ class _Search:
                 check_damage(self.space, found.fisher_nats)
                 return found
             except (RunError, CheckError) as error:
-                log.warning("%s: measuring it again", error)
+                log.warning("%s; measuring again", error)
         table = measure_sensitivity(
             self.space,
             self.bank,
