@@ -33,7 +33,7 @@ _HOME = {
     "RecallProxy": "recall",
     "Run": "run",
     "SearchSpace": "space",
-    "Sensitivity": "sensitivity",
+    "Sensitivity": "measures",
     "export": "export",
     "load_model": "models",
     "measure_sensitivity": "sensitivity",

@@ -9,18 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
-from math import gcd
+from heapq import heapify, heappop, heappush
+from math import gcd, isfinite
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpsearch.assignment import Assignment
-from mpsearch.errors import InfeasibleError
+from mpsearch.errors import CheckError, InfeasibleError
 from mpsearch.formats import FORMATS, Format
 from mpsearch.space import ResolvedSpace
 
 Damage = Mapping[tuple[str, str], float]
+
+
+def check_damage(space: ResolvedSpace, damage: Damage) -> None:
+    """Raise `CheckError` unless every (group, format) of the space has a finite number."""
+    for group, formats in space.options.items():
+        for fmt in formats:
+            if (value := damage.get((group, fmt.name))) is None or not isfinite(value):
+                found = "missing" if value is None else value
+                raise CheckError(
+                    f"the damage of '{group}' in {fmt.name} is {found}, where a number is needed"
+                )
 
 
 def uniform(space: ResolvedSpace) -> dict[str, Assignment]:
@@ -46,29 +58,41 @@ def greedy(space: ResolvedSpace, damage: Damage, budget_bytes: int) -> Assignmen
 
     Raises:
         InfeasibleError: the smallest formats do not fit either.
+        CheckError: a damage is missing, NaN or infinite.
     """
-    level = {group.name: len(space.options[group.name]) - 1 for group in space.groups}
+    check_damage(space, damage)
+    options = [space.options[group.name] for group in space.groups]
+    level = [len(formats) - 1 for formats in options]
     total = space.stored_bytes(space.largest)
 
-    def step(name: str) -> tuple[float, int]:
-        """Damage per byte of going one format down, and the bytes it saves."""
-        high, low = space.options[name][level[name]], space.options[name][level[name] - 1]
-        group = by_name[name]
+    def step(index: int) -> tuple[float, int, int]:
+        """Damage per byte of going one format down, which group, and the bytes it saves."""
+        group = space.groups[index]
+        high, low = options[index][level[index]], options[index][level[index] - 1]
         saved = high.stored_bytes(group) - low.stored_bytes(group)
-        return (damage[name, low.name] - damage[name, high.name]) / max(saved, 1), saved
+        lost = damage[group.name, low.name] - damage[group.name, high.name]
+        return lost / max(saved, 1), index, saved
 
-    by_name = {group.name: group for group in space.groups}
+    steps = [step(index) for index, top in enumerate(level) if top]
+    heapify(steps)
     while total > budget_bytes:
-        open_groups = [name for name in level if level[name] > 0]
-        if not open_groups:
+        if not steps:
             raise InfeasibleError(f"no assignment of this space fits {budget_bytes:,} bytes")
-        cheapest = min(open_groups, key=lambda name: step(name)[0])
-        total -= step(cheapest)[1]
+        _, cheapest, saved = heappop(steps)
+        total -= saved
         level[cheapest] -= 1
-    return Assignment.of({name: space.options[name][index].name for name, index in level.items()})
+        if level[cheapest]:
+            heappush(steps, step(cheapest))
+    return Assignment.of(
+        {
+            group.name: formats[index].name
+            for group, formats, index in zip(space.groups, options, level, strict=True)
+        }
+    )
 
 
 _MOST_CELLS = 2_000_000
+_MOST_CHOICES = 240_000_000  # groups times cells, a byte each
 
 
 def knapsack(
@@ -77,16 +101,19 @@ def knapsack(
     """The least total damage within each budget, by dynamic programming over bytes.
 
     One table serves all budgets. Its unit is the greatest common divisor of all byte steps, which
-    makes it exact; where that gives over two million cells for the largest budget, steps are
-    rounded up to a coarser unit, so that the result still fits and is optimal up to the rounding.
+    makes it exact; where that gives over two million cells for the largest budget (fewer for more
+    than 120 groups), steps are rounded up to a coarser unit, so that the result still fits and is
+    optimal up to the rounding.
 
     Args:
         damage: for every group and each of its formats; finite.
         budgets_bytes: total stored bytes allowed, kept weights included.
     Raises:
         InfeasibleError: a budget below the smallest assignment.
+        CheckError: a damage is missing, NaN or infinite.
     Source: multiple-choice knapsack, Kellerer, Pferschy and Pisinger (2004), chapter 11.
     """
+    check_damage(space, damage)
     floor = space.stored_bytes(space.smallest)
     room = max(budgets_bytes, default=floor) - floor
     if min(budgets_bytes, default=floor) < floor:
@@ -98,7 +125,8 @@ def knapsack(
     ]
     unit = max(reduce(gcd, (step for group_steps in steps for step in group_steps), 0), 1)
     useful = min(room, sum(max(group_steps) for group_steps in steps))
-    unit *= max(1, -(-useful // (unit * _MOST_CELLS)))
+    most = min(_MOST_CELLS, _MOST_CHOICES // len(options)) if options else _MOST_CELLS
+    unit *= max(1, -(-useful // (unit * most)))
     # Rounded up, all the largest formats together may need a little more than they take.
     cells = min(room // unit, sum(-(-max(group_steps) // unit) for group_steps in steps)) + 1
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mpsearch.errors import UsageError
+from mpsearch.layers import Layer
 from mpsearch.models import Model
 from mpsearch.places import expert_inputs
 from mpsearch.quantizers import InputStatistics
@@ -110,79 +112,109 @@ def sample_text(model: Model, recipe: Calibration) -> Tensor:
     return tokens
 
 
+class WatchedInputs:
+    """Gram matrices of every layer's inputs over whatever runs through the model meanwhile.
+
+    Layers that read the same tensor (q, k, v) share one matrix. An expert's is of its own tokens;
+    one that no token reached gets the identity of one token, by which all inputs matter alike. An
+    embedding reads no vectors and so has no matrix.
+
+    Args:
+        model: watched from entering until leaving as a context manager.
+    """
+
+    def __init__(self, model: Model):
+        self._model = model
+        self._grams: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._leader_of: dict[str, str] = {}
+        self._last: tuple[object, str] = (None, "")
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> WatchedInputs:
+        stacks: set[str] = set()
+        modules = self._model.module
+        for layer in self._read:
+            name, place = layer.name, self._model.places[layer.name]
+            if place.expert is None:
+                hook = self._watch(name)
+                self._hooks.append(modules.get_submodule(name).register_forward_pre_hook(hook))
+                continue
+            path, part = name.rsplit(".", 2)[0], name.rpartition(".")[2]
+            if part == "gate_proj":
+                self._leader_of[name] = f"{path}.{place.expert}.up_proj"
+            if path not in stacks:
+                stacks.add(path)
+                hook = self._watch_experts(path)
+                self._hooks.append(modules.get_submodule(path).register_forward_pre_hook(hook))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._last = (None, "")
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def _read(self) -> tuple[Layer, ...]:
+        """The layers that read vectors."""
+        return (*self._model.layers, *([self._model.head] if self._model.head else []))
+
+    @property
+    def statistics(self) -> dict[str, InputStatistics]:
+        """What was seen so far, by layer."""
+        found = {}
+        for layer in self._read:
+            name = self._leader_of.get(layer.name, layer.name)
+            seen = self._grams.get(name)
+            gram = torch.eye(layer.columns, device=self._model.device) if seen is None else seen
+            found[layer.name] = InputStatistics(gram, self._counts.get(name, 1))
+        return found
+
+    def add(self, name: str, inputs: Tensor) -> None:
+        """Count inputs `(..., columns)` that a layer reads."""
+        flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        self._counts[name] = self._counts.get(name, 0) + len(flat)
+        if name in self._grams:
+            self._grams[name].addmm_(flat.T, flat)
+        else:
+            self._grams[name] = flat.T @ flat
+
+    def _watch(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            last, leader = self._last
+            if inputs[0] is last:
+                self._leader_of[name] = leader
+                return
+            self._last = (inputs[0], name)
+            self.add(name, inputs[0])
+
+        return hook
+
+    def _watch_experts(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            for expert, of_first, of_down in expert_inputs(module, inputs[0], inputs[1]):
+                self.add(f"{path}.{expert}.up_proj", of_first)
+                self.add(f"{path}.{expert}.down_proj", of_down)
+
+        return hook
+
+
 @torch.no_grad()
 def input_statistics(
     model: Model, tokens: Tensor, report: Callable[[int, int], None]
 ) -> dict[str, InputStatistics]:
     """Gram matrices of every input that is a vector over the reference model's pass of the text.
 
-    That is every layer's, and the head's, which reads what the decoder gives; an embedding reads
-    no vectors and so has no matrix.
-
-    Layers that read the same tensor (q, k, v) share one matrix. An expert's is of its own tokens;
-    one that no token reached gets the identity of one token, by which all inputs matter alike.
+    That is every layer's, and the head's, which reads what the decoder gives at each token.
 
     Args:
         tokens: `(sequences, length)`.
         report: called with sequences done and in all.
     """
-    grams: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    leader_of: dict[str, str] = {}
-    last: dict[str, object] = {"input": None, "name": None}
-
-    def add(name: str, inputs: Tensor) -> None:
-        flat = inputs.reshape(-1, inputs.shape[-1]).float()
-        counts[name] = counts.get(name, 0) + len(flat)
-        if name in grams:
-            grams[name].addmm_(flat.T, flat)
-        else:
-            grams[name] = flat.T @ flat
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if inputs[0] is last["input"]:
-                leader_of[name] = str(last["name"])
-                return
-            last.update(input=inputs[0], name=name)
-            add(name, inputs[0])
-
-        return hook
-
-    def watch_experts(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            for expert, of_first, of_down in expert_inputs(module, inputs[0], inputs[1]):
-                add(f"{path}.{expert}.up_proj", of_first)
-                add(f"{path}.{expert}.down_proj", of_down)
-
-        return hook
-
-    hooks = []
-    stacks: set[str] = set()
-    for name, place in ((layer.name, model.places[layer.name]) for layer in model.layers):
-        if place.expert is None:
-            module = model.module.get_submodule(name)
-            hooks.append(module.register_forward_pre_hook(watch(name)))
-            continue
-        path, part = name.rsplit(".", 2)[0], name.rpartition(".")[2]
-        if part == "gate_proj":
-            leader_of[name] = f"{path}.{place.expert}.up_proj"
-        if path not in stacks:
-            stacks.add(path)
-            module = model.module.get_submodule(path)
-            hooks.append(module.register_forward_pre_hook(watch_experts(path)))
-    try:
+    with WatchedInputs(model) as seen:
         for start in range(0, len(tokens), 8):
             output = model.module.get_decoder()(tokens[start : start + 8], use_cache=False)
             if model.head:
-                add(model.head.name, output.last_hidden_state)
+                seen.add(model.head.name, output.last_hidden_state)
             report(min(start + 8, len(tokens)), len(tokens))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found = {}
-    for layer in (*model.layers, *([model.head] if model.head else [])):
-        name = leader_of.get(layer.name, layer.name)
-        gram = grams[name] if name in grams else torch.eye(layer.columns, device=model.device)
-        found[layer.name] = InputStatistics(gram, counts.get(name, 1))
-    return found
+    return seen.statistics

@@ -145,6 +145,11 @@ def _parser() -> argparse.ArgumentParser:
     sensitivity = add("sensitivity", commands.sensitivity, "print the damage by group and format")
     sensitivity.add_argument("model")
     sensitivity.add_argument("-o", "--out", metavar="FILE", help="also save the table as JSON")
+    sensitivity.add_argument(
+        "--check",
+        action="store_true",
+        help="also measure the KL of every group alone in every format, which takes long",
+    )
 
     bank = add("bank", commands.bank, "quantize what a space allows, ahead of a search")
     bank.add_argument("model")
@@ -179,6 +184,11 @@ def _parser() -> argparse.ArgumentParser:
     for command in (show, export):
         command.add_argument("point", metavar="POINT", help="an id, its beginning, or best")
     plot.add_argument("-o", "--out", required=True, metavar="FILE", help=".png, .svg or .pdf")
+    plot.add_argument(
+        "--beside",
+        metavar="MEASURE",
+        help="a sensitivity to show below the bits, such as output_error",
+    )
     export.add_argument("-o", "--out", required=True, metavar="DIR")
     export.add_argument("--to", metavar="TARGET", help="the run's own target")
     recall_commands.add_commands(add)

@@ -140,14 +140,13 @@ def sensitivity(args: argparse.Namespace) -> None:
             args.quantizer,
             args.seed,
             calibration,
+            check=args.check,
             report=report,
         )
     if args.json:
         emit_json(table.to_json())
     else:
-        show_sensitivity(
-            {key: (nats, table.weight_error[key]) for key, nats in table.fisher_nats.items()}
-        )
+        show_sensitivity(table)
     if args.out:
         table.save(Path(args.out))
     say(f"next: mpsearch search {args.model} --budget SIZE -o runs/NAME")
@@ -199,7 +198,7 @@ def plot(args: argparse.Namespace) -> None:
     from mpsearch.plot import plot
     from mpsearch.run import Run
 
-    out = plot(Run.open(args.run), args.out)
+    out = plot(Run.open(args.run), args.out, args.beside)
     say(f"wrote {out}")
     say(f"next: mpsearch export {args.run} best -o exports/{Path(args.run).name}")
 

@@ -13,6 +13,7 @@ from mpsearch.budget import format_size
 from mpsearch.estimates import Estimate
 from mpsearch.facts import PARTITIONS
 from mpsearch.facts.describe import Description
+from mpsearch.measures import Sensitivity
 from mpsearch.points import ParetoFront, Point
 from mpsearch.run import Run
 
@@ -352,24 +353,48 @@ def show_facts(description: Description) -> None:
         say(f"look at this: {warning}")
 
 
-def show_sensitivity(rows: Mapping[tuple[str, str], tuple[float, float]]) -> None:
-    """One row a group: predicted KL and weight error in each format."""
-    formats = list(dict.fromkeys(fmt for _, fmt in rows))
-    groups = list(dict.fromkeys(group for group, _ in rows))
-
-    def cell(group: str, fmt: str, which: int) -> str:
-        return f"{rows[group, fmt][which]:.3g}" if (group, fmt) in rows else ""
-
+def show_sensitivity(found: Sensitivity) -> None:
+    """A row a group: KL in each format, errors in the middle one, geometry; then how they agree."""
+    columns: dict[str, dict[str, float]] = {}
+    for measure, short in (("fisher_nats", "KL"), ("perturb_nats", "measured")):
+        if measure in found.measures:
+            columns |= {f"{short} {fmt}": found.of_groups(measure, fmt) for fmt in found.formats}
+    for measure, short in (
+        ("weight_error", f"weights {found.middle_format}"),
+        ("output_error", f"outputs {found.middle_format}"),
+        ("outlier_ratio", "outliers"),
+        ("effective_rank", "rank"),
+        ("drift", "drift"),
+    ):
+        if measure in found.measures:
+            columns[short] = found.of_groups(measure)
     table(
-        ["group", "", *(f"KL {fmt}" for fmt in formats), *(f"error {fmt}" for fmt in formats)],
+        ["group", *columns],
         [
-            [
-                group,
-                "",
-                *(cell(group, f, 0) for f in formats),
-                *(cell(group, f, 1) for f in formats),
-            ]
-            for group in groups
+            [group, *(f"{of[group]:.3g}" if group in of else "" for of in columns.values())]
+            for group in dict.fromkeys(group for group, _ in found.fisher_nats)
         ],
-        title="Predicted KL in nats (KL-Fisher) and relative weight error, each group alone",
+        title="Each group alone: predicted KL (KL-Fisher) in nats, relative errors of its weights "
+        "and outputs, geometry of its inputs and its block",
+        left=1,
+    )
+    _show_correlations(found)
+
+
+def _show_correlations(found: Sensitivity) -> None:
+    """A row a measure: how it ranks against the measured KL, or else against KL-Fisher."""
+    against = "perturb_nats" if "perturb_nats" in found.measures else "fisher_nats"
+    rows: dict[str, dict[str, str]] = {}
+    for row in found.correlations():
+        if against in (row.a, row.b):
+            other = row.b if row.a == against else row.a
+            rho = "-" if row.spearman is None else f"{row.spearman:.2f}"
+            rows.setdefault(other, {})[row.over] = rho
+    overs = list(dict.fromkeys(over for of_measure in rows.values() for over in of_measure))
+    table(
+        ["measure", *overs],
+        [[name, *(of.get(over, "") for over in overs)] for name, of in rows.items()],
+        title=f"Spearman's rank correlation with {against}: over (group, format) pairs, and over "
+        "the groups in one format",
+        left=1,
     )

@@ -5,12 +5,16 @@ Readable in grey: points differ by marker and fill, bits by lightness and a prin
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpsearch.errors import UsageError
-from mpsearch.formats import FORMATS
+from numpy.typing import NDArray
+
+from mpsearch.errors import RunError, UsageError
+from mpsearch.formats import FORMATS, nearest
 from mpsearch.front import pareto_front
+from mpsearch.measures import MEASURES, OF_PAIRS, Sensitivity
 from mpsearch.points import ParetoFront, Point
 from mpsearch.run import Run
 
@@ -23,26 +27,32 @@ _MARKS: dict[str, dict[str, Any]] = {
 _FILES = (".png", ".svg", ".pdf")
 
 
-def plot(run: Run, out: str | Path) -> Path:
+def plot(run: Run, out: str | Path, beside: str | None = None) -> Path:
     """Draw a run to a .png, .svg or .pdf file.
 
+    Args:
+        beside: one of `mpsearch.measures.MEASURES`, to show it with the bits.
     Raises:
-        UsageError: another suffix, or the file cannot be written.
-        RunError: nothing has been scored yet.
+        UsageError: another suffix or measure, or the file cannot be written.
+        RunError: nothing has been scored yet, or the run does not hold the measure.
     """
     out = Path(out)
     if out.suffix.lower() not in _FILES:
         raise UsageError(f"'{out}' ends in '{out.suffix}'; use {', '.join(_FILES)}")
+    values = None if beside is None else _values(run, beside)
     front = run.front()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=[1.0, 1.25])
-    _trade_off(left, run, front)
+    rows = ["bits", "beside"] if values else ["bits"]
+    axes = figure.subplot_mosaic([["trade-off", row] for row in rows], width_ratios=[1.0, 1.25])
+    _trade_off(axes["trade-off"], run, front)
     shown = front.pick or front.points[0]
-    _bits(right, figure, run, shown)
+    _bits(axes["bits"], run, shown)
+    if values:
+        _beside(axes["beside"], figure, run, *values)
     try:
         figure.savefig(out, dpi=150)
     except OSError as error:
@@ -107,16 +117,14 @@ def _trade_off(axes: Any, run: Run, front: ParetoFront) -> None:
     axes.legend(loc="lower right", fontsize=8, frameon=True)
 
 
-def _bits(axes: Any, figure: Any, run: Run, point: Point) -> None:
+def _bits(axes: Any, run: Run, point: Point) -> None:
     """A row a kind of group, a column a block; lightness and number are nominal bits."""
     import numpy as np
 
-    groups = [group for group in run.space.groups if group.depth is not None]
-    kinds = list(dict.fromkeys(group.kind for group in groups))
-    depth = 1 + max((group.depth or 0) for group in groups) if groups else 1
-    bits = np.full((max(len(kinds), 1), depth), np.nan)
-    for group in groups:
-        bits[kinds.index(group.kind), group.depth] = FORMATS[point.assignment[group.name]].bits
+    kinds, bits = _grid(
+        run, {name: float(FORMATS[fmt].bits) for name, fmt in point.assignment.items()}
+    )
+    depth = bits.shape[1]
     # Levels are spaced evenly, as 8 bits are no four times darker than 2.
     levels = sorted({int(value) for value in bits[~np.isnan(bits)]})
     shades = np.full(bits.shape, np.nan)
@@ -133,10 +141,57 @@ def _bits(axes: Any, figure: Any, run: Run, point: Point) -> None:
             fontsize=8 if depth <= 40 else 5,
             color="white" if shades[row, column] > 0.6 else "black",
         )
-    axes.set_yticks(range(len(kinds)), [kind.replace("+", "\n+") for kind in kinds], fontsize=8)
-    axes.set_xlabel("block")
+    _name_rows(axes, kinds)
     axes.set_title(
         f"bits of {point.id} ({point.kind}): {point.bits_per_weight:.2f} bits a weight, "
         "scales included",
         fontsize=10,
     )
+
+
+def _beside(axes: Any, figure: Any, run: Run, title: str, of_groups: Mapping[str, float]) -> None:
+    """The same rows and columns as the bits; the darker, the larger the measure."""
+    import numpy as np
+    from matplotlib.colors import LogNorm
+
+    kinds, grid = _grid(run, of_groups)
+    found = grid[~np.isnan(grid)]
+    spread = bool(found.size) and found.min() > 0 and found.max() > 10 * found.min()
+    image = axes.imshow(grid, cmap="Greys", norm=LogNorm() if spread else None, aspect="auto")
+    figure.colorbar(image, ax=axes, pad=0.01)
+    _name_rows(axes, kinds)
+    axes.set_title(title, fontsize=10)
+
+
+def _grid(run: Run, of_groups: Mapping[str, float]) -> tuple[list[str], NDArray[Any]]:
+    """Kinds of groups, and a value for each kind and block; NaN where there is no such group."""
+    import numpy as np
+
+    groups = [group for group in run.space.groups if group.depth is not None]
+    kinds = list(dict.fromkeys(group.kind for group in groups))
+    depth = 1 + max((group.depth or 0) for group in groups) if groups else 1
+    grid = np.full((max(len(kinds), 1), depth), np.nan)
+    for group in groups:
+        grid[kinds.index(group.kind), group.depth] = of_groups.get(group.name, np.nan)
+    return kinds, grid
+
+
+def _name_rows(axes: Any, kinds: Sequence[str]) -> None:
+    axes.set_yticks(range(len(kinds)), [kind.replace("+", "\n+") for kind in kinds], fontsize=8)
+    axes.set_xlabel("block")
+
+
+def _values(run: Run, measure: str) -> tuple[str, Mapping[str, float]]:
+    """What the panel of a measure is called, and its value for each group."""
+    if measure not in MEASURES:
+        raise UsageError(f"no measure '{measure}'{nearest(measure, MEASURES)}")
+    try:
+        table = Sensitivity.load(run.folder / "sensitivity.json")
+    except RunError as error:
+        raise RunError(f"{error}; 'mpsearch search --resume' measures it again") from None
+    if measure not in table.measures:
+        raise RunError(
+            f"'{run.folder}' holds no {measure}; use one that it holds: {', '.join(table.measures)}"
+        )
+    of_format = f" in {table.middle_format}" if measure in OF_PAIRS else ""
+    return f"{measure}: {MEASURES[measure]}{of_format}", table.of_groups(measure)

@@ -25,6 +25,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from mpsearch.allocate import check_damage
 from mpsearch.errors import UsageError
 from mpsearch.formats import nearest
 from mpsearch.space import ResolvedSpace
@@ -71,6 +72,8 @@ class LevelSwitchSampler(BaseSampler):
         seed: with the number of finished trials it decides a proposal.
         max_text_kl_nats: text KL that proposals should stay within, by what the trials' constraint
             says; None for no limit.
+    Raises:
+        CheckError: a damage is missing, NaN or infinite.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class LevelSwitchSampler(BaseSampler):
         seed: int,
         max_text_kl_nats: float | None = None,
     ):
+        check_damage(space, damage)
         self._seed = seed
         self._max_text_kl = max_text_kl_nats
         self._budget_bytes = budget_bytes
@@ -103,6 +107,15 @@ class LevelSwitchSampler(BaseSampler):
                 for name, formats in zip(self._names, self._formats, strict=True)
             ]
         )
+        self._groups = np.arange(len(self._names))
+        # What going a level up (+1) or down (-1) changes, `(groups, levels)` of damage and bytes.
+        self._changes = {}
+        for direction in (+1, -1):
+            other = np.clip(np.arange(depth) + direction, 0, self._top[:, None])
+            self._changes[direction] = tuple(
+                np.take_along_axis(table, other, axis=1) - table
+                for table in (self._damage, self._bytes)
+            )
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -154,7 +167,7 @@ class LevelSwitchSampler(BaseSampler):
         )
 
     def _size(self, levels: NDArray[Any]) -> int:
-        return self._kept_bytes + int(self._bytes[np.arange(len(levels)), levels].sum())
+        return self._kept_bytes + int(self._bytes[self._groups, levels].sum())
 
     def _propose(
         self, rng: np.random.Generator, done: list[FrozenTrial], seen: set[bytes]
@@ -255,26 +268,27 @@ class LevelSwitchSampler(BaseSampler):
             if (group := self._draw(rng, levels, +1, ~moved)) is not None:
                 levels[group] += 1
                 moved[group] = True
-        while self._size(levels) > limit:
+        size = self._size(levels)
+        while size > limit:
             group = self._draw(rng, levels, -1, ~moved)
             if group is None:  # nothing else can go lower: give back a raise
                 group = self._draw(rng, levels, -1, np.ones_like(moved))
             if group is None:
                 break
+            size += int(self._changes[-1][1][group, levels[group]])
             levels[group] -= 1
         while True:
             steps = self._steps(levels, +1)[1]
-            room = (levels < self._top) & (self._size(levels) + steps <= limit) & (levels >= parent)
+            room = (levels < self._top) & (size + steps <= limit) & (levels >= parent)
             if (group := self._draw(rng, levels, +1, room)) is None:
                 return levels
+            size += int(self._changes[+1][1][group, levels[group]])
             levels[group] += 1
 
     def _steps(self, levels: NDArray[Any], direction: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Change of damage and of bytes if each group went one level in a direction."""
-        groups = np.arange(len(levels))
-        other = np.clip(levels + direction, 0, self._top)
-        damage = self._damage[groups, other] - self._damage[groups, levels]
-        return damage, self._bytes[groups, other] - self._bytes[groups, levels]
+        damage, stored_bytes = self._changes[direction]
+        return damage[self._groups, levels], stored_bytes[self._groups, levels]
 
     def _draw(
         self, rng: np.random.Generator, levels: NDArray[Any], direction: int, allowed: NDArray[Any]
@@ -292,7 +306,8 @@ class LevelSwitchSampler(BaseSampler):
             return int(rng.choice(movable))
         rate = np.abs(damage[movable]) / np.abs(step_bytes[movable])
         weight = np.sqrt(np.maximum(rate, rate.max() * 1e-6 + 1e-30)) ** direction
-        return int(rng.choice(movable, p=weight / weight.sum()))
+        below = weight.cumsum()  # the inverse of the distribution function, as choice() does it
+        return int(movable[np.searchsorted(below[:-1], rng.random() * below[-1], side="right")])
 
 
 def make_sampler(

@@ -9,11 +9,9 @@ facts is reported on held-out paragraphs.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +22,18 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from mpsearch.allocate import greedy, knapsack, uniform
+from mpsearch.allocate import check_damage, greedy, knapsack, uniform
 from mpsearch.asked import MOST_FACTS, asked_facts, balanced, freeze_facts, known_facts
 from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank, Report, check_formats, silent
 from mpsearch.calibration import Calibration
 from mpsearch.device import require_disk, require_memory
-from mpsearch.errors import CheckError
+from mpsearch.errors import CheckError, RunError
 from mpsearch.evaluate import Bench, all_layers
 from mpsearch.facts import FactSet
 from mpsearch.front import pareto_front
 from mpsearch.guard import cut_text
+from mpsearch.measures import Sensitivity
 from mpsearch.models import Model
 from mpsearch.points import Score
 from mpsearch.quantizers import get_quantizer
@@ -42,7 +41,7 @@ from mpsearch.recall import SHOTS
 from mpsearch.run import Run
 from mpsearch.samplers import OVER_TEXT_KL, distributions, make_sampler
 from mpsearch.scorer import Scorer
-from mpsearch.sensitivity import Sensitivity, measure_sensitivity
+from mpsearch.sensitivity import measure_sensitivity
 from mpsearch.space import ResolvedSpace, SearchSpace
 from mpsearch.text import Text
 from mpsearch.wish import TRIALS, Wish, check_wish
@@ -183,8 +182,12 @@ class _Search:
     def _sensitivity(self, run: Run) -> Sensitivity:
         path = run.folder / "sensitivity.json"
         if path.exists():
-            with suppress(ValueError, LookupError):  # damaged: measured again
-                return Sensitivity.from_json(json.loads(path.read_text(encoding="utf-8")))
+            try:
+                found = Sensitivity.load(path)
+                check_damage(self.space, found.fisher_nats)
+                return found
+            except (RunError, CheckError) as error:
+                log.warning("%s; measuring again", error)
         table = measure_sensitivity(
             self.space,
             self.bank,
@@ -204,13 +207,16 @@ def sensitivity_of(
     quantizer: str | None,
     seed: int,
     calibration: Calibration | None = None,
+    check: bool = False,
     report: Report = silent,
 ) -> Sensitivity:
-    """The damage table on its own: builds the bank, asks the reference, measures."""
+    """The table on its own: builds the bank, asks the reference, measures."""
     bank = Bank(model, get_quantizer(quantizer, space.target.name), calibration)
     bank.build(all_layers(space), report)
     known = balanced(known_facts(model, facts, MOST_FACTS["search"])[1], _SENSITIVITY_FACTS)
-    return measure_sensitivity(space, bank, facts, tuple(known), seed=seed, report=report)
+    return measure_sensitivity(
+        space, bank, facts, tuple(known), seed=seed, check=check, report=report
+    )
 
 
 class _Work:

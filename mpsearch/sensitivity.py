@@ -17,69 +17,40 @@ not need it is no reason to ruin it: its damage comes from its weight error, at 
 over squared relative error) of its group's other layers, else at the median rate of the reached
 groups of its kind, else of all groups, in that format.
 
+Weight and output errors, the geometry around each group, and for checking the measured KL of each
+group alone, stand beside it in the table.
+
 Source: the Fisher approximation of KL, with sampled labels (Kunstner et al., arXiv:1905.12558).
 """
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpsearch.bank import Bank, Report, silent
+from mpsearch.budget import format_size
+from mpsearch.device import available_memory_bytes
 from mpsearch.errors import CheckError
+from mpsearch.evaluate import Bench
 from mpsearch.facts import Fact, FactSet
-from mpsearch.files import write_atomically
 from mpsearch.forward import Pass, PreparedRow
-from mpsearch.layers import LayerGroup
+from mpsearch.geometry import geometry, gram_bytes, read_inputs
+from mpsearch.measures import Sensitivity
+from mpsearch.perturb import perturb_one
+from mpsearch.quantizers import InputStatistics
 from mpsearch.recall import SHOTS, ask
 from mpsearch.space import ResolvedSpace
+
+log = logging.getLogger(__name__)
 
 _ROW_NODES = 128  # smaller rows than for scoring: each gives one independent sample a draw
 _SAMPLES = 64  # independent samples at least, over all rows and draws
 _AT_ONCE = 4  # gradients of the whole model that are held together
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """Damage of each (group, format), with everything that produced it.
-
-    Attributes:
-        fisher_nats: predicted KL a fact if this group alone has this format.
-        weight_error: relative Frobenius error of the group's weights.
-        provenance: model fingerprint, facts, formats, quantizer, seeds.
-    """
-
-    fisher_nats: dict[tuple[str, str], float]
-    weight_error: dict[tuple[str, str], float]
-    provenance: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        rows = [
-            {"group": group, "format": fmt, "fisher_nats": damage,
-             "weight_error": self.weight_error[group, fmt]}
-            for (group, fmt), damage in self.fisher_nats.items()
-        ]  # fmt: skip
-        return {"provenance": self.provenance, "rows": rows}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Sensitivity:
-        rows = {(row["group"], row["format"]): row for row in content["rows"]}
-        return cls(
-            {key: row["fisher_nats"] for key, row in rows.items()},
-            {key: row["weight_error"] for key, row in rows.items()},
-            content["provenance"],
-        )
-
-    def save(self, path: Path) -> None:
-        """Write it as JSON, whole or not at all."""
-        write_atomically(path, json.dumps(self.to_json(), indent=1))
 
 
 def measure_sensitivity(
@@ -89,27 +60,94 @@ def measure_sensitivity(
     facts: tuple[Fact, ...],
     *,
     seed: int = 0,
+    check: bool = False,
     report: Report = silent,
 ) -> Sensitivity:
-    """The whole table by KL-Fisher and by weight error.
+    """The whole table: KL-Fisher, errors of weights and outputs, the geometry of each group.
+
+    Output error and geometry need a Gram matrix for every layer's inputs; where memory does not
+    hold them, they are left out, which is logged.
 
     Args:
         space: its groups and formats.
         bank: built for them; its model must hold the reference weights.
         facts: usually those of the search partition that the reference knows.
         seed: of sampled answers.
+        check: whether to measure the KL of each group alone in each format, too.
     Raises:
-        CheckError: a gradient is NaN or infinite.
+        CheckError: a gradient, an input or a measure is NaN or infinite.
     """
     model = bank.model
-    layer_errors = _layer_errors(space, bank, report)
-    weight_error = {key: sum(of_layers.values()) ** 0.5 for key, of_layers in layer_errors.items()}
-    squared = dict.fromkeys(weight_error, 0.0)
-    reached: set[str] = set()
-    generator = torch.Generator().manual_seed(seed)
     sequences = [ask(model, fact_set, fact, fact.answer, SHOTS) for fact in facts]
     work = Pass(model, sequences, max_nodes=_ROW_NODES)
-    draws = -(-_SAMPLES // len(work.rows))
+    layer_errors, output_error, of_groups = _errors_and_geometry(space, bank, work, report)
+    weight_error = {key: sum(of_layers.values()) ** 0.5 for key, of_layers in layer_errors.items()}
+    fisher, reached = _fisher(space, bank, work, seed, report)
+    damage = _with_unreached(fisher, layer_errors, reached, space)
+    perturbed: dict[tuple[str, str], float] = {}
+    if check:
+        with Bench(space, bank) as bench:
+            perturbed = perturb_one(bench, Pass(model, sequences), report)
+    provenance = {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "bank": bank.settings,
+        "formats": list(space.space.formats),
+        "facts": {"source": fact_set.source, "digest": fact_set.digest, "used": len(facts)},
+        "shots": SHOTS,
+        "draws": _draws(work),
+        "unreached": [
+            layer.name
+            for group in space.groups
+            for layer in group.layers
+            if layer.name not in reached
+        ],
+        "seed": seed,
+        "dtype": str(model.dtype),
+    }
+    return Sensitivity(damage, weight_error, provenance, output_error, perturbed, **of_groups)
+
+
+def _errors_and_geometry(
+    space: ResolvedSpace, bank: Bank, work: Pass, report: Report
+) -> tuple[
+    dict[tuple[str, str], dict[str, float]],
+    dict[tuple[str, str], float],
+    dict[str, dict[str, float]],
+]:
+    """Squared errors of each (group, format)'s layers, its output error, and the geometry.
+
+    The Gram matrices are gone when this returns, before gradients need the memory.
+    """
+    needed, available = gram_bytes(space), available_memory_bytes(bank.model.device)
+    if needed > available // 2:
+        log.warning(
+            "output error and geometry are left out: the inputs' Gram matrices need %s, and %s of "
+            "memory is available",
+            format_size(needed),
+            format_size(available),
+        )
+        return _layer_errors(space, bank, None, report)[0], {}, {}
+    readings = read_inputs(work, report)
+    layer_errors, output_error = _layer_errors(space, bank, readings.inputs, report)
+    return layer_errors, output_error, geometry(space.groups, readings, report)
+
+
+def _draws(work: Pass) -> int:
+    return -(-_SAMPLES // len(work.rows))
+
+
+def _fisher(
+    space: ResolvedSpace, bank: Bank, work: Pass, seed: int, report: Report
+) -> tuple[dict[tuple[str, str], float], set[str]]:
+    """Damage of each (group, format) by KL-Fisher, and the names of the layers with gradients."""
+    model = bank.model
+    squared = {
+        (group, fmt.name): 0.0 for group, formats in space.options.items() for fmt in formats
+    }
+    reached: set[str] = set()
+    generator = torch.Generator().manual_seed(seed)
+    draws = _draws(work)
     places = {
         layer.name: model.places[layer.name] for group in space.groups for layer in group.layers
     }
@@ -142,32 +180,13 @@ def measure_sensitivity(
         for parameter in parameters:
             parameter.requires_grad_(False)
     report("sensitivity", len(work.rows), len(work.rows))
-    damage = {key: value / (2 * draws * len(facts)) for key, value in squared.items()}
+    damage = {key: value / (2 * draws * work.count) for key, value in squared.items()}
     if not all(value < float("inf") for value in damage.values()):
         broken = next(key for key, value in damage.items() if not value < float("inf"))
         raise CheckError(
             f"the gradient of '{broken[0]}' is NaN or infinite; cannot score {broken[1]}"
         )
-    damage = _with_unreached(damage, layer_errors, reached, space)
-    provenance = {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
-        "bank": bank.settings,
-        "formats": list(space.space.formats),
-        "facts": {"source": fact_set.source, "digest": fact_set.digest, "used": len(facts)},
-        "shots": SHOTS,
-        "draws": draws,
-        "unreached": [name for name in places if name not in reached],
-        "seed": seed,
-        "dtype": str(model.dtype),
-    }
-    return Sensitivity(damage, weight_error, provenance)
-
-
-def _errors(group: LayerGroup, layer: str, space: ResolvedSpace, bank: Bank) -> Tensor:
-    """`(formats, weights)` float32: `W_quantized - W` of one layer in each of its formats."""
-    decoded = [bank.weight(layer, fmt) for fmt in space.options[group.name]]
-    return (torch.stack(decoded) - bank.model.originals[layer]).float().flatten(1)
+    return damage, reached
 
 
 def _sampled_sums(
@@ -195,36 +214,67 @@ def _add_squares(
     bank: Bank,
     gradients: Mapping[str, Sequence[Tensor]],
 ) -> None:
-    """Add each (group, format)'s squared directional derivatives, one a draw."""
+    """Add each (group, format)'s squared directional derivatives, one a draw.
+
+    Along the difference of two weights a derivative is the difference of that along either, which
+    needs no copy of any weight.
+    """
     for group in space.groups:
-        of_layers = []
+        derivatives = {fmt.name: torch.zeros(()) for fmt in space.options[group.name]}
         for layer in group.layers:
             drawn = torch.stack([g.float().flatten() for g in gradients[layer.name]])
-            of_layers.append(_errors(group, layer.name, space, bank) @ drawn.T)
-        derivatives = torch.stack(of_layers).sum(0)  # (formats, draws)
-        for fmt, row in zip(space.options[group.name], derivatives, strict=True):
-            squared[group.name, fmt.name] += float(row.double().square().sum())
+            at_original = drawn @ bank.model.originals[layer.name].float().flatten()
+            for fmt in space.options[group.name]:
+                quantized = drawn @ bank.weight(layer.name, fmt).float().flatten()
+                derivatives[fmt.name] = derivatives[fmt.name] + (quantized - at_original).cpu()
+        for name, of_draws in derivatives.items():
+            squared[group.name, name] += float(of_draws.double().square().sum())
 
 
 def _layer_errors(
-    space: ResolvedSpace, bank: Bank, report: Report
-) -> dict[tuple[str, str], dict[str, float]]:
-    """For each (group, format) and each layer, its squared error over the group's squared norm."""
+    space: ResolvedSpace,
+    bank: Bank,
+    inputs: Mapping[str, InputStatistics] | None,
+    report: Report,
+) -> tuple[dict[tuple[str, str], dict[str, float]], dict[tuple[str, str], float]]:
+    """Errors of the weights and, if the inputs are given, of what comes out.
+
+    Returns:
+        For each (group, format) and each layer its squared error over the group's squared norm,
+        and for each (group, format) the relative error of its outputs, with `E` the weights' error
+        and `G` the Gram matrix of the inputs
+
+            sqrt(sum over layers of tr(E G E^T) / sum over layers of tr(W G W^T))
+
+        An embedding, which looks rows up, takes each row as often as any other.
+    """
     shares: dict[tuple[str, str], dict[str, float]] = {}
+    output_error: dict[tuple[str, str], float] = {}
     for index, group in enumerate(space.groups):
         report("decoding", index, len(space.groups))
-        errors = {
-            layer.name: _errors(group, layer.name, space, bank).square().sum(1).double().tolist()
-            for layer in group.layers
-        }
-        norm = sum(float(bank.model.originals[name].float().square().sum()) for name in errors)
-        for number, fmt in enumerate(space.options[group.name]):
-            shares[group.name, fmt.name] = {
-                name: of_formats[number] / norm if norm else 0.0
-                for name, of_formats in errors.items()
+        formats = [fmt.name for fmt in space.options[group.name]]
+        squares: dict[str, list[float]] = {}  # of each layer's errors, and of its own weights
+        outputs = [0.0] * (len(formats) + 1)
+        for layer in group.layers:
+            original = bank.model.originals[layer.name].float()
+            errors = (bank.weight(layer.name, fmt).float() - original
+                      for fmt in space.options[group.name])  # fmt: skip
+            gram = inputs[layer.name].gram if inputs and layer.name in inputs else None
+            squares[layer.name] = []
+            for number, tensor in enumerate((*errors, original)):
+                square = float(tensor.square().sum())
+                squares[layer.name].append(square)
+                outputs[number] += square if gram is None else float((tensor @ gram * tensor).sum())
+        norm = sum(of_layer[-1] for of_layer in squares.values())
+        for number, fmt in enumerate(formats):
+            shares[group.name, fmt] = {
+                name: of_layer[number] / norm if norm else 0.0 for name, of_layer in squares.items()
             }
+            if inputs is not None:
+                ratio = outputs[number] / outputs[-1] if outputs[-1] else 0.0
+                output_error[group.name, fmt] = max(ratio, 0.0) ** 0.5
     report("decoding", len(space.groups), len(space.groups))
-    return shares
+    return shares, output_error
 
 
 def _with_unreached(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import gcd
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from mpsearch import allocate
 from mpsearch.allocate import greedy, knapsack, uniform
 from mpsearch.assignment import Assignment
-from mpsearch.errors import InfeasibleError
+from mpsearch.errors import CheckError, InfeasibleError
 from mpsearch.layers import Layer
 from mpsearch.space import ResolvedSpace, SearchSpace
 
@@ -294,3 +295,79 @@ def test_where_rules_exclude_the_format_uniform_goes_down_or_else_to_the_smalles
         "bf16": ("bf16", "bf16"),
     }
     assert all(space.allows(found) for found in uniform(space).values())
+
+
+# ------------------------------------------------------------------------------ odd tables
+
+
+@pytest.mark.parametrize("allocate_with", [greedy, lambda s, d, b: knapsack(s, d, [b])])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+def test_a_damage_that_is_no_number_is_named(allocate_with: Any, bad: float | None) -> None:
+    space = space_of([(64, 64), (64, 128)])
+    damage = falling_damage(space, {"m.0.fc": 1.0, "m.1.fc": 2.0})
+    key = ("m.1.fc", "int3-g64")
+    damage = {pair: value for pair, value in damage.items() if pair != key}
+    if bad is not None:
+        damage[key] = bad
+    what = "missing" if bad is None else str(bad)
+    with pytest.raises(CheckError, match=rf"damage of 'm\.1\.fc' in int3-g64 is {what}"):
+        allocate_with(space, damage, space.stored_bytes(space.largest))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -2.0])
+@pytest.mark.parametrize("groups", [2, 7])
+def test_equal_damage_everywhere_still_fits(groups: int, value: float) -> None:
+    space = space_of([(64, 64 * (1 + number % 3)) for number in range(groups)])
+    damage = {(name, fmt.name): value for name, formats in space.options.items() for fmt in formats}
+    floor, ceiling = space.stored_bytes(space.smallest), space.stored_bytes(space.largest)
+    for budget in (floor, (floor + ceiling) // 2, ceiling):
+        for chosen in (greedy(space, damage, budget), *knapsack(space, damage, [budget])):
+            assert space.allows(chosen)
+            assert space.stored_bytes(chosen) <= budget
+
+
+def test_a_thousand_groups_of_odd_sizes_need_little_memory_and_lose_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The table shrinks as groups multiply; a tenth of the size here, as it takes a tenth."""
+    monkeypatch.setattr(allocate, "_MOST_CHOICES", 24_000_000)
+    space = space_of([(500 + 37 * number % 3500, 64 * (8 + number % 52)) for number in range(1000)])
+    weight = {name: 1.0 + number % 17 for number, name in enumerate(space.options)}
+    damage = falling_damage(space, weight)
+    floor, ceiling = space.stored_bytes(space.smallest), space.stored_bytes(space.largest)
+    budget = (floor + ceiling) // 2
+    made: list[int] = []
+    zeros = allocate.np.zeros
+
+    def noted(shape: Any, *args: Any, **kwargs: Any) -> Any:
+        made.append(shape if isinstance(shape, int) else shape[0] * shape[1])
+        return zeros(shape, *args, **kwargs)
+
+    monkeypatch.setattr(allocate.np, "zeros", noted)
+    chosen = knapsack(space, damage, [budget])[0]
+    assert max(made) <= 24_000_000 + 1000
+    assert space.stored_bytes(chosen) <= budget
+    assert space.stored_bytes(chosen) > budget - (ceiling - floor) // 20
+    assert total(damage, chosen) <= total(damage, greedy(space, damage, budget)) * 1.05
+
+
+def test_greedy_takes_the_same_steps_as_looking_at_every_group_each_time() -> None:
+    space = space_of([(8 * (1 + number % 5), 64 * (1 + number % 3)) for number in range(12)])
+    damage = falling_damage(space, {name: 1.0 + n % 4 for n, name in enumerate(space.options)})
+    groups = {group.name: group for group in space.groups}
+    for part in (0.1, 0.35, 0.8):
+        floor, ceiling = space.stored_bytes(space.smallest), space.stored_bytes(space.largest)
+        budget = int(floor + part * (ceiling - floor))
+        level = {name: len(formats) - 1 for name, formats in space.options.items()}
+
+        def rate(name: str, level: dict[str, int] = level) -> float:
+            high, low = (space.options[name][level[name] - down] for down in (0, 1))
+            saved = high.stored_bytes(groups[name]) - low.stored_bytes(groups[name])
+            return (damage[name, low.name] - damage[name, high.name]) / saved
+
+        def plan(level: dict[str, int] = level) -> Assignment:
+            return Assignment.of({name: space.options[name][at].name for name, at in level.items()})
+
+        while space.stored_bytes(plan()) > budget:
+            level[min((name for name in level if level[name]), key=rate)] -= 1
+        assert greedy(space, damage, budget) == plan()

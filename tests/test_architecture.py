@@ -22,7 +22,7 @@ WITHOUT_TORCH = (
     *("errors", "layers", "formats", "targets", "budget", "assignment", "space"),
     *("front", "estimates", "bootstrap", "significance", "scores", "allocate", "files", "facts"),
     *("text", "fluency", "points"),
-    *("compare", "displaced", "depth", "run"),
+    *("measures", "compare", "displaced", "depth", "run"),
 )
 WITH_TORCH = (
     *("device", "builtin", "places", "models", "forward", "codecs", "quantizers"),
@@ -36,6 +36,8 @@ WITH_TORCH = (
         "prompts",
         "lens",
         "evaluate",
+        "geometry",
+        "perturb",
         "sensitivity",
         "samplers",
     ),

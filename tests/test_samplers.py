@@ -15,8 +15,9 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 import mpsearch.samplers
+from mpsearch.allocate import knapsack
 from mpsearch.assignment import Assignment
-from mpsearch.errors import UsageError
+from mpsearch.errors import CheckError, UsageError
 from mpsearch.formats import FORMATS
 from mpsearch.layers import Layer
 from mpsearch.samplers import (
@@ -445,3 +446,35 @@ def test_an_unknown_sampler_is_refused_with_the_nearest_name(wrong: str, right: 
     space = make_space(groups=1)
     with pytest.raises(UsageError, match=f"'{wrong}'.*{right}"):
         make_sampler(wrong, space, make_damage(space), middle(space), 0)
+
+
+def test_a_thousand_groups_get_a_feasible_proposal() -> None:
+    space = make_space(1000)
+    damage = make_damage(space)
+    budget_bytes = middle(space)
+    sampler = LevelSwitchSampler(space, damage, budget_bytes, seed=0)
+    study = new_study(sampler)
+    for assignment in knapsack(space, damage, [budget_bytes, int(budget_bytes * 0.9)]):
+        study.add_trial(
+            optuna.create_trial(
+                params=dict(assignment),
+                distributions=distributions(space),
+                values=[1.0, float(space.stored_bytes(assignment))],
+            )
+        )
+    _, proposed = ask(study, space)
+    assert space.allows(proposed)
+    assert space.stored_bytes(proposed) <= budget_bytes
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+def test_a_damage_that_is_no_number_is_named(bad: float | None) -> None:
+    space = make_space(3)
+    damage = make_damage(space)
+    key = ("model.layers.1.mlp.down_proj", "int3-g64")
+    if bad is None:
+        del damage[key]
+    else:
+        damage[key] = bad
+    with pytest.raises(CheckError, match=r"layers\.1\.mlp\.down_proj' in int3-g64 is"):
+        LevelSwitchSampler(space, damage, middle(space), 0)

@@ -22,12 +22,12 @@ from mpsearch.assignment import Assignment
 from mpsearch.errors import CheckError, InfeasibleError, MpsearchError, RunError, UsageError
 from mpsearch.evaluate import Bench, Evaluation
 from mpsearch.facts import FactSet
+from mpsearch.measures import Sensitivity
 from mpsearch.models import Model, load_model
 from mpsearch.points import SIMPLE_KINDS, Point
 from mpsearch.recall import RecallProxy
 from mpsearch.run import Run
 from mpsearch.search import search
-from mpsearch.sensitivity import Sensitivity
 from mpsearch.space import ResolvedSpace, SearchSpace
 from mpsearch.wish import Wish, check_wish
 

@@ -24,11 +24,12 @@ from mpsearch.facts import Fact, FactSet
 from mpsearch.formats import Format
 from mpsearch.forward import Pass
 from mpsearch.layers import Layer
+from mpsearch.measures import Sensitivity
 from mpsearch.models import Model, from_module
 from mpsearch.quantizers import InputStatistics
 from mpsearch.quantizers.rounding import Rounding
 from mpsearch.recall import SHOTS, RecallProxy, ask
-from mpsearch.sensitivity import Sensitivity, _with_unreached, measure_sensitivity
+from mpsearch.sensitivity import _with_unreached, measure_sensitivity
 from mpsearch.space import ResolvedSpace, SearchSpace
 
 Key = tuple[str, str]
