@@ -63,8 +63,8 @@ def read_blocks(model: Model, sequences: Sequence[TokenSequence]) -> NDArray[Any
     Returns:
         `(sequences, blocks)` in nats, summed over the continuation's tokens.
     Raises:
-        CheckError: the blocks cannot be found, the model's logits are not those of its last block,
-            or a reading is NaN or infinite.
+        CheckError: the blocks cannot be found or do not run once each, the model's logits are not
+            those of its last block, or a reading is NaN or infinite.
     """
     blocks = _blocks(model)
     work = Pass(model, sequences)
@@ -72,6 +72,12 @@ def read_blocks(model: Model, sequences: Sequence[TokenSequence]) -> NDArray[Any
     for row in work.rows:
         with _recorded(blocks) as outputs:
             own = _answers(work.logits(row), row)
+        if len(outputs) != len(blocks):
+            raise CheckError(
+                f"'{model.name}' ({type(model.module).__name__}) runs its {len(blocks)} blocks "
+                f"{len(outputs)} times in a pass, so they cannot be read one by one; compare "
+                "without --depth"
+            )
         for depth, output in enumerate(outputs):
             with _returning(blocks, output):
                 found[row.indices, depth] = _answers(work.logits(row), row)

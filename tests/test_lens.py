@@ -161,6 +161,14 @@ def test_a_list_of_other_modules_is_not_taken_for_the_blocks() -> None:
     np.testing.assert_array_equal(read_blocks(model, SEQUENCES), expected)
 
 
+def test_a_model_whose_list_does_not_run_is_refused() -> None:
+    model = deep(3)
+    decoder = model.module.model
+    decoder._modules = {"others": nn.ModuleList([nn.Linear(4, 4)] * 3), **decoder._modules}
+    with pytest.raises(CheckError, match="runs its 3 blocks 0 times in a pass"):
+        read_blocks(model, SEQUENCES)
+
+
 def test_broken_weights_are_said_and_not_read() -> None:
     model = deep()
     model.places["model.layers.2.mlp.down_proj"].put(torch.full((64, 128), torch.nan))
