@@ -77,7 +77,8 @@ def _trade_off(axes: Any, run: Run, front: ParetoFront) -> None:
                 zorder=3,
                 **style,
             )
-    best = pareto_front(front.points, lambda p: (p.stored_bytes, -p.recall.mean))
+    allowed = [point for point in front.points if not point.over_text_kl]
+    best = pareto_front(allowed, lambda p: (p.stored_bytes, -p.recall.mean))
     axes.plot(
         [point.stored_bytes / 2**20 for point in best],
         [point.recall.mean * 100 for point in best],

@@ -284,7 +284,8 @@ class Run:
         front = self.front()
         if wanted == "best":
             if front.pick is None:
-                raise RunError(f"'{self.folder}' has no point within its budget. {front.verdict}")
+                why = "" if self.max_text_kl_nats is None else f". {front.verdict}"
+                raise RunError(f"'{self.folder}' has no point within its budget{why}")
             return front.pick
         found = [point for point in front.points if point.id.startswith(wanted)]
         if len(found) != 1:

@@ -177,6 +177,18 @@ def test_the_budget_the_points_and_the_best_recall_so_far_are_where_they_belong(
     assert heights[-1] == max(point.recall.mean * 100 for point in front.points)
 
 
+def test_points_over_a_limit_of_text_kl_are_drawn_off_the_front(
+    make_run: MakeRun, drawn: list[Figure], tmp_path: Path
+) -> None:
+    run = make_run(4)
+    run.content["question"]["max_text_kl_nats"] = 0.1  # which no score says that it keeps
+    plot(run, tmp_path / "figure.png")
+    trade_off, _ = panels(drawn[0])
+    lines = {str(line.get_label()): line for line in trade_off.lines}
+    assert list(lines["front"].get_xdata()) == []
+    assert sum(len(c.lines[0].get_xdata()) for c in trade_off.containers) == len(run.points())
+
+
 def test_every_group_of_the_pick_shows_its_bits_in_its_block(
     make_run: MakeRun, drawn: list[Figure], tmp_path: Path
 ) -> None:
