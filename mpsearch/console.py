@@ -14,6 +14,7 @@ from mpsearch.estimates import Estimate
 from mpsearch.facts import PARTITIONS
 from mpsearch.facts.describe import Description
 from mpsearch.measures import Sensitivity
+from mpsearch.outcome import outcome
 from mpsearch.points import ParetoFront, Point
 from mpsearch.run import Run
 
@@ -148,7 +149,7 @@ def plus_minus(estimate: Estimate | None, scale: float = 1.0, digits: int = 3) -
 
 def show_front(run: Run, front: ParetoFront) -> None:
     """The validation table, the verdict, and the test figures of the pick."""
-    rows = [_front_row(point, front) for point in front.points]
+    rows = [_front_row(point, front, _noise_floor_nats(run) or 0.0) for point in front.points]
     if "reference_validation" in run.content:
         recall = run.content["reference_validation"]["recall"]
         text = run.content.get("reference_text")
@@ -166,30 +167,30 @@ def show_front(run: Run, front: ParetoFront) -> None:
             f"Text KL is limited to {run.max_text_kl_nats:g} nats a token on search text; the "
             "table shows it on held-out text."
         )
+    if (floor := _noise_floor_nats(run)) is not None:
+        emit(
+            f"Noise floor (the reference against itself, packed otherwise): {floor:.2g} nats of "
+            "mean answer loss; ~ marks what is below it."
+        )
     emit(front.verdict)
-    for point in run.points("test"):
-        if front.pick is not None and point.id == front.pick.id:
-            emit(
-                f"On test facts the pick {point.id} recalls "
-                f"{plus_minus(point.recall, 100, 1)} %"
-                + (
-                    f" (reference {run.content['reference_test']['recall'] * 100:.1f} %)"
-                    if "reference_test" in run.content
-                    else ""
-                )
-                + f" and loses {plus_minus(point.answer_loss)} nats an answer"
-                + (
-                    f"; against the best uniform of at most its size "
-                    f"{plus_minus(point.against_uniform)} nats."
-                    if point.against_uniform is not None
-                    else "."
-                )
-            )
+    if found := outcome(run):
+        emit(found.verdict)
     if not run.finished:
         say("This search is not finished; the table holds what has been validated so far.")
 
 
-def _front_row(point: Point, front: ParetoFront) -> list[str]:
+def _noise_floor_nats(run: Run) -> float | None:
+    """Of validation facts; None in runs that were not finished, or of before it was measured."""
+    floor: float | None = run.content.get("reference_validation", {}).get("noise_floor_nats")
+    return floor
+
+
+def _front_row(point: Point, front: ParetoFront, floor_nats: float) -> list[str]:
+    def nats(estimate: Estimate | None) -> str:
+        if estimate is None:
+            return ""
+        return ("~" if abs(estimate.mean) <= floor_nats else "") + plus_minus(estimate)
+
     marks = ("*" if point.id in front.pareto_ids else "") + (
         " pick" if front.pick is not None and point.id == front.pick.id else ""
     )
@@ -201,8 +202,8 @@ def _front_row(point: Point, front: ParetoFront) -> list[str]:
         f"{point.stored_bytes:,}",
         f"{point.bits_per_weight:.3f}",
         plus_minus(point.recall, 100, 1),
-        plus_minus(point.answer_loss),
-        plus_minus(point.against_uniform) if point.against_uniform is not None else "",
+        nats(point.answer_loss),
+        nats(point.against_uniform),
         plus_minus(point.text.kl) if point.text is not None else "",
         f"{point.text.perplexity:.2f}" if point.text is not None else "",
         marks.strip(),
@@ -210,9 +211,7 @@ def _front_row(point: Point, front: ParetoFront) -> list[str]:
 
 
 def front_json(run: Run, front: ParetoFront) -> dict[str, Any]:
-    test = next(
-        (p for p in run.points("test") if front.pick is not None and p.id == front.pick.id), None
-    )
+    test = outcome(run)
     return {
         "model": run.question["model"],
         "budget_bytes": run.budget_bytes,

@@ -125,6 +125,17 @@ def coordinates(point: Point) -> tuple[float, float]:
     return point.stored_bytes, point.answer_loss.mean
 
 
+def rivals(front: ParetoFront, budget_bytes: int) -> list[Point]:
+    """The best simple allocation of each kind within the budget, the pick itself left out."""
+    found = []
+    for kind in SIMPLE_KINDS:
+        mine = [point for point in front.points if point.kind == kind and not point.over_text_kl]
+        best = best_under(mine, coordinates, budget_bytes)
+        if best is not None and (front.pick is None or best.id != front.pick.id):
+            found.append(best)
+    return found
+
+
 def recommend(
     points: Sequence[Point], relations: Sequence[str], budget_bytes: int
 ) -> tuple[Point | None, str]:

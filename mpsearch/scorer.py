@@ -71,7 +71,7 @@ class Scorer:
         return relation_mean(score.loss_per_fact, self._run.relations(score.partition)).mean
 
     def record_reference(self, partition: str) -> None:
-        """Write the reference's own recall, and of text its perplexity, beside the candidates'."""
+        """Write the reference's own recall, noise floor and perplexity beside the candidates'."""
         if (guard := self._guard(partition)) and "reference_text" not in self._run.content:
             about = {"source": self._source, **guard.reference.about()}
             self._run.content["reference_text"] = about
@@ -81,10 +81,12 @@ class Scorer:
             return
         proxy = self._proxy(partition)
         correct = proxy.reference.correct
+        self._bench.restore()
         self._run.content[key] = {
             "recall": None if correct is None else relation_mean(correct, proxy.relations).mean,
             "top1": relation_mean(proxy.reference.top1, proxy.relations).mean,
             "chance": relation_mean(proxy.chances, proxy.relations).mean,
+            "noise_floor_nats": proxy.noise_floor().mean_nats,
         }
         self._run.save()
 

@@ -2,7 +2,7 @@
 
 Which facts see what: solved examples come from the demonstration facts; candidates are proposed
 and ranked on search facts; baselines and finalists are scored on validation facts, where the pick
-is made; test facts are read once, for the pick, its rival and the reference. Likewise of text:
+is made; test facts are read once, for the pick, its rivals and the reference. Likewise of text:
 search paragraphs constrain candidates where that is asked for, and what is scored on validation
 facts is reported on held-out paragraphs.
 """
@@ -35,7 +35,7 @@ from mpsearch.front import pareto_front
 from mpsearch.guard import cut_text
 from mpsearch.measures import Sensitivity
 from mpsearch.models import Model
-from mpsearch.points import Score
+from mpsearch.points import Score, rivals
 from mpsearch.quantizers import get_quantizer
 from mpsearch.recall import SHOTS
 from mpsearch.run import Run
@@ -385,23 +385,17 @@ class _Work:
         self.search.report("finalists on validation facts", len(chosen), len(chosen))
 
     def test(self) -> None:
-        """Read the test facts: for the pick, the best uniform that fits, and the reference."""
+        """Read the test facts: for the pick, its simple rivals that fit, and the reference."""
         self.scorer.record_reference("validation")
         front = self.run.front()
         if front.pick is None:
             return
-        rivals = [
-            point
-            for point in front.points
-            if point.kind == "uniform" and point.stored_bytes <= front.pick.stored_bytes
-        ]
-        rival = min(rivals, key=lambda point: point.answer_loss.mean, default=None)
-        for point in (front.pick, rival):
-            if point is not None:
-                self.search.report("test facts", 0, 1)
-                self.scorer.score(point.assignment, point.kind, "test")
+        asked = [front.pick, *rivals(front, self.run.budget_bytes)]
+        for index, point in enumerate(asked):
+            self.search.report("test facts", index, len(asked))
+            self.scorer.score(point.assignment, point.kind, "test")
         self.scorer.record_reference("test")
-        self.search.report("test facts", 1, 1)
+        self.search.report("test facts", len(asked), len(asked))
 
 
 def _spread_out(entries: Sequence[Assignment], most: int) -> list[Assignment]:

@@ -23,6 +23,7 @@ WITHOUT_TORCH = (
     *("front", "estimates", "bootstrap", "significance", "scores", "allocate", "files", "facts"),
     *("text", "fluency", "points"),
     *("measures", "compare", "displaced", "depth", "run"),
+    "outcome",
 )
 WITH_TORCH = (
     *("device", "builtin", "places", "models", "forward", "codecs", "quantizers"),

@@ -7,7 +7,7 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from mpsearch.bootstrap import Interval, subject_bootstrap
+from mpsearch.bootstrap import Interval, subject_bootstrap, subject_weights
 
 SIMULATIONS = 800
 SUBJECTS = 40
@@ -117,3 +117,11 @@ def test_a_difference_that_is_not_there_is_found_5_times_in_100() -> None:
     found = [interval(values, seed, 400).excludes_zero for seed, values in enumerate(differences)]
     error = sqrt(0.95 * 0.05 / SIMULATIONS)
     assert abs(np.mean(found) - 0.05) <= 3 * error + 0.01
+
+
+def test_a_subject_has_one_weight_a_draw_of_mean_one() -> None:
+    weights = subject_weights(["x", "y", "x"], np.random.default_rng(0), draws=20_000)
+    assert weights.shape == (20_000, 3)
+    assert (weights[:, 0] == weights[:, 2]).all()
+    assert (weights[:, 0] != weights[:, 1]).any()
+    assert weights.mean(0) == pytest.approx(1, abs=0.03)

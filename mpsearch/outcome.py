@@ -1,0 +1,112 @@
+"""What the test facts say of the pick: they are read once, when everything is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from mpsearch.bootstrap import Interval, subject_bootstrap
+from mpsearch.estimates import paired_difference
+from mpsearch.points import Point, Score, rivals
+from mpsearch.run import Run
+
+_SEED = 0  # of the bootstrap
+
+
+@dataclass(frozen=True)
+class Gain:
+    """By how much the pick beats a simple allocation within the same budget.
+
+    Attributes:
+        kind, id, stored_bytes: of the rival.
+        test: the rival's answer loss minus the pick's, nats, paired by test fact.
+        search_nats: the same on the search facts. What it promises beyond `test` is the optimism of
+            a search that was ranked on them. None where the rival was not scored there.
+    """
+
+    kind: str
+    id: str
+    stored_bytes: int
+    test: Interval
+    search_nats: float | None
+
+    def __str__(self) -> str:
+        low, high = self.test.low, self.test.high
+        said = f"{self.kind} {self.id} {self.test.mean:+.3f} nats [{low:+.3f}, {high:+.3f}]"
+        if self.search_nats is not None:
+            said += f" (on search facts {self.search_nats:+.3f})"
+        return said if low > 0 else f"{said}, no significant gain"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The pick on test facts; 95 % bootstrap intervals over subjects.
+
+    Attributes:
+        recall: contrastive.
+        answer_loss: nats.
+        gains: over the best uniform, greedy and knapsack allocation within the budget.
+        reference_recall: of the unquantized model.
+    """
+
+    id: str
+    facts: int
+    recall: Interval
+    answer_loss: Interval
+    reference_recall: float
+    gains: tuple[Gain, ...]
+
+    @property
+    def verdict(self) -> str:
+        recall, loss = self.recall, self.answer_loss
+        said = (
+            f"On {self.facts} test facts the pick {self.id} recalls {recall.mean:.1%} "
+            f"[{recall.low:.1%}, {recall.high:.1%}] (reference {self.reference_recall:.1%}) and "
+            f"loses {loss.mean:.3f} nats [{loss.low:.3f}, {loss.high:.3f}] an answer."
+        )
+        if self.gains:
+            said += " Gain over " + "; ".join(map(str, self.gains)) + "."
+        return said
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "verdict": self.verdict}
+
+
+def outcome(run: Run) -> Outcome | None:
+    """Of a run's pick; None where the test facts have not been read for it."""
+    pick = run.front().pick
+    scores = {(score.partition, score.assignment): score for score in run.scores()}
+    if pick is None or "reference_test" not in run.content:
+        return None
+    test = scores.get(("test", pick.assignment))
+    if test is None or test.correct is None:
+        return None
+    relations, subjects = run.relations("test"), run.content["subjects"]["test"]
+
+    def interval(values: Any) -> Interval:
+        drawn = np.random.default_rng(_SEED)
+        return subject_bootstrap(np.asarray(values, dtype=float), relations, subjects, drawn)[0]
+
+    def gain(rival: Point, beside: Score) -> Gain:
+        searched = [scores.get(("search", point.assignment)) for point in (rival, pick)]
+        on_search = None
+        if searched[0] is not None and searched[1] is not None:
+            losses = [score.loss_per_fact for score in searched if score is not None]
+            on_search = paired_difference(losses[0], losses[1], run.relations("search")).mean
+        lost = np.subtract(beside.loss_per_fact, test.loss_per_fact)
+        return Gain(rival.kind, rival.id, rival.stored_bytes, interval(lost), on_search)
+
+    return Outcome(
+        pick.id,
+        len(relations),
+        interval(test.correct),
+        interval(test.loss_per_fact),
+        run.content["reference_test"]["recall"],
+        tuple(
+            gain(rival, scores["test", rival.assignment])
+            for rival in rivals(run.front(), run.budget_bytes)
+            if ("test", rival.assignment) in scores
+        ),
+    )
