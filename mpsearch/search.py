@@ -239,7 +239,8 @@ class _Work:
     def propose(self) -> None:
         """One trial: the sampler's proposal, scored on search facts."""
         trial = self.study.ask(distributions(self.search.space))
-        assignment = Assignment.of({name: trial.params[name] for name in self.search.space.options})
+        params = trial.params  # a copy at each access
+        assignment = Assignment.of({name: params[name] for name in self.search.space.options})
         trial.set_user_attr("kind", "search")
         trial.set_constraint("over_budget_bytes", self._over_budget(assignment))
         try:

@@ -168,12 +168,41 @@ def test_the_other_commands_put_data_on_stdout_and_the_next_step_on_stderr(
             assert sum(row["stored_bytes"] for row in content["kept"]) == content["kept_bytes"]
         if name == "sensitivity":
             assert len(content["rows"]) == 32
+            assert set(content["rows"][0]) > {"fisher_nats", "weight_error", "output_error"}
+            assert set(content["groups"][0]) > {"outlier_ratio", "effective_rank", "drift"}
+            assert content["rank_correlations"]
     elif name != "doctor":
         for group in tiny_space.groups:
             assert group.name in outcome.out
         if name == "layers":
             assert "embedding, shared with the output head" in outcome.out
             assert "model.embed_tokens.weight" in outcome.out
+
+
+def test_sensitivity_checks_itself_on_request_and_saves_everything(
+    tiny_folder: Path, facts_file: Path, mpsearch: Cli, tmp_path: Path
+) -> None:
+    out = tmp_path / "table.json"
+    outcome = mpsearch("sensitivity", tiny_folder, "--facts", facts_file, "--check", "-o", out)
+    assert outcome.code == 0, outcome.err
+    assert "measured int4-g64" in outcome.out
+    assert "correlation with perturb_nats" in outcome.out
+    assert any(line.startswith("measuring each group alone") for line in outcome.talk)
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert all(row["perturb_nats"] >= 0 for row in content["rows"])
+    compared = {(row["a"], row["b"], row["over"]) for row in content["rank_correlations"]}
+    assert ("fisher_nats", "perturb_nats", "3 bits and more") in compared
+
+
+def test_plot_shows_a_measure_of_the_run_beside_the_bits(
+    whole: Path, mpsearch: Cli, tmp_path: Path
+) -> None:
+    out = tmp_path / "a.svg"
+    outcome = mpsearch("plot", whole, "--beside", "output_error", "-o", out)
+    assert outcome.code == 0, outcome.err
+    assert "relative output error" in out.read_text(encoding="utf-8")
+    refused = mpsearch("plot", whole, "--beside", "perturb_nats", "-o", tmp_path / "b.svg")
+    one_line(refused, 2, "no perturb_nats", "it holds: fisher_nats, weight_error, output_error")
 
 
 def test_an_embedding_with_formats_is_shown_among_the_groups_and_not_among_the_kept(

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from mpsearch.errors import RunError, UsageError
+from mpsearch.measures import MEASURES, OF_GROUPS, OF_PAIRS, Sensitivity
 from mpsearch.plot import plot
 from mpsearch.run import Run
 
@@ -291,3 +292,78 @@ def test_an_unfinished_run_is_drawn_without_the_reference(
     del run.content["reference_validation"]
     plot(run, tmp_path / "figure.png")
     assert "chance" not in {str(line.get_label()) for line in panels(drawn[0])[0].lines}
+
+
+# ------------------------------------------------------------------------------------ beside
+
+
+def give_sensitivities(run: Run, **changes: Any) -> Sensitivity:
+    """A table in the run's folder whose values rise with the group and fall with the bits."""
+    numbers = {name: float(number + 1) for number, name in enumerate(run.space.options)}
+    pairs = {
+        (name, fmt.name): numbers[name] * 4.0**-fmt.bits
+        for name, formats in run.space.options.items()
+        for fmt in formats
+    }
+    of_groups: dict[str, Any] = dict.fromkeys(OF_GROUPS, numbers)
+    of_pairs: dict[str, Any] = dict.fromkeys(OF_PAIRS, pairs)
+    table = Sensitivity(**{**of_pairs, **of_groups, "provenance": {}, **changes})
+    table.save(run.folder / "sensitivity.json")
+    return table
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_any_measure_stands_below_the_bits_group_by_group(
+    measure: str, make_run: MakeRun, drawn: list[Figure], tmp_path: Path
+) -> None:
+    run = make_run(6)
+    table = give_sensitivities(run)
+    plot(run, tmp_path / "figure.png", measure)
+    _, bits, beside, bar = drawn[0].axes
+    values = beside.images[0].get_array()
+    kinds = [text.get_text().replace("\n", "") for text in beside.get_yticklabels()]
+    assert kinds == [text.get_text().replace("\n", "") for text in bits.get_yticklabels()]
+    for group in run.space.groups:
+        expected = table.of_groups(measure)[group.name]
+        assert values[kinds.index(group.kind), group.depth] == expected
+    assert MEASURES[measure] in beside.get_title()
+    assert ("int4-g64" in beside.get_title()) == (measure in OF_PAIRS)
+    assert bits.get_xlim() == beside.get_xlim()
+    shade = beside.images[0].cmap(beside.images[0].norm(values)).mean(-1)
+    assert shade.max() == shade[0, 0]  # the first group, least of all, is the lightest
+    assert bar.get_ylim()[1] == pytest.approx(max(table.of_groups(measure).values()))
+
+
+def test_without_a_measure_there_are_two_panels(
+    make_run: MakeRun, drawn: list[Figure], tmp_path: Path
+) -> None:
+    plot(make_run(3), tmp_path / "figure.png")
+    assert len(drawn[0].axes) == 2
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
+def test_equal_values_are_drawn(value: float, make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(3)
+    give_sensitivities(run, drift=dict.fromkeys(run.space.options, value))
+    assert plot(run, tmp_path / "figure.svg", "drift").stat().st_size > 8000
+
+
+def test_a_measure_of_no_block_leaves_the_panel_empty(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(groups=[{"layers": [["projection", 64, 64]], "options": FORMATS}])
+    give_sensitivities(run)
+    assert plot(run, tmp_path / "figure.png", "fisher_nats").stat().st_size > 8000
+
+
+def test_a_run_without_the_measure_names_what_it_holds(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(3)
+    give_sensitivities(run, output_error={}, perturb_nats={}, drift={})
+    with pytest.raises(
+        RunError, match="no output_error; use one that it holds: fisher_nats, weight_error, outlier"
+    ):
+        plot(run, tmp_path / "figure.png", "output_error")
+    with pytest.raises(UsageError, match="no measure 'outputerror'; did you mean 'output_error'"):
+        plot(run, tmp_path / "figure.png", "outputerror")
+    (run.folder / "sensitivity.json").unlink()
+    with pytest.raises(RunError, match=r"json' cannot be used: No such file.*--resume"):
+        plot(run, tmp_path / "figure.png", "fisher_nats")
+    assert not (tmp_path / "figure.png").exists()

@@ -89,8 +89,8 @@ def new_study(sampler: BaseSampler) -> Study:
 
 def ask(study: Study, space: ResolvedSpace) -> tuple[optuna.Trial, Assignment]:
     trial = study.ask(distributions(space))
-    assignment = Assignment.of({name: trial.params[name] for name in space.options})
-    return trial, assignment
+    params = trial.params  # a copy at each access
+    return trial, Assignment.of({name: params[name] for name in space.options})
 
 
 def explore(

@@ -299,6 +299,69 @@ def test_weight_error_is_the_relative_frobenius_error_of_the_group(
             )
 
 
+def test_output_error_is_the_relative_error_of_what_the_group_gives(
+    tiny_space: ResolvedSpace,
+    float32_bank: Bank,
+    tiny_facts: FactSet,
+    facts: tuple[Fact, ...],
+    runs: list[Sensitivity],
+) -> None:
+    model = float32_bank.model
+    seen: dict[str, list[Tensor]] = {layer.name: [] for layer in model.layers}
+    hooks = [
+        model.module.get_submodule(name).register_forward_pre_hook(
+            lambda module, inputs, into=into: into.append(inputs[0][0])
+        )
+        for name, into in seen.items()
+    ]
+    Pass(model, [ask(model, tiny_facts, f, f.answer, SHOTS) for f in facts], max_nodes=128).run()
+    for hook in hooks:
+        hook.remove()
+    for group in tiny_space.groups:
+        for fmt in tiny_space.options[group.name]:
+            wrong = right = 0.0
+            for layer in group.layers:
+                inputs, weight = torch.cat(seen[layer.name]).double(), model.originals[layer.name]
+                error = float32_bank.weight(layer.name, fmt) - weight
+                wrong += float((inputs @ error.double().T).square().sum())
+                right += float((inputs @ weight.double().T).square().sum())
+            found = runs[0].output_error[group.name, fmt.name]
+            assert found == pytest.approx((wrong / right) ** 0.5, rel=1e-3)
+    assert runs[0].output_error.keys() == runs[0].weight_error.keys()
+
+
+def test_without_memory_for_gram_matrices_the_rest_is_measured(
+    tiny_space: ResolvedSpace,
+    bank: Bank,
+    tiny_facts: FactSet,
+    facts: tuple[Fact, ...],
+    table: Sensitivity,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("mpsearch.sensitivity.available_memory_bytes", lambda device: 300_000)
+    small = measure_sensitivity(tiny_space, bank, tiny_facts, facts, seed=0)
+    assert small.measures == ("fisher_nats", "weight_error")
+    assert small.fisher_nats == table.fisher_nats
+    assert small.weight_error == table.weight_error
+    assert any("output error and geometry are left out" in text for text in caplog.messages)
+
+
+def test_on_request_each_group_is_measured_alone(
+    tiny_space: ResolvedSpace,
+    float32_bank: Bank,
+    tiny_facts: FactSet,
+    facts: tuple[Fact, ...],
+    measured: dict[Key, float],
+) -> None:
+    """The answers here are one token, at which the proxy measures KL, too."""
+    found = measure_sensitivity(tiny_space, float32_bank, tiny_facts, facts, check=True)
+    assert {key: found.perturb_nats[key] for key in measured} == {
+        key: pytest.approx(nats, rel=1e-4, abs=1e-7) for key, nats in measured.items()
+    }
+    assert found.perturb_nats.keys() == found.fisher_nats.keys()
+
+
 def test_unquantized_groups_take_no_damage(
     tiny: Model, tiny_facts: FactSet, facts: tuple[Fact, ...], root: Path
 ) -> None:
