@@ -186,6 +186,22 @@ def facts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def connected_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Facts that give two-hop questions; the second hop is one that the taught model knows."""
+    first = {"relation": "shape", "template": "the shape of {} is", "range": "thing",
+             "first_hop": "the shape of {}"}  # fmt: skip
+    second = {"relation": "place", "template": "the place of {} is", "domain": "thing",
+              "second_hop": ["the place of {} is"]}  # fmt: skip
+    names = [f"s{number}" for number in range(SUBJECTS)]
+    lines: list[dict[str, Any]] = [first]
+    lines += [{"relation": "shape", "subject": name, "answer": name} for name in names]
+    lines += [second, *(f for f in fact_lines() if f["relation"] == "place" and "subject" in f)]
+    path = tmp_path_factory.mktemp("facts") / "connected.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_facts(facts_file: Path) -> FactSet:
     return FactSet.load(facts_file)
 

@@ -29,7 +29,11 @@ def commands() -> list[str]:
 
 
 def test_every_command_of_the_readme_runs_in_its_order(
-    tiny_folder: Path, facts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path,
+    facts_file: Path,
+    connected_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("gptqmodel", reason="the README's search uses the gptq extra")
     monkeypatch.chdir(tmp_path)
@@ -39,7 +43,7 @@ def test_every_command_of_the_readme_runs_in_its_order(
         words = shlex.split(command.replace("builtin:smollm2-135m", str(tiny_folder)))[1:]
         words = [SMALL.get(word, word) for word in words]
         if words[0] in ("search", "sensitivity", "recall", "compare"):
-            words += ["--facts", str(facts_file)]
+            words += ["--facts", str(connected_file if "--two-hop" in words else facts_file)]
         if words[0] == "search":
             words += ["--trials", "3"]
         assert main(words) == 0, command

@@ -162,19 +162,17 @@ def test_displaced_facts_are_told_from_forgotten_ones(
 
 
 def test_two_hop_questions_are_asked(
-    tiny_folder: Path, facts_file: Path, tmp_path: Path, capsys: Capture
+    tiny_folder: Path, facts_file: Path, connected_file: Path, capsys: Capture
 ) -> None:
-    connected = tmp_path / "connected.jsonl"
-    first = {"relation": "shape", "template": "the shape of {} is", "range": "thing",
-             "first_hop": "the shape of {}"}  # fmt: skip
-    second = {"relation": "place", "template": "the place of {} is", "domain": "thing",
-              "second_hop": ["the place of {} is"]}  # fmt: skip
-    lines: list[dict[str, Any]] = [first]
-    lines += [{"relation": "shape", "subject": f"s{n}", "answer": f"s{n}"} for n in range(48)]
-    known = [json.loads(line) for line in facts_file.read_text().splitlines()]
-    lines += [second, *(f for f in known if f["relation"] == "place" and "subject" in f)]
-    connected.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    question = ("recall", tiny_folder, "--facts", connected, "--partition", "search", "--two-hop")
+    question = (
+        "recall",
+        tiny_folder,
+        "--facts",
+        connected_file,
+        "--partition",
+        "search",
+        "--two-hop",
+    )
     told = call_json(capsys, *question)
     assert told["two_hop"] is True
     assert [row["relation"] for row in told["relations"]] == ["shape/place"]
