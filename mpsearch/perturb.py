@@ -4,8 +4,7 @@ Until the block of the perturbed group the model computes what the reference doe
 starts at that block, from hidden states that are kept: those of one block at a time, which is
 `tokens x hidden` numbers, and the reference's log-probabilities where they are read.
 
-Source: a layer alone at low precision as the measure of its sensitivity, HAWQ-V3's and others'
-baseline; see also ZeroQ (arXiv:2001.00281).
+Source: the sensitivity of ZeroQ (arXiv:2001.00281), here of groups and on facts.
 """
 
 from __future__ import annotations
@@ -138,7 +137,7 @@ def _after(work: Pass, blocks: Sequence[nn.Module], index: int, states: Sequence
     with _outputs([blocks[index]], outputs):
         for row, state in zip(work.rows, states, strict=True):
             with _handing_on(others, state):
-                work.logits(row)
+                work.model.module.get_decoder()(**row.inputs, use_cache=False)
     return outputs
 
 
