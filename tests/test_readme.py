@@ -85,9 +85,10 @@ def test_make_targets_of_the_readme_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_the_figure_of_the_readme_is_in_the_repository() -> None:
-    (figure,) = re.findall(r"!\[.*?\]\((.*?)\)", README)
-    assert (ROOT / figure).stat().st_size > 10_000
+def test_the_figures_of_the_readme_are_in_the_repository() -> None:
+    figures = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert len(figures) == 2
+    assert all((ROOT / figure).stat().st_size > 10_000 for figure in figures)
 
 
 def test_the_reload_example_answers_with_transformers_alone(
