@@ -171,8 +171,8 @@ class Pass:
         """Log-probability of each sequence's continuation, summed over its tokens.
 
         Args:
-            visit: called with a sequence's index and the `(vocab,)` log-probabilities at its first
-                continuation token.
+            visit: called with a sequence's index and the `(length, vocab)` log-probabilities at its
+                continuation's tokens.
         Returns:
             `(sequences,)` float64 on the CPU, in nats. NaN where the model gave NaN.
         """
@@ -181,7 +181,7 @@ class Pass:
             steps = torch.arange(len(tokens), device=log_probs.device)
             sums[index] = log_probs[steps, tokens].double().sum().cpu()
             if visit is not None:
-                visit(index, log_probs[0])
+                visit(index, log_probs)
         return sums
 
     @torch.inference_mode()

@@ -5,7 +5,8 @@ Each fact is asked after a few solved examples of its relation. Scores per fact:
 - answer log-probability, summed over the answer's tokens, in nats;
 - KL from the reference to the candidate at the first answer token, in nats;
 - top-1: the likeliest first token is a non-empty, case-insensitive prefix of the answer
-  (the rule of the LRE study, Hernandez et al. 2023);
+  (the rule of the LRE study, Hernandez et al. 2023). The first token is the first one with visible
+  characters: some tokenizers write the space before a number as a token of its own;
 - margin: the answer's log-probability per token minus the best distractor's, in nats;
 - contrastive: the answer ranks first among the distractors, so the margin is above zero;
 - lead: the likeliest option's log-probability per token minus the next one's, whichever they are.
@@ -46,7 +47,7 @@ class FirstTokens:
     """What KL is measured from, without the model that said it.
 
     Attributes:
-        log_probs: `(facts, vocab)` at the first answer token.
+        log_probs: `(facts, vocab)` at the first answer token with visible characters.
     """
 
     model_name: str
@@ -91,6 +92,7 @@ class RecallProxy:
     ):
         self.facts = tuple(facts)
         self.relations = [fact.relation for fact in self.facts]
+        self._model, self._fact_set, self._shots = model, fact_set, shots
         self._answers_of: list[list[int]] = []
         sequences: list[TokenSequence] = []
         for fact in self.facts:
@@ -102,10 +104,10 @@ class RecallProxy:
                 ask(model, fact_set, fact, answer, shots, reverse_examples)
                 for answer in (fact.answer, *distractors)
             ]
+        self._first_visible = [self._blank_tokens(sequences[a[0]]) for a in self._answers_of]
         self._lengths = np.array([len(s.tokens) - s.start for s in sequences])
         self.chances = np.array([1 / len(answers) for answers in self._answers_of])
         self._contrast = contrast
-        self._model, self._fact_set, self._shots = model, fact_set, shots
         self._sequences = tuple(sequences)
         self._pass = Pass(model, sequences, row_tokens)
         if against is not None and against.sequences != self._sequences:
@@ -137,11 +139,12 @@ class RecallProxy:
         def visit(index: int, log_probs: Tensor) -> None:
             if (fact := fact_of.get(index)) is None:
                 return
-            first_tokens[fact] = int(log_probs.argmax())
+            first = log_probs[self._first_visible[fact]]
+            first_tokens[fact] = int(first.argmax())
             if reference is None:
-                firsts.append((fact, log_probs.cpu()))
+                firsts.append((fact, first.cpu()))
             else:
-                kl[fact] = kl_divergence(reference[fact].to(log_probs.device), log_probs)
+                kl[fact] = kl_divergence(reference[fact].to(first.device), first)
 
         sums = self._pass.run(visit).numpy()
         if not np.isfinite(sums).all():
@@ -163,6 +166,12 @@ class RecallProxy:
             lead = np.array([np.diff(np.sort(option)[-2:])[0] for option in options])
         log_prob = sums[[answers[0] for answers in self._answers_of]]
         return FactScores(log_prob, kl, np.array(top1, dtype=bool), margin, lead)
+
+    def _blank_tokens(self, sequence: TokenSequence) -> int:
+        """How many tokens of an answer come before the first one with visible characters."""
+        answer = sequence.tokens[sequence.start :]
+        texts = (self._model.tokenizer.decode([token]) for token in answer)
+        return next((place for place, text in enumerate(texts) if text.strip()), 0)
 
     def noise_floor(self) -> NoiseFloor:
         """What packing the facts into other rows changes; the model must hold the reference.

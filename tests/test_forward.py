@@ -113,14 +113,12 @@ def test_equal_sequences_and_sequences_inside_others_are_answered_too(model: Mod
     assert work.tokens == 6
 
 
-def test_visit_gets_the_distribution_at_the_first_continuation_token(model: Model) -> None:
+def test_visit_gets_the_distributions_at_the_continuation_tokens(model: Model) -> None:
     sequences = branching(10, seed=6)
     seen: dict[int, Tensor] = {}
     Pass(model, sequences, max_nodes=30).run(lambda index, found: seen.update({index: found}))
     for index, sequence in enumerate(sequences):
-        torch.testing.assert_close(
-            seen[index], alone(model, sequence)[0], atol=ROUNDING, rtol=0
-        )  # fmt: skip
+        torch.testing.assert_close(seen[index], alone(model, sequence), atol=ROUNDING, rtol=0)
 
 
 def test_each_run_uses_the_weights_of_its_moment() -> None:

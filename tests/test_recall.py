@@ -250,6 +250,31 @@ def test_top1_takes_a_nonempty_caseless_prefix_of_any_right_answer(said: str, co
     assert scores.top1.tolist() == [counts]
 
 
+def test_the_first_token_is_the_first_visible_one() -> None:
+    """Where a tokenizer writes the space before an answer as a token of its own."""
+    words = ["<unk>", "q", "?", " ", "7", "8", "b"]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    fact = Fact("digit", "q {} ?", "q", "7")
+    fact_set = FactSet((fact, replace(fact, subject="b", answer="8")), "two")
+    outcomes = set()
+    for seed in range(20):
+        model = float32_model(tiny_llama(len(words), seed), fast)
+        asked = ask(model, fact_set, fact, "7", 0)
+        assert asked.tokens[asked.start :] == (words.index(" "), words.index("7"))
+        with torch.no_grad():
+            said = model.module(torch.tensor([asked.tokens])).logits[0, -2].log_softmax(-1)
+        proxy = RecallProxy(model, fact_set, [fact], contrast=False)
+        assert proxy.first is not None
+        torch.testing.assert_close(proxy.first.log_probs[0], said, atol=ROUNDING, rtol=0)
+        assert proxy.reference.top1[0] == (words[int(said.argmax())] == "7")
+        outcomes.add(bool(proxy.reference.top1[0]))
+    assert outcomes == {True, False}
+
+
 # --------------------------------------------------------------------------------- the gate
 
 
