@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.bank import Report
+from mpsearch.blocks import find_blocks
 from mpsearch.calibration import WatchedInputs
 from mpsearch.errors import CheckError
 from mpsearch.forward import Pass
 from mpsearch.layers import LayerGroup
-from mpsearch.places import find_blocks
 from mpsearch.quantizers import InputStatistics
 from mpsearch.space import ResolvedSpace
 

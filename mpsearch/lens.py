@@ -18,15 +18,15 @@ Predictions from Transformers with the Tuned Lens (arXiv:2303.08112).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
+from mpsearch.blocks import find_blocks, recorded, returning
 from mpsearch.errors import CheckError
 from mpsearch.facts import Fact, FactSet
 from mpsearch.forward import Pass, PreparedRow, TokenSequence
@@ -66,11 +66,15 @@ def read_blocks(model: Model, sequences: Sequence[TokenSequence]) -> NDArray[Any
         CheckError: the blocks cannot be found or do not run once each, the model's logits are not
             those of its last block, or a reading is NaN or infinite.
     """
-    blocks = _blocks(model)
+    if not (blocks := find_blocks(model.module, model.places)):
+        raise CheckError(
+            f"'{model.name}' ({type(model.module).__name__}) keeps its blocks in no list that is "
+            "known here, so they cannot be read one by one; compare without --depth"
+        )
     work = Pass(model, sequences)
     found = np.empty((work.count, len(blocks)))
     for row in work.rows:
-        with _recorded(blocks) as outputs:
+        with recorded(blocks) as outputs:
             own = _answers(work.logits(row), row)
         if len(outputs) != len(blocks):
             raise CheckError(
@@ -79,49 +83,10 @@ def read_blocks(model: Model, sequences: Sequence[TokenSequence]) -> NDArray[Any
                 "without --depth"
             )
         for depth, output in enumerate(outputs):
-            with _returning(blocks, output):
+            with returning(blocks, output):
                 found[row.indices, depth] = _answers(work.logits(row), row)
         _check(model, own, found[row.indices])
     return found
-
-
-def _blocks(model: Model) -> list[Any]:
-    """The text model's blocks, in order."""
-    count = model.module.config.get_text_config(decoder=True).num_hidden_layers
-    for child in model.module.get_decoder().children():
-        if isinstance(child, nn.ModuleList) and len(child) == count:
-            return list(child)
-    raise CheckError(
-        f"'{model.name}' ({type(model.module).__name__}) keeps its {count} blocks in no list that "
-        "is known here, so they cannot be read one by one; compare without --depth"
-    )
-
-
-@contextmanager
-def _recorded(blocks: Sequence[Any]) -> Iterator[list[Any]]:
-    """A list that one forward of the model fills with its blocks' outputs."""
-    outputs: list[Any] = []
-    hooks = [
-        block.register_forward_hook(lambda _block, _inputs, output: outputs.append(output))
-        for block in blocks
-    ]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _returning(blocks: Sequence[Any], output: Any) -> Iterator[None]:
-    """While it is open every block returns that output and computes nothing."""
-    try:
-        for block in blocks:
-            block.forward = lambda *_, **__: output
-        yield
-    finally:
-        for block in blocks:
-            del block.forward  # the class's own shows again
 
 
 def _answers(logits: Tensor, row: PreparedRow) -> NDArray[Any]:

@@ -9,21 +9,20 @@ Source: the sensitivity of ZeroQ (arXiv:2001.00281), here of groups and on facts
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpsearch.bank import Report, silent
+from mpsearch.blocks import find_blocks, recorded, returning
 from mpsearch.errors import CheckError
 from mpsearch.evaluate import Bench
 from mpsearch.formats import BF16
 from mpsearch.forward import Pass, PreparedRow
 from mpsearch.layers import LayerGroup
 from mpsearch.models import Model
-from mpsearch.places import find_blocks
 
 STAGE = "measuring each group alone, in blocks run"
 
@@ -44,8 +43,7 @@ def perturb_one(bench: Bench, work: Pass, report: Report = silent) -> dict[tuple
     """
     space, model = bench.space, work.model
     blocks = find_blocks(model.module, model.places)
-    states: list[Any] = []  # the output of the block before `start`, a row each
-    with _outputs(blocks[:1], states):
+    with recorded(blocks[:1]) as states:  # the output of the block before `start`, a row each
         reference = [work.logits(row).log_softmax(-1) for row in work.rows]
     if not _can_start_late(work, blocks, reference):
         blocks = []
@@ -67,7 +65,7 @@ def perturb_one(bench: Bench, work: Pass, report: Report = silent) -> dict[tuple
             bench.put({**alone, group.name: fmt.name})
             kl = 0.0
             for index, row in enumerate(work.rows):
-                with _handing_on(blocks[:start], states[index] if start else None):
+                with returning(blocks[:start], states[index] if start else None):
                     kl += _kl(reference[index], work.logits(row).log_softmax(-1), row)
             if not kl < float("inf"):
                 raise CheckError(f"'{group.name}' in {fmt.name} gives NaN; its weights are broken")
@@ -94,49 +92,21 @@ def _can_start_late(work: Pass, blocks: Sequence[nn.Module], reference: Sequence
     """
     if not blocks:
         return False
-    states: list[Any] = []
-    with _outputs(blocks[-2:-1], states):
+    with recorded(blocks[-2:-1]) as states:
         work.logits(work.rows[0])
     try:
-        with _handing_on(blocks[:-1], states[0] if states else None):
+        with returning(blocks[:-1], states[0] if states else None):
             return torch.equal(work.logits(work.rows[0]).log_softmax(-1), reference[0])
     except LookupError:
         return False
 
 
-@contextmanager
-def _outputs(blocks: Sequence[nn.Module], into: list[Any]) -> Iterator[None]:
-    """What these blocks return meanwhile goes into a list."""
-    hooks = [block.register_forward_hook(lambda *call: into.append(call[2])) for block in blocks]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _handing_on(blocks: Sequence[nn.Module], output: Any) -> Iterator[None]:
-    """These blocks return `output` meanwhile and compute nothing.
-
-    Masks, positions and everything around the blocks stay the model's own.
-    """
-    try:
-        for block in blocks:
-            vars(block)["forward"] = lambda *_, **__: output
-        yield
-    finally:
-        for block in blocks:
-            vars(block).pop("forward", None)
-
-
 def _after(work: Pass, blocks: Sequence[nn.Module], index: int, states: Sequence[Any]) -> list[Any]:
     """The output of one block for every row, from that of the block before it."""
-    outputs: list[Any] = []
     others = [block for block in blocks if block is not blocks[index]]
-    with _outputs([blocks[index]], outputs):
+    with recorded([blocks[index]]) as outputs:
         for row, state in zip(work.rows, states, strict=True):
-            with _handing_on(others, state):
+            with returning(others, state):
                 work.model.module.get_decoder()(**row.inputs, use_cache=False)
     return outputs
 

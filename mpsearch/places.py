@@ -139,19 +139,6 @@ def find_head(module: Any) -> dict[str, Place]:
     return {_path(module, head): Place(weight, weight.data)}
 
 
-def find_blocks(module: Any, layers: Iterable[str]) -> list[nn.Module]:
-    """The model's blocks in order; empty if its layers are not numbered in one list of modules.
-
-    Args:
-        module: a transformers model.
-        layers: names of all layers, and whatever else is in no block.
-    """
-    numbered = (re.match(r"(.*?)\.\d+\.", name) for name in layers)
-    paths = {found.group(1) for found in numbered if found}
-    blocks = module.get_submodule(paths.pop()) if len(paths) == 1 else None
-    return list(blocks) if isinstance(blocks, nn.ModuleList) else []
-
-
 def why_kept(module: Any, names: Iterable[str]) -> dict[str, str]:
     """For each name of the state dict the reason for which that tensor is no layer.
 

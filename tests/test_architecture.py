@@ -26,7 +26,7 @@ WITHOUT_TORCH = (
     "outcome",
 )
 WITH_TORCH = (
-    *("device", "builtin", "places", "models", "forward", "codecs", "quantizers"),
+    *("device", "builtin", "places", "blocks", "models", "forward", "codecs", "quantizers"),
     *(
         "calibration",
         "awq",

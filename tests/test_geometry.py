@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, tiny_family
-from torch import nn
 
 from mpsearch.bank import silent
+from mpsearch.blocks import find_blocks
 from mpsearch.errors import CheckError
 from mpsearch.forward import Pass, TokenSequence
 from mpsearch.geometry import effective_rank, geometry, gram_bytes, outlier_ratio, read_inputs
 from mpsearch.layers import Layer
 from mpsearch.models import Model
-from mpsearch.places import find_blocks
 from mpsearch.space import SearchSpace
 
 
@@ -125,24 +124,3 @@ def test_siblings_share_one_matrix_and_experts_have_their_own() -> None:
     layers: Any = SimpleNamespace(layers=[Layer(name, 4, 64) for name in names], kept_bytes=0)
     space = SearchSpace.default().resolve(layers)
     assert gram_bytes(space) == 4 * 64**2 * (1 + 4)
-
-
-# ------------------------------------------------------------------------------------ blocks
-
-
-@pytest.mark.parametrize(
-    ("names", "count"),
-    [
-        (["h.0.fc", "h.1.fc", "embed", "head"], 2),
-        (["h.0.fc", "g.0.fc"], 0),
-        (["embed", "head"], 0),
-        (["named.0.fc"], 0),
-    ],
-)
-def test_blocks_are_the_one_list_in_which_layers_are_numbered(names: list[str], count: int) -> None:
-    def blocks() -> nn.ModuleList:
-        return nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(2, 2)}) for _ in range(2))
-
-    named = nn.ModuleDict({"0": nn.ModuleDict({"fc": nn.Linear(2, 2)})})
-    module = nn.ModuleDict({"h": blocks(), "g": blocks(), "named": named})
-    assert find_blocks(module, names) == (list(module["h"]) if count else [])

@@ -15,12 +15,12 @@ from torch import nn
 
 from mpsearch import perturb
 from mpsearch.bank import Bank
+from mpsearch.blocks import find_blocks
 from mpsearch.errors import CheckError
 from mpsearch.evaluate import Bench, all_layers
 from mpsearch.forward import Pass, TokenSequence
 from mpsearch.models import Model
 from mpsearch.perturb import perturb_one
-from mpsearch.places import find_blocks
 from mpsearch.quantizers.rounding import Rounding
 from mpsearch.space import SearchSpace
 

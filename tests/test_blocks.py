@@ -1,0 +1,42 @@
+"""Blocks: found by the names of layers, recorded, and made to return something else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mpsearch.blocks import find_blocks, recorded, returning
+
+
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [
+        (["h.0.fc", "h.1.fc", "embed", "head"], 2),
+        (["h.0.fc", "g.0.fc"], 0),
+        (["embed", "head"], 0),
+        (["named.0.fc"], 0),
+    ],
+)
+def test_blocks_are_the_one_list_in_which_layers_are_numbered(names: list[str], count: int) -> None:
+    def blocks() -> nn.ModuleList:
+        return nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(2, 2)}) for _ in range(2))
+
+    named = nn.ModuleDict({"0": nn.ModuleDict({"fc": nn.Linear(2, 2)})})
+    module = nn.ModuleDict({"h": blocks(), "g": blocks(), "named": named})
+    assert find_blocks(module, names) == (list(module["h"]) if count else [])
+
+
+def test_outputs_are_recorded_and_replaced_only_meanwhile() -> None:
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    inputs, other = torch.ones(1, 2), torch.zeros(1, 2)
+    with recorded([first]) as outputs:
+        expected = first(inputs)
+        second(inputs)
+    assert len(outputs) == 1 and outputs[0] is expected
+    with pytest.raises(RuntimeError), returning([first], other):
+        assert first(inputs) is other
+        raise RuntimeError
+    assert torch.equal(first(inputs), expected)
+    assert len(outputs) == 1
+    assert "forward" not in vars(first)
