@@ -118,7 +118,7 @@ def answered(model: Model, sequences: list[TokenSequence]) -> tuple[list[int], l
     first: dict[int, int] = {}
 
     def visit(index: int, log_probs: Tensor) -> None:
-        first[index] = int(log_probs.argmax())
+        first[index] = int(log_probs[0].argmax())
 
     log_probs = Pass(model, sequences).run(visit).tolist()
     return [first[index] for index in range(len(sequences))], log_probs
