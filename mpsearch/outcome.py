@@ -76,7 +76,8 @@ class Outcome:
 
 def outcome(run: Run) -> Outcome | None:
     """Of a run's pick; None where the test facts have not been read for it."""
-    pick = run.front().pick
+    front = run.front()
+    pick = front.pick
     scores = {(score.partition, score.assignment): score for score in run.scores()}
     if pick is None or "reference_test" not in run.content:
         return None
@@ -106,7 +107,7 @@ def outcome(run: Run) -> Outcome | None:
         run.content["reference_test"]["recall"],
         tuple(
             gain(rival, scores["test", rival.assignment])
-            for rival in rivals(run.front(), run.budget_bytes)
+            for rival in rivals(front, run.budget_bytes)
             if ("test", rival.assignment) in scores
         ),
     )

@@ -161,7 +161,8 @@ class RecallProxy:
         ]
         margin, lead = None, None
         if self._contrast:
-            options = [(sums / self._lengths)[answers] for answers in self._answers_of]
+            per_token = sums / self._lengths
+            options = [per_token[answers] for answers in self._answers_of]
             margin = np.array([option[0] - option[1:].max() for option in options])
             lead = np.array([np.diff(np.sort(option)[-2:])[0] for option in options])
         log_prob = sums[[answers[0] for answers in self._answers_of]]
