@@ -189,6 +189,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MEASURE",
         help="a sensitivity to show below the bits, such as output_error",
     )
+    plot.add_argument(
+        "--sensitivity", metavar="FILE", help="the table that holds it (the run's own)"
+    )
     export.add_argument("-o", "--out", required=True, metavar="DIR")
     export.add_argument("--to", metavar="TARGET", help="the run's own target")
     recall_commands.add_commands(add)

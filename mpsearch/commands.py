@@ -198,7 +198,7 @@ def plot(args: argparse.Namespace) -> None:
     from mpsearch.plot import plot
     from mpsearch.run import Run
 
-    out = plot(Run.open(args.run), args.out, args.beside)
+    out = plot(Run.open(args.run), args.out, args.beside, args.sensitivity)
     say(f"wrote {out}")
     say(f"next: mpsearch export {args.run} best -o exports/{Path(args.run).name}")
 

@@ -5,6 +5,7 @@ Readable in grey: points differ by marker and fill, bits by lightness and a prin
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,19 +28,25 @@ _MARKS: dict[str, dict[str, Any]] = {
 _FILES = (".png", ".svg", ".pdf")
 
 
-def plot(run: Run, out: str | Path, beside: str | None = None) -> Path:
+def plot(
+    run: Run,
+    out: str | Path,
+    beside: str | None = None,
+    sensitivity: str | Path | None = None,
+) -> Path:
     """Draw a run to a .png, .svg or .pdf file.
 
     Args:
         beside: one of `mpsearch.measures.MEASURES`, to show it with the bits.
+        sensitivity: the file that holds it; the run's own by default.
     Raises:
         UsageError: another suffix or measure, or the file cannot be written.
-        RunError: nothing has been scored yet, or the run does not hold the measure.
+        RunError: nothing has been scored yet, the measure is not there, or of another model.
     """
     out = Path(out)
     if out.suffix.lower() not in _FILES:
         raise UsageError(f"'{out}' ends in '{out.suffix}'; use {', '.join(_FILES)}")
-    values = None if beside is None else _values(run, beside)
+    values = None if beside is None else _values(run, beside, sensitivity)
     front = run.front()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -182,17 +189,37 @@ def _name_rows(axes: Any, kinds: Sequence[str]) -> None:
     axes.set_xlabel("block")
 
 
-def _values(run: Run, measure: str) -> tuple[str, Mapping[str, float]]:
+def _values(run: Run, measure: str, file: str | Path | None) -> tuple[str, Mapping[str, float]]:
     """What the panel of a measure is called, and its value for each group."""
     if measure not in MEASURES:
         raise UsageError(f"no measure '{measure}'{nearest(measure, MEASURES)}")
+    path = run.folder / "sensitivity.json" if file is None else Path(file)
     try:
-        table = Sensitivity.load(run.folder / "sensitivity.json")
+        table = Sensitivity.load(path)
     except RunError as error:
-        raise RunError(f"{error}; 'mpsearch search --resume' measures it again") from None
+        again = "'mpsearch search --resume' measures it again" if file is None else _how(run)
+        raise RunError(f"{error}; {again}") from None
+    fingerprint = table.provenance.get("fingerprint", run.question["fingerprint"])
+    if fingerprint != run.question["fingerprint"]:
+        raise RunError(f"'{path}' is of another model than '{run.folder}'; {_how(run)}")
     if measure not in table.measures:
         raise RunError(
-            f"'{run.folder}' holds no {measure}; use one that it holds: {', '.join(table.measures)}"
+            f"'{path}' holds no {measure}, but {', '.join(table.measures)}; {_how(run, measure)}"
         )
     of_format = f" in {table.middle_format}" if measure in OF_PAIRS else ""
     return f"{measure}: {MEASURES[measure]}{of_format}", table.of_groups(measure)
+
+
+def _how(run: Run, measure: str = "") -> str:
+    """How to get a table with every measure; a search measures what it needs."""
+    if run.question.get("awq"):
+        return "it is measured of models without --awq only"
+    space = run.space.space.source
+    given = [shlex.quote(run.question["model"]), "--quantizer", run.question["bank"]["quantizer"]]
+    given += ["--space", shlex.quote(space)] * Path(space).exists()
+    given += ["--chat-template"] * run.question.get("chat_template", False)
+    given += ["--check"] * (measure == "perturb_nats")
+    return (
+        f"measure it with 'mpsearch sensitivity {' '.join(given)} -o FILE.json', then plot with "
+        "--sensitivity FILE.json"
+    )

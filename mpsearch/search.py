@@ -194,6 +194,7 @@ class _Search:
             self.facts,
             tuple(balanced(asked_facts(run, self.facts, "search"), _SENSITIVITY_FACTS)),
             seed=self.wish.seed,
+            around=False,
             report=self.report,
         )
         table.save(path)

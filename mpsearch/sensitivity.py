@@ -60,6 +60,7 @@ def measure_sensitivity(
     facts: tuple[Fact, ...],
     *,
     seed: int = 0,
+    around: bool = True,
     check: bool = False,
     report: Report = silent,
 ) -> Sensitivity:
@@ -73,6 +74,7 @@ def measure_sensitivity(
         bank: built for them; its model must hold the reference weights.
         facts: usually those of the search partition that the reference knows.
         seed: of sampled answers.
+        around: whether to measure output error and geometry, which no allocation needs.
         check: whether to measure the KL of each group alone in each format, too.
     Raises:
         CheckError: a gradient, an input or a measure is NaN or infinite.
@@ -80,7 +82,7 @@ def measure_sensitivity(
     model = bank.model
     sequences = [ask(model, fact_set, fact, fact.answer, SHOTS) for fact in facts]
     work = Pass(model, sequences, max_nodes=_ROW_NODES)
-    layer_errors, output_error, of_groups = _errors_and_geometry(space, bank, work, report)
+    layer_errors, output_error, of_groups = _errors_and_geometry(space, bank, work, around, report)
     weight_error = {key: sum(of_layers.values()) ** 0.5 for key, of_layers in layer_errors.items()}
     fisher, reached = _fisher(space, bank, work, seed, report)
     damage = _with_unreached(fisher, layer_errors, reached, space)
@@ -109,7 +111,7 @@ def measure_sensitivity(
 
 
 def _errors_and_geometry(
-    space: ResolvedSpace, bank: Bank, work: Pass, report: Report
+    space: ResolvedSpace, bank: Bank, work: Pass, around: bool, report: Report
 ) -> tuple[
     dict[tuple[str, str], dict[str, float]],
     dict[tuple[str, str], float],
@@ -120,13 +122,15 @@ def _errors_and_geometry(
     The Gram matrices are gone when this returns, before gradients need the memory.
     """
     needed, available = gram_bytes(space), available_memory_bytes(bank.model.device)
-    if needed > available // 2:
+    if around and needed > available // 2:
         log.warning(
             "output error and geometry are left out: the inputs' Gram matrices need %s, and %s of "
             "memory is available",
             format_size(needed),
             format_size(available),
         )
+        around = False
+    if not around:
         return _layer_errors(space, bank, None, report)[0], {}, {}
     readings = read_inputs(work, report)
     layer_errors, output_error = _layer_errors(space, bank, readings.inputs, report)

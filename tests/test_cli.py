@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -195,14 +196,21 @@ def test_sensitivity_checks_itself_on_request_and_saves_everything(
 
 
 def test_plot_shows_a_measure_of_the_run_beside_the_bits(
-    whole: Path, mpsearch: Cli, tmp_path: Path
+    whole: Path, facts_file: Path, mpsearch: Cli, tmp_path: Path
 ) -> None:
-    out = tmp_path / "a.svg"
-    outcome = mpsearch("plot", whole, "--beside", "output_error", "-o", out)
+    out, table = tmp_path / "a.svg", tmp_path / "table.json"
+    outcome = mpsearch("plot", whole, "--beside", "weight_error", "-o", out)
     assert outcome.code == 0, outcome.err
-    assert "relative output error" in out.read_text(encoding="utf-8")
-    refused = mpsearch("plot", whole, "--beside", "perturb_nats", "-o", tmp_path / "b.svg")
-    one_line(refused, 2, "no perturb_nats", "it holds: fisher_nats, weight_error, output_error")
+    assert "relative weight error" in out.read_text(encoding="utf-8")
+    refused = mpsearch("plot", whole, "--beside", "drift", "-o", out)
+    one_line(refused, 2, "no drift, but fisher_nats, weight_error; measure it with")
+    way = re.search("'mpsearch (sensitivity .*) -o FILE.json'", refused.err)
+    assert way is not None
+    facts = ["--facts", facts_file]
+    assert mpsearch(*shlex.split(way.group(1)), *facts, "-o", table).code == 0
+    outcome = mpsearch("plot", whole, "--beside", "drift", "--sensitivity", table, "-o", out)
+    assert outcome.code == 0, outcome.err
+    assert "1 - cosine over the block" in out.read_text(encoding="utf-8")
 
 
 def test_an_embedding_with_formats_is_shown_among_the_groups_and_not_among_the_kept(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def make_run(tmp_path: Path) -> MakeRun:
             "question": {
                 "model": "made-up [model]",
                 "budget_bytes": weights if budget_bytes is None else budget_bytes,
-                "bank": {},
+                "bank": {"quantizer": "rounding"},
+                "fingerprint": "made up",
             },
             "space": {
                 "target": "compressed-tensors", "formats": FORMATS, "source": "by hand",
@@ -357,13 +359,44 @@ def test_a_measure_of_no_block_leaves_the_panel_empty(make_run: MakeRun, tmp_pat
 def test_a_run_without_the_measure_names_what_it_holds(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(3)
     give_sensitivities(run, output_error={}, perturb_nats={}, drift={})
-    with pytest.raises(
-        RunError, match="no output_error; use one that it holds: fisher_nats, weight_error, outlier"
-    ):
+    with pytest.raises(RunError, match="no output_error, but fisher_nats, weight_error, outlier"):
         plot(run, tmp_path / "figure.png", "output_error")
+    with pytest.raises(RunError, match=r"no perturb_nats.* --quantizer rounding --check -o FILE"):
+        plot(run, tmp_path / "figure.png", "perturb_nats")
     with pytest.raises(UsageError, match="no measure 'outputerror'; did you mean 'output_error'"):
         plot(run, tmp_path / "figure.png", "outputerror")
     (run.folder / "sensitivity.json").unlink()
     with pytest.raises(RunError, match=r"json' cannot be used: No such file.*--resume"):
         plot(run, tmp_path / "figure.png", "fisher_nats")
     assert not (tmp_path / "figure.png").exists()
+
+
+def test_a_measure_may_come_from_a_file_of_the_same_model(
+    make_run: MakeRun, drawn: list[Figure], tmp_path: Path
+) -> None:
+    run, file = make_run(3), tmp_path / "file.json"
+    numbers = {name: 7.0 + number for number, name in enumerate(run.space.options)}
+    whole = give_sensitivities(run, drift=numbers, provenance={"fingerprint": "made up"})
+    whole.save(file)
+    give_sensitivities(run, drift={})
+    with pytest.raises(RunError) as caught:
+        plot(run, tmp_path / "figure.png", "drift")
+    command = "mpsearch sensitivity 'made-up [model]' --quantizer rounding -o FILE.json"
+    assert f"measure it with '{command}', then plot with --sensitivity" in str(caught.value)
+    plot(run, tmp_path / "figure.png", "drift", file)
+    assert drawn[0].axes[2].images[0].get_array().min() == 7.0
+    replace(whole, provenance={"fingerprint": "other"}).save(file)
+    with pytest.raises(RunError, match=r"file\.json' is of another model"):
+        plot(run, tmp_path / "figure.png", "drift", file)
+    with pytest.raises(RunError, match=r"none\.json' cannot be used: No such.*measure it with"):
+        plot(run, tmp_path / "figure.png", "drift", tmp_path / "none.json")
+
+
+def test_of_a_model_that_awq_prepared_no_way_is_named_that_does_not_work(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run(3)
+    run.content["question"]["awq"] = True
+    give_sensitivities(run, drift={})
+    with pytest.raises(RunError, match=r"no drift, but .*; it is measured of models without --awq"):
+        plot(run, tmp_path / "figure.png", "drift")

@@ -347,6 +347,27 @@ def test_without_memory_for_gram_matrices_the_rest_is_measured(
     assert any("output error and geometry are left out" in text for text in caplog.messages)
 
 
+def test_what_no_allocation_needs_is_left_out_on_request(
+    tiny_space: ResolvedSpace,
+    bank: Bank,
+    tiny_facts: FactSet,
+    facts: tuple[Fact, ...],
+    table: Sensitivity,
+) -> None:
+    stages: set[str] = set()
+    cheap = measure_sensitivity(
+        tiny_space,
+        bank,
+        tiny_facts,
+        facts,
+        around=False,
+        report=lambda stage, *_: stages.add(stage),
+    )
+    assert cheap.measures == ("fisher_nats", "weight_error")
+    assert (cheap.fisher_nats, cheap.weight_error) == (table.fisher_nats, table.weight_error)
+    assert stages == {"decoding", "sensitivity"}
+
+
 def test_on_request_each_group_is_measured_alone(
     tiny_space: ResolvedSpace,
     float32_bank: Bank,
