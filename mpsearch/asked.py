@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 
 from mpsearch.errors import CheckError, UsageError
 from mpsearch.facts import Fact, FactSet
+from mpsearch.forecast import Tokens
+from mpsearch.forward import Pass
+from mpsearch.guard import cut_text
 from mpsearch.models import Model
-from mpsearch.recall import RecallProxy
+from mpsearch.recall import SHOTS, RecallProxy, ask
 from mpsearch.run import Run
 from mpsearch.scores import RelationRecall
+from mpsearch.sensitivity import forward_tokens
+from mpsearch.text import Text
 
 log = logging.getLogger(__name__)
 
-MOST_FACTS = {"search": 500, "validation": 160, "test": 320}
+MOST_FACTS = {"sensitivity": 150, "search": 500, "validation": 160, "test": 320}
 
 
 def freeze_facts(run: Run, model: Model, facts: FactSet, search_facts: int) -> None:
@@ -29,7 +35,10 @@ def freeze_facts(run: Run, model: Model, facts: FactSet, search_facts: int) -> N
     """
     if "asked" in run.content:
         return
-    gate, known = known_facts(model, facts, search_facts)
+    began = time.perf_counter()
+    proxy = _ask_gate(model, facts, search_facts)
+    seconds = time.perf_counter() - began
+    gate, known = _passing(proxy, search_facts)
     relations = [row.relation for row in gate if row.known]
     asked = {"search": known}
     for partition in ("validation", "test"):
@@ -51,6 +60,9 @@ def freeze_facts(run: Run, model: Model, facts: FactSet, search_facts: int) -> N
         }
         for row in gate
     ]
+    run.content["pace"] = {
+        "facts": len(proxy.facts), "tokens": proxy.tokens, "seconds": seconds
+    }  # fmt: skip
     run.save()
 
 
@@ -59,6 +71,29 @@ def asked_facts(run: Run, facts: FactSet, partition: str) -> tuple[Fact, ...]:
     by_key = {(fact.relation, fact.subject): fact for fact in facts.facts}
     keys = zip(run.relations(partition), run.content["subjects"][partition], strict=True)
     return tuple(by_key[key] for key in keys)
+
+
+def tokens_asked(run: Run, model: Model, facts: FactSet, text: Text) -> Tokens:
+    """What an evaluation pushes through the model, before any is made.
+
+    Tokens of search facts are counted. Validation and test facts, asked with distractors, are taken
+    to be as long as the gate's, which were asked so, too. Text is read beside validation facts, and
+    beside search facts where the run limits its KL.
+    """
+    searched = asked_facts(run, facts, "search")
+    tokens = Pass(model, [ask(model, facts, fact, fact.answer, SHOTS) for fact in searched]).tokens
+    gate = run.content["pace"]
+    each = gate["tokens"] / gate["facts"]
+
+    def read(half: Sequence[str]) -> int:
+        return sum(len(piece.tokens) for cut in cut_text(model.tokenizer, half) for piece in cut)
+
+    return Tokens(
+        search=tokens + (0 if run.max_text_kl_nats is None else read(text.search)),
+        validation=each * len(run.relations("validation")) + read(text.held_out),
+        test=each * len(run.relations("test")),
+        sensitivity=forward_tokens(tokens * min(1.0, MOST_FACTS["sensitivity"] / len(searched))),
+    )
 
 
 def known_facts(
@@ -74,10 +109,17 @@ def known_facts(
         CheckError: it knows no relation.
         UsageError: no fact falls into the search partition.
     """
+    return _passing(_ask_gate(model, facts, most), most)
+
+
+def _ask_gate(model: Model, facts: FactSet, most: int) -> RecallProxy:
     candidates = balanced(facts.part("search"), most * 3 // 2)
     if not candidates:
         raise UsageError(f"facts '{facts.source}': none is in the search partition; add facts")
-    proxy = RecallProxy(model, facts, candidates, contrast=True)
+    return RecallProxy(model, facts, candidates, contrast=True)
+
+
+def _passing(proxy: RecallProxy, most: int) -> tuple[tuple[RelationRecall, ...], list[Fact]]:
     gate = proxy.by_relation()
     known = {row.relation for row in gate if row.known}
     if not known:

@@ -54,6 +54,7 @@ def search(args: argparse.Namespace) -> None:
             max_text_kl_nats=args.max_text_kl,
             resume=args.resume,
             report=report,
+            estimated=report.expect,
         )
     front = run.front()
     if args.json:

@@ -13,6 +13,7 @@ from mpsearch.budget import format_size
 from mpsearch.estimates import Estimate
 from mpsearch.facts import PARTITIONS
 from mpsearch.facts.describe import Description
+from mpsearch.forecast import Forecast
 from mpsearch.measures import Sensitivity
 from mpsearch.outcome import outcome
 from mpsearch.points import ParetoFront, Point
@@ -64,6 +65,7 @@ class Progress:
         self._stage = ""
         self._started = (0.0, 0)
         self._said = float("-inf")
+        self._forecast: Forecast | None = None
         self._bar: Any = None
         self._task: Any = None
 
@@ -107,8 +109,19 @@ class Progress:
         since, first = self._started
         if done <= first or done >= total:
             return ""
-        seconds = (now - since) / (done - first) * (total - done)
-        return f"about {format_seconds(seconds)} left"
+        pace = (now - since) / (done - first)
+        seconds = pace * (total - done)
+        if self._forecast is None or self._stage != "search":
+            return f"about {format_seconds(seconds)} left"
+        if self._forecast.limit is not None:
+            seconds = min(seconds, max(self._forecast.limit - (now - since), 0.0))
+        after = self._forecast.after_trials(pace)
+        return f"about {format_seconds(seconds)} left, then {format_seconds(after)}"
+
+    def expect(self, forecast: Forecast) -> None:
+        """Say how long a search takes; its trials then show what follows them, too."""
+        self._forecast = forecast
+        say(forecast_line(forecast))
 
 
 def format_seconds(seconds: float) -> str:
@@ -119,6 +132,31 @@ def format_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def forecast_line(forecast: Forecast) -> str:
+    """What a search takes, in all and by part."""
+    trials = f"{forecast.trials} trials of {forecast.trial:.1f} s"
+    if forecast.limit is not None:
+        trials = f"about {trials} in {format_seconds(forecast.limit)} at most"
+    names = {
+        "bank": "bank",
+        "sensitivity": "sensitivity",
+        "baselines": "simple allocations",
+        "trials": trials,
+        "finalists": "finalists",
+        "test": "test facts",
+    }
+    parts = [
+        f"{names[stage]} {format_seconds(seconds)}"
+        for stage, seconds in forecast.by_stage.items()
+        if seconds
+    ]
+    bank = " beside the bank, which is timed next" if forecast.bank is None else ""
+    return (
+        f"about {format_seconds(forecast.total)}{bank}: {', '.join(parts)} (on this machine, as "
+        "busy as it is now; updated as it goes)"
+    )
 
 
 def table(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,14 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 from mpsearch.allocate import check_damage, greedy, knapsack, uniform
-from mpsearch.asked import MOST_FACTS, asked_facts, balanced, freeze_facts, known_facts
+from mpsearch.asked import (
+    MOST_FACTS,
+    asked_facts,
+    balanced,
+    freeze_facts,
+    known_facts,
+    tokens_asked,
+)
 from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank, Report, check_formats, silent
 from mpsearch.calibration import Calibration
@@ -31,6 +39,7 @@ from mpsearch.device import require_disk, require_memory
 from mpsearch.errors import CheckError, RunError
 from mpsearch.evaluate import Bench, all_layers
 from mpsearch.facts import FactSet
+from mpsearch.forecast import Estimated, Plan, forecast, unsaid
 from mpsearch.front import pareto_front
 from mpsearch.guard import cut_text
 from mpsearch.measures import Sensitivity
@@ -48,7 +57,6 @@ from mpsearch.wish import TRIALS, Wish, check_wish
 
 log = logging.getLogger(__name__)
 
-_SENSITIVITY_FACTS = 150
 _FINALISTS = 3
 _SPREAD = (0.2, 0.4, 0.6, 0.8)  # of the feasible range, for the knapsack's further first points
 
@@ -71,6 +79,7 @@ def search(
     max_text_kl_nats: float | None = None,
     resume: bool = False,
     report: Report = silent,
+    estimated: Estimated = unsaid,
 ) -> Run:
     """Search bit-width assignments under a budget of stored bytes; see `Wish` for the arguments.
 
@@ -79,6 +88,7 @@ def search(
         facts: the built-in ones by default.
         resume: continue the run in `out`, which must have been asked the same question.
         report: called with (stage, done, total).
+        estimated: called with the time that it takes, at once and when the bank has been timed.
     Returns:
         The finished run.
     Raises:
@@ -94,19 +104,20 @@ def search(
     )  # fmt: skip
     if isinstance(space, SearchSpace):
         space = space.resolve(model)
-    return _Search(model, space, wish, facts or FactSet.builtin(), report).run(Path(out), resume)
+    facts = facts or FactSet.builtin()
+    return _Search(model, space, wish, facts, report, estimated).run(Path(out), resume)
 
 
 class _Search:
     """One call of `search`: the steps in order, each reading what earlier ones froze in the run."""
 
     def __init__(
-        self, model: Model, space: ResolvedSpace, wish: Wish, facts: FactSet, report: Report
-    ):
+        self, model: Model, space: ResolvedSpace, wish: Wish, facts: FactSet, report: Report,
+        estimated: Estimated,
+    ):  # fmt: skip
         check_wish(space, wish)
-        self.model, self.space, self.wish, self.facts, self.report = (
-            model, space, wish, facts, report,
-        )  # fmt: skip
+        self.model, self.space, self.wish, self.facts = model, space, wish, facts
+        self.report, self.estimated = report, estimated
         quantizer = get_quantizer(wish.quantizer, space.target.name)
         check_formats(quantizer, all_layers(space))
         self.text = wish.text or Text.builtin()
@@ -161,17 +172,48 @@ class _Search:
             self.report("asking the reference", 0, 1)
             freeze_facts(run, self.model, self.facts, self.wish.search_facts)
             self.report("asking the reference", 1, 1)
-            self.bank.build(all_layers(self.space), self.report)
+            wanted = all_layers(self.space)
+            files = [self.bank.path(layer.name, fmt) for layer, fmt in wanted if fmt.quantized]
+            self._foretell(run, 0.0 if all(file.exists() for file in files) else None)
+            self.bank.build(wanted, self.report, lambda seconds: self._foretell(run, seconds))
+            self._took(run, "bank")
             damage = self._sensitivity(run).fisher_nats
+            self._took(run, "sensitivity")
             with Bench(self.space, self.bank) as bench:
                 work = _Work(self, run, bench)
                 work.baselines(damage)
+                self._took(run, "baselines")
                 work.loop(damage)
+                self._took(run, "trials")
                 work.finalists()
+                self._took(run, "finalists")
                 work.test()
+                self._took(run, "test")
             run.content["finished"] = True
             run.save()
         return run
+
+    def _foretell(self, run: Run, bank_seconds: float | None) -> None:
+        """Say how long the rest takes, and keep it beside what it will have taken."""
+        self._since, run.content["took_seconds"] = time.monotonic(), {}
+        if (pace := run.content.get("pace")) is None:  # a run of before it was measured
+            return
+        found = forecast(
+            pace["seconds"] / pace["tokens"],
+            tokens_asked(run, self.model, self.facts, self.text),
+            Plan(len(uniform(self.space)) + 2 + len(_SPREAD), self.wish.trials, 2 * _FINALISTS),
+            Counter(score.partition for score in run.scores()),
+            bank_seconds,
+            self.wish.seconds,
+            (run.folder / "sensitivity.json").exists(),
+        )
+        run.content["forecast_seconds"] = found.by_stage
+        run.save()
+        self.estimated(found)
+
+    def _took(self, run: Run, stage: str) -> None:
+        since, self._since = self._since, time.monotonic()
+        run.content["took_seconds"][stage] = self._since - since
 
     def _check_resources(self, out: Path) -> None:
         weights = sum(group.weights for group in self.space.groups)
@@ -192,7 +234,7 @@ class _Search:
             self.space,
             self.bank,
             self.facts,
-            tuple(balanced(asked_facts(run, self.facts, "search"), _SENSITIVITY_FACTS)),
+            tuple(balanced(asked_facts(run, self.facts, "search"), MOST_FACTS["sensitivity"])),
             seed=self.wish.seed,
             around=False,
             report=self.report,
@@ -214,7 +256,7 @@ def sensitivity_of(
     """The table on its own: builds the bank, asks the reference, measures."""
     bank = Bank(model, get_quantizer(quantizer, space.target.name), calibration)
     bank.build(all_layers(space), report)
-    known = balanced(known_facts(model, facts, MOST_FACTS["search"])[1], _SENSITIVITY_FACTS)
+    known = balanced(known_facts(model, facts, MOST_FACTS["search"])[1], MOST_FACTS["sensitivity"])
     return measure_sensitivity(
         space, bank, facts, tuple(known), seed=seed, check=check, report=report
     )

@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 _ROW_NODES = 128  # smaller rows than for scoring: each gives one independent sample a draw
 _SAMPLES = 64  # independent samples at least, over all rows and draws
 _AT_ONCE = 4  # gradients of the whole model that are held together
+_BACKWARD = 3  # forward passes that a draw takes about, with the products of all formats
 
 
 def measure_sensitivity(
@@ -97,7 +98,7 @@ def measure_sensitivity(
         "formats": list(space.space.formats),
         "facts": {"source": fact_set.source, "digest": fact_set.digest, "used": len(facts)},
         "shots": SHOTS,
-        "draws": _draws(work),
+        "draws": _draws(len(work.rows)),
         "unreached": [
             layer.name
             for group in space.groups
@@ -137,8 +138,13 @@ def _errors_and_geometry(
     return layer_errors, output_error, geometry(space.groups, readings, report)
 
 
-def _draws(work: Pass) -> int:
-    return -(-_SAMPLES // len(work.rows))
+def _draws(rows: int) -> int:
+    return -(-_SAMPLES // rows)
+
+
+def forward_tokens(tokens: float) -> float:
+    """What KL-Fisher costs about, in tokens of a forward pass, on facts of so many tokens."""
+    return tokens * (1 + _BACKWARD * _draws(max(1, int(tokens / (0.8 * _ROW_NODES)))))
 
 
 def _fisher(
@@ -151,7 +157,7 @@ def _fisher(
     }
     reached: set[str] = set()
     generator = torch.Generator().manual_seed(seed)
-    draws = _draws(work)
+    draws = _draws(len(work.rows))
     places = {
         layer.name: model.places[layer.name] for group in space.groups for layer in group.layers
     }

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 BUDGET = "57KiB"
 TRIALS = "40"
-TALK = re.compile(r"loading |budget [\d.]+ [KMGT]iB \([\d,]+ bytes\)$|[a-z][^:]*: \d+/\d+")
+TALK = re.compile(
+    r"loading |budget [\d.]+ [KMGT]iB \([\d,]+ bytes\)$|[a-z][^:]*: \d+/\d+|about .* as it goes\)$"
+)
 
 
 @dataclass(frozen=True)

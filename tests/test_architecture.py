@@ -23,7 +23,7 @@ WITHOUT_TORCH = (
     *("front", "estimates", "bootstrap", "significance", "scores", "allocate", "files", "facts"),
     *("text", "fluency", "points"),
     *("measures", "compare", "displaced", "depth", "run"),
-    "outcome",
+    *("outcome", "forecast"),
 )
 WITH_TORCH = (
     *("device", "builtin", "places", "blocks", "models", "forward", "codecs", "quantizers"),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from mpsearch import console
-from mpsearch.console import Progress, format_seconds, plus_minus, table
+from mpsearch.console import Progress, forecast_line, format_seconds, plus_minus, table
 from mpsearch.estimates import Estimate
+from mpsearch.forecast import Forecast
 
 
 class Clock:
@@ -44,6 +46,44 @@ def test_progress_off_a_terminal_prints_plain_lines_with_time_left(
         "sensitivity: 3/4, about 15 s left",
         "sensitivity: 4/4",
     ]
+
+
+def test_a_forecast_is_one_line_by_part_and_trials_show_what_follows_them(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forecast = Forecast(360, 120, 240, 150, 9.8, 60, 180)
+    assert forecast_line(forecast) == (
+        "about 40 min 30 s: bank 6 min 00 s, sensitivity 2 min 00 s, simple allocations 4 min 00 "
+        "s, 150 trials of 9.8 s 24 min 30 s, finalists 1 min 00 s, test facts 3 min 00 s (on this "
+        "machine, as busy as it is now; updated as it goes)"
+    )
+    untimed = forecast_line(replace(forecast, bank=None, sensitivity=0.0))
+    assert untimed.startswith("about 32 min 30 s beside the bank, which is timed next: simple")
+    with Progress(clock) as report:
+        report.expect(forecast)
+        for done in range(3):
+            report("search, best 0.100 nats lost", done, 150)
+            clock.now += 19.6
+        report("finalists on validation facts", 0, 2)
+        clock.now += 19.6
+        report("finalists on validation facts", 1, 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == forecast_line(forecast)
+    assert lines[2].endswith(": 1/150, about 48 min 40 s left, then 8 min 00 s")
+    assert lines[-1].endswith(": 1/2, about 20 s left")
+
+
+def test_a_limit_of_time_bounds_what_is_left(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forecast = Forecast(0, 0, 240, 61, 9.8, 60, 180, limit=600)
+    assert "about 61 trials of 9.8 s in 10 min 00 s at most" in forecast_line(forecast)
+    with Progress(clock) as report:
+        report.expect(forecast)
+        for done in range(2):
+            report("search", done, 10**6)
+            clock.now += 98
+    assert "about 8 min 22 s left, then" in capsys.readouterr().err
 
 
 def test_progress_says_only_beginnings_ends_and_a_line_every_ten_seconds(

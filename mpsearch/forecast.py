@@ -1,0 +1,131 @@
+"""How long a search will take, said before it starts: tokens that are counted, at a measured pace.
+
+The pace is that of the reference on search facts, which a search asks anyway. Everything but the
+weight bank is a multiple of it: an evaluation pushes its facts' distinct tokens through the model,
+and its text's. It is the pace of a machine as busy as it is now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+_RIVALS = 3  # at most so many simple allocations are read on test facts beside the pick
+_FLOOR = 0.8  # of a pass, for the noise floor of the reference
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Distinct tokens that one evaluation takes on each partition, text included.
+
+    Attributes:
+        sensitivity: what KL-Fisher costs, in tokens of a forward pass.
+    """
+
+    search: float
+    validation: float
+    test: float
+    sensitivity: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many assignments a search scores: simple allocations, proposals, finalists."""
+
+    baselines: int
+    trials: int
+    finalists: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds of each part of a search that are still to come.
+
+    Attributes:
+        bank: None where it is not timed yet.
+        baselines: on search and on validation facts.
+        trials: how many, at most so many as the limit of time allows.
+        trial: seconds of one.
+        test: of test facts, and the reference's own figures.
+        limit: seconds after which no more is proposed; None for no limit.
+    """
+
+    bank: float | None
+    sensitivity: float
+    baselines: float
+    trials: int
+    trial: float
+    finalists: float
+    test: float
+    limit: float | None = None
+
+    @property
+    def by_stage(self) -> dict[str, float]:
+        """What is known, by the names that a run stores."""
+        seconds = {} if self.bank is None else {"bank": self.bank}
+        return seconds | {
+            "sensitivity": self.sensitivity,
+            "baselines": self.baselines,
+            "trials": self.trials * self.trial,
+            "finalists": self.finalists,
+            "test": self.test,
+        }
+
+    @property
+    def total(self) -> float:
+        return sum(self.by_stage.values())
+
+    def after_trials(self, trial_seconds: float) -> float:
+        """What follows the trials, at the pace of those that were timed."""
+        return (self.finalists + self.test) * (trial_seconds / self.trial if self.trial else 1.0)
+
+
+Estimated = Callable[[Forecast], None]
+
+
+def unsaid(forecast: Forecast) -> None:
+    """A forecast that goes nowhere."""
+
+
+def forecast(
+    seconds_per_token: float,
+    tokens: Tokens,
+    plan: Plan,
+    scored: Mapping[str, int],
+    bank: float | None,
+    limit: float | None,
+    sensitivity_known: bool = False,
+) -> Forecast:
+    """What is left of a search.
+
+    Args:
+        scored: how many assignments each partition has scored already, which are not scored again.
+        bank: seconds of it, or None where it is not timed yet.
+        limit: of the seconds of proposing.
+    """
+    simple = max(0, plan.baselines - scored.get("search", 0))
+    trials = max(0, plan.baselines + plan.trials - scored.get("search", 0) - simple)
+    validated = scored.get("validation", 0)
+    on_validation = max(0, plan.baselines - validated)
+    finalists = max(0, plan.baselines + plan.finalists - validated - on_validation)
+    tested = max(0, 1 + _RIVALS - scored.get("test", 0))
+
+    def seconds(of_tokens: float) -> float:
+        return of_tokens * seconds_per_token
+
+    trial = seconds(tokens.search)
+    if limit is not None and trials * trial > limit:
+        trials = int(limit / trial)
+    reference = 1 + _FLOOR
+    return Forecast(
+        bank,
+        0.0 if sensitivity_known else seconds(tokens.sensitivity),
+        # A partition's first evaluation is preceded by the reference's.
+        seconds((simple + bool(simple)) * tokens.search)
+        + seconds((on_validation + bool(on_validation)) * tokens.validation),
+        trials,
+        trial,
+        seconds(finalists * tokens.validation),
+        seconds(_FLOOR * tokens.validation + (tested + reference) * tokens.test) if tested else 0.0,
+        limit,
+    )

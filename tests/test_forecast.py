@@ -1,0 +1,140 @@
+"""The forecast of a search: its arithmetic by hand, what is left on resume, what a run keeps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpsearch.asked import MOST_FACTS, asked_facts, freeze_facts, tokens_asked
+from mpsearch.facts import FactSet
+from mpsearch.forecast import Forecast, Plan, Tokens, forecast
+from mpsearch.guard import TextGuard
+from mpsearch.models import Model
+from mpsearch.recall import RecallProxy
+from mpsearch.run import Run
+from mpsearch.search import search
+from mpsearch.space import ResolvedSpace
+from mpsearch.text import Text
+
+TOKENS = Tokens(search=100, validation=200, test=400, sensitivity=5000)
+PLAN = Plan(baselines=10, trials=150, finalists=6)
+
+
+def foretold(**changes: Any) -> Forecast:
+    asked: dict[str, Any] = {"scored": {}, "bank": 7.0, "limit": None, **changes}
+    return forecast(0.5, TOKENS, PLAN, **asked)
+
+
+def test_a_forecast_by_hand() -> None:
+    found = foretold()
+    assert found.by_stage == {
+        "bank": 7.0,
+        "sensitivity": 2500.0,
+        "baselines": 11 * 50.0 + 11 * 100.0,  # and the reference, once a partition
+        "trials": 150 * 50.0,
+        "finalists": 6 * 100.0,
+        "test": 0.8 * 100.0 + (4 + 1.8) * 200.0,
+    }
+    assert found.total == sum(found.by_stage.values())
+    assert (found.trials, found.trial) == (150, 50.0)
+    assert found.after_trials(25.0) == (found.finalists + found.test) / 2
+
+
+def test_a_bank_that_is_not_timed_is_left_out_of_the_sum() -> None:
+    assert foretold(bank=None).total == foretold(bank=0.0).total
+    assert "bank" not in foretold(bank=None).by_stage
+
+
+@pytest.mark.parametrize(("limit", "trials"), [(1e9, 150), (600.0, 12), (1.0, 0)])
+def test_a_limit_of_time_says_how_many_trials_it_gives(limit: float, trials: int) -> None:
+    assert foretold(limit=limit).trials == trials
+
+
+def test_what_is_scored_already_costs_nothing_again() -> None:
+    whole = foretold()
+    some = foretold(scored={"search": 4}, sensitivity_known=True)
+    assert some.sensitivity == 0
+    assert some.baselines == whole.baselines - 4 * 50
+    assert some.trials == 150
+    more = foretold(scored={"search": 30, "validation": 10})
+    assert (more.baselines, more.trials, more.finalists) == (0, 130, whole.finalists)
+    done = foretold(
+        scored={"search": 160, "validation": 16, "test": 4}, bank=0.0, sensitivity_known=True
+    )
+    assert done.total == 0
+
+
+def test_tokens_are_counted_before_anything_is_asked(
+    tiny: Model, tiny_facts: FactSet, tiny_space: ResolvedSpace, tmp_path: Path
+) -> None:
+    run = Run.create(tmp_path / "run", {}, tiny_space)
+    freeze_facts(run, tiny, tiny_facts, 30)
+    text = Text.builtin()
+    found = tokens_asked(run, tiny, tiny_facts, text)
+    searched = asked_facts(run, tiny_facts, "search")
+    assert found.search == RecallProxy(tiny, tiny_facts, searched, contrast=False).tokens
+    of_test = RecallProxy(
+        tiny, tiny_facts, asked_facts(run, tiny_facts, "test"), contrast=True
+    ).tokens
+    assert found.test == pytest.approx(of_test, rel=0.3)
+    per_fact = found.test / len(run.relations("test"))
+    read = found.validation - per_fact * len(run.relations("validation"))
+    assert read == pytest.approx(TextGuard(tiny, text.held_out)._pass.tokens, rel=0.2)
+    run.content["question"] = {"max_text_kl_nats": 0.1}
+    limited = tokens_asked(run, tiny, tiny_facts, text)
+    assert limited == replace(found, search=limited.search)
+    assert limited.search > found.search + 500
+    assert len(searched) <= MOST_FACTS["sensitivity"]
+
+
+def test_a_search_foretells_and_keeps_what_it_took(
+    tiny: Model, tiny_facts: FactSet, tiny_space: ResolvedSpace, budget: int, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MPSEARCH_HOME", str(tmp_path / "home"))  # where no bank is
+    said: list[Forecast] = []
+
+    def ask(resume: bool) -> dict[str, Any]:
+        said.clear()
+        search(
+            tiny, tiny_space, budget=budget, out=tmp_path / "run", trials=4, search_facts=20,
+            facts=tiny_facts, resume=resume, estimated=said.append,
+        )  # fmt: skip
+        content = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+        assert content["forecast_seconds"] == said[-1].by_stage
+        return dict(content)
+
+    content = ask(resume=False)
+    first, timed = said
+    assert (first.bank, first.trials) == (None, 4)
+    assert timed.bank is not None and timed.bank > 0
+    assert replace(timed, bank=None) == first
+    took = content["took_seconds"]
+    assert list(took) == list(content["forecast_seconds"])
+    assert all(seconds > 0 for seconds in took.values())
+    assert took["baselines"] > took["finalists"]
+
+    again = ask(resume=True)
+    (left,) = said
+    assert (left.bank, left.sensitivity, left.baselines, left.trials) == (0, 0, 0, 0)
+    assert sum(again["took_seconds"].values()) < sum(took.values())
+
+
+def test_a_run_of_before_the_pace_was_measured_is_resumed_without_a_forecast(
+    tiny: Model, tiny_facts: FactSet, tiny_space: ResolvedSpace, budget: int, tmp_path: Path
+) -> None:
+    def ask(resume: bool, said: list[Forecast]) -> Run:
+        return search(
+            tiny, tiny_space, budget=budget, out=tmp_path / "run", trials=0, search_facts=20,
+            facts=tiny_facts, resume=resume, estimated=said.append,
+        )  # fmt: skip
+
+    run, said = ask(False, []), list[Forecast]()
+    del run.content["pace"]
+    run.save()
+    assert ask(True, said).finished
+    assert said == []
