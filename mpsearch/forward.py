@@ -9,12 +9,13 @@ alone. Nothing is padded, and logits are computed only where they are read.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpsearch.models import Model
 
@@ -22,6 +23,19 @@ from mpsearch.models import Model
 # rows repeat more beginnings.
 MAX_NODES = 256
 _ROW_COST = 16  # of a row beside its tokens, in tokens
+
+
+@contextmanager
+def differentiable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients reach these parameters meanwhile."""
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mpsearch.errors import CheckError, UsageError
 from mpsearch.facts import Fact, FactSet
-from mpsearch.forward import MAX_NODES, Pass, TokenSequence
+from mpsearch.forward import MAX_NODES, Pass, TokenSequence, differentiable
 from mpsearch.models import Model
 from mpsearch.scores import (
     FactScores,
@@ -173,6 +173,35 @@ class RecallProxy:
         answer = sequence.tokens[sequence.start :]
         texts = (self._model.tokenizer.decode([token]) for token in answer)
         return next((place for place, text in enumerate(texts) if text.strip()), 0)
+
+    def loss_gradients(
+        self, parameters: Sequence[torch.nn.Parameter], weights: Sequence[float]
+    ) -> list[Tensor]:
+        """Gradients of the facts' answer losses, weighted and summed, at the weights held now.
+
+        Args:
+            parameters: of the model.
+            weights: one a fact.
+        Returns:
+            One float32 tensor a parameter, in nats; zeros where no token reached it.
+        """
+        weight_of = {answers[0]: w for answers, w in zip(self._answers_of, weights, strict=True)}
+        totals = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+        with differentiable(parameters):
+            for row in self._pass.rows:
+                log_probs = self._pass.logits(row).log_softmax(-1)
+                loss = -sum(
+                    weight_of[index] * log_probs[places, tokens].sum()
+                    for index, (places, tokens) in zip(row.indices, row.spans, strict=True)
+                    if index in weight_of
+                )
+                if isinstance(loss, Tensor):
+                    gradients = torch.autograd.grad(
+                        loss, parameters, allow_unused=True, materialize_grads=True
+                    )
+                    for total, gradient in zip(totals, gradients, strict=True):
+                        total += gradient
+        return totals
 
     def noise_floor(self) -> NoiseFloor:
         """What packing the facts into other rows changes; the model must hold the reference.

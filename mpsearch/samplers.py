@@ -1,20 +1,22 @@
-"""The Optuna sampler: level switches that keep the budget.
+"""The Optuna sampler: level switches that keep the budget, chosen by a predictor that learns.
 
-A proposal takes a parent near the front, raises a few groups by one level, and lowers others until
-it fits the budget again: every trial is feasible, and every trial spends the same bytes in another
-way. Of many such children one is chosen by a model of the loss that starts from the damage table
-and is corrected by every trial; where text KL is limited, a second such model says which children
-keep to it. All state is read from the study, so a resumed search goes on as if
-it had never stopped, and several workers can share one study.
+A proposal is the child of one or two parents near the front: it moves a few groups up and others
+down, so every trial is feasible, and every trial spends the same bytes in another way. Of many such
+children the one is proposed that a draw from the predictor's posterior likes best. The predictor is
+centred on the best assignment whose slopes have been measured (`slopes.py`), on the best one until
+there are any. Where text KL is limited, a second predictor says which children keep to it.
 
-Sources: level switch mutation, EvoPress (arXiv:2410.14649); choice by posterior sampling, Thompson
-(1933); a draw from a Gaussian process by Matheron's rule (Wilson et al., arXiv:2002.09309).
+All state is read from the study, so a resumed search goes on as if it had never stopped, and
+several workers can share one study.
+
+Source: choice by posterior sampling, Thompson (1933).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,20 +30,20 @@ from optuna.trial import FrozenTrial, TrialState
 from mpsearch.allocate import check_damage
 from mpsearch.errors import UsageError
 from mpsearch.formats import nearest
+from mpsearch.moves import Moves
+from mpsearch.predict import Centre, Foresight, Predictor, foresight
 from mpsearch.space import ResolvedSpace
 
 SAMPLERS = ("level-switch", "nsga2", "tpe")
 OVER_TEXT_KL = "over_text_kl_nats"  # a trial's constraint: its text KL minus the limit
+HOPELESS_LOSS = "hopeless_loss_nats"  # attribute of a trial that was stopped early: its estimate
+_SLOPES = "slopes "  # and a trial's number: the study's attribute that holds them
 _LOOSE = 0.1  # share of proposals at another size than the budget, to cover the front
 _CHILDREN = 64  # of which one is proposed
 _ATTEMPTS = 200
-_NEAR = 1.5  # trials up to this much above the best loss, as a share of it, teach the model
-_LEAST_NATS = 0.1  # the scale of losses where they are near zero or below it
-_LEAST_FACTOR = 0.1  # from predicted damage to loss; never negative, more damage is no gain
-_DOUBT = 0.7  # prior standard deviation of a predicted damage, as a share of it
-_MISFIT = 0.03  # of the additive model, as a share of the best loss
-_RAISED = (0.4, 0.3, 0.2, 0.1)  # chances of raising one to four groups
-_ELITE = 0.5  # chance that the best parent is taken, then the next, and so on
+_CROSSED = 0.15  # share of children with two parents
+_ELITE = 0.6  # chance that the best parent is taken, then the next, and so on
+_RENEWED = 8  # trials after which slopes are measured again, at a better place
 
 
 def distributions(space: ResolvedSpace) -> dict[str, BaseDistribution]:
@@ -54,20 +56,36 @@ def distributions(space: ResolvedSpace) -> dict[str, BaseDistribution]:
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """A finished one: answer loss, size, a level a group, text KL minus its limit or 0."""
+    """A finished one.
 
+    Attributes:
+        loss: answer loss in nats; an estimate where it was stopped early.
+        levels: `(groups,)`.
+        over_text_kl: text KL minus its limit, or 0.
+        whole: whether it was measured on all facts.
+    """
+
+    number: int
     loss: float
     stored_bytes: float
     levels: NDArray[Any]
     over_text_kl: float
+    whole: bool
+
+    @cached_property
+    def key(self) -> bytes:
+        return self.levels.tobytes()
 
 
 class LevelSwitchSampler(BaseSampler):
     """Proposes assignments for studies whose values are (answer loss, stored bytes).
 
+    It works with the damage table alone, and several times better with slopes, which whoever runs
+    the trials measures where `due` says so, and hands over with `record`.
+
     Args:
         space: groups, formats and sizes.
-        damage: `(group, format)` to predicted loss; weighs which groups to raise and lower.
+        damage: `(group, format)` to predicted loss; what is predicted before any trial.
         budget_bytes: stored bytes that most proposals stay within.
         seed: with the number of finished trials it decides a proposal.
         max_text_kl_nats: text KL that proposals should stay within, by what the trials' constraint
@@ -88,56 +106,36 @@ class LevelSwitchSampler(BaseSampler):
         self._seed = seed
         self._max_text_kl = max_text_kl_nats
         self._budget_bytes = budget_bytes
-        self._kept_bytes = space.kept_bytes
-        self._names = [group.name for group in space.groups]
-        self._formats = [[fmt.name for fmt in space.options[name]] for name in self._names]
-        # (groups, levels), padded to the right with the last level
-        depth = max(len(formats) for formats in self._formats)
-        self._top = np.array([len(formats) - 1 for formats in self._formats])
-        self._bytes = np.array(
-            [
-                [space.options[group.name][min(level, top)].stored_bytes(group)
-                 for level in range(depth)]
-                for group, top in zip(space.groups, self._top, strict=True)
-            ]
-        )  # fmt: skip
-        self._damage = np.array(
-            [
-                [damage[name, formats[min(level, len(formats) - 1)]] for level in range(depth)]
-                for name, formats in zip(self._names, self._formats, strict=True)
-            ]
-        )
-        self._groups = np.arange(len(self._names))
-        # What going a level up (+1) or down (-1) changes, `(groups, levels)` of damage and bytes.
-        self._changes = {}
-        for direction in (+1, -1):
-            other = np.clip(np.arange(depth) + direction, 0, self._top[:, None])
-            self._changes[direction] = tuple(
-                np.take_along_axis(table, other, axis=1) - table
-                for table in (self._damage, self._bytes)
-            )
+        self._moves = Moves(space)
+        self._damage = self._moves.table(damage)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         return {
             name: CategoricalDistribution(formats)
-            for name, formats in zip(self._names, self._formats, strict=True)
+            for name, formats in zip(self._moves.names, self._moves.formats, strict=True)
         }
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
-        done = [t for t in others if t.state == TrialState.COMPLETE and self._ours(t)]
-        running = [t for t in others if t.state == TrialState.RUNNING and self._ours(t)]
+        others = [
+            t
+            for t in study.get_trials(deepcopy=False)
+            if t.number != trial.number and self._ours(t)
+        ]
+        running = [t for t in others if t.state == TrialState.RUNNING]
         refused = [t for t in others if t.state == TrialState.FAIL and "refused" in t.user_attrs]
-        rng = np.random.default_rng([self._seed, len(done) + len(refused), len(running)])
-        seen = {self._levels(t).tobytes() for t in (*done, *running, *refused)}
-        levels = self._propose(rng, done, seen)
+        known = self._finished(study)
+        rng = np.random.default_rng([self._seed, len(known) + len(refused), len(running)])
+        seen = {t.key for t in known} | {self._levels(t).tobytes() for t in (*running, *refused)}
+        levels = self._propose(rng, known, self._slopes(study), seen)
         return {
             name: formats[level]
-            for name, formats, level in zip(self._names, self._formats, levels, strict=True)
+            for name, formats, level in zip(
+                self._moves.names, self._moves.formats, levels, strict=True
+            )
         }
 
     def sample_independent(
@@ -152,162 +150,210 @@ class LevelSwitchSampler(BaseSampler):
         independent = optuna.samplers.RandomSampler(seed=int(rng.integers(2**31)))
         return independent.sample_independent(study, trial, param_name, param_distribution)
 
+    # -------------------------------------------------------------------- slopes
+
+    def due(self, study: Study) -> FrozenTrial | None:
+        """The trial at which slopes should be measured next, or None for now.
+
+        That is the best one within the budget, first at once, later when it has changed and eight
+        trials have passed.
+        """
+        known, slopes = self._finished(study), self._slopes(study)
+        best = next(iter(self._parents(known, self._budget_bytes)), None)
+        if best is None or best.number in slopes:
+            return None
+        measured_after = max((after for after, _ in slopes.values()), default=-_RENEWED)
+        if len(known) - measured_after < _RENEWED:
+            return None
+        return next(t for t in study.get_trials(deepcopy=False) if t.number == best.number)
+
+    def record(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        slopes: Mapping[tuple[str, str], float],
+        fact_tokens: int = 0,
+    ) -> None:
+        """Keep what was measured at a trial, in the study.
+
+        Args:
+            slopes: `(group, format)` to the first-order change of answer loss in nats; empty if
+                they could not be measured.
+            fact_tokens: what it cost, kept beside it.
+        """
+        table = self._moves.table(slopes).tolist() if slopes else None
+        finished = len(self._finished(study))
+        content = {"after": finished, "nats": table, "fact_tokens": fact_tokens}
+        study.set_user_attr(f"{_SLOPES}{trial.number}", content)
+
+    def _slopes(self, study: Study) -> dict[int, tuple[int, NDArray[Any] | None]]:
+        """By trial number: how many trials had finished, and the table of `_moves`' shape."""
+        found = {}
+        for name, content in study.user_attrs.items():
+            if name.startswith(_SLOPES):
+                table = None if content["nats"] is None else np.array(content["nats"])
+                if table is None or table.shape == self._damage.shape:
+                    found[int(name[len(_SLOPES) :])] = (int(content["after"]), table)
+        return found
+
+    def foresight(self, study: Study) -> Foresight | None:
+        """How well trials within the budget were predicted by what was known before each.
+
+        Of those after the first slopes, if there are any; None below three of them.
+        """
+        known, slopes = self._finished(study), self._slopes(study)
+        first = min((after for after, _ in slopes.values()), default=0)
+        rows = []
+        for place, trial in enumerate(known[first:], first):
+            before = known[:place]
+            parents = self._parents(before, self._budget_bytes)
+            if not trial.whole or not parents or trial.stored_bytes > self._budget_bytes:
+                continue
+            held = {n: (after, table) for n, (after, table) in slopes.items() if after <= place}
+            predictor = self._predictor(before, self._centre(parents, held))
+            alone = self._damage[self._moves.groups, trial.levels].sum()
+            rows.append((predictor.loss_nats(trial.levels), float(alone), trial.loss))
+        return foresight(rows)
+
+    # -------------------------------------------------------------------- the study
+
     def _ours(self, trial: FrozenTrial) -> bool:
         return all(
             trial.params.get(name) in formats
-            for name, formats in zip(self._names, self._formats, strict=True)
+            for name, formats in zip(self._moves.names, self._moves.formats, strict=True)
         )
 
     def _levels(self, trial: FrozenTrial) -> NDArray[Any]:
         return np.array(
             [
                 formats.index(trial.params[name])
-                for name, formats in zip(self._names, self._formats, strict=True)
+                for name, formats in zip(self._moves.names, self._moves.formats, strict=True)
             ]
         )
 
-    def _size(self, levels: NDArray[Any]) -> int:
-        return self._kept_bytes + int(self._bytes[self._groups, levels].sum())
+    def _finished(self, study: Study) -> list[_Trial]:
+        """Measured trials, those that were stopped early included, in order."""
+        found = []
+        for trial in study.get_trials(deepcopy=False):
+            whole = trial.state == TrialState.COMPLETE
+            if not self._ours(trial) or not (whole or HOPELESS_LOSS in trial.user_attrs):
+                continue
+            levels = self._levels(trial)
+            loss = trial.values[0] if whole else trial.user_attrs[HOPELESS_LOSS]
+            over = trial.constraints.get(OVER_TEXT_KL, 0.0)
+            size = self._moves.size(levels)
+            found.append(_Trial(trial.number, loss, size, levels, over, whole))
+        return found
+
+    def _parents(self, known: Sequence[_Trial], limit: int) -> list[_Trial]:
+        """Within the limit, best first.
+
+        Parents keep the limit of text KL; while no trial does, the nearest come first.
+        """
+        fitting = sorted(
+            (t for t in known if t.whole and t.stored_bytes <= limit),
+            key=lambda t: (t.loss, t.stored_bytes, t.key),
+        )
+        allowed = [t for t in fitting if t.over_text_kl <= 0]
+        return allowed or sorted(fitting, key=lambda t: t.over_text_kl)
+
+    def _centre(
+        self, parents: Sequence[_Trial], slopes: dict[int, tuple[int, NDArray[Any] | None]]
+    ) -> tuple[_Trial, NDArray[Any] | None]:
+        """Where the predictor stands: the best parent that has slopes, or else the best."""
+        for trial in parents:
+            if (held := slopes.get(trial.number)) is not None and held[1] is not None:
+                return trial, held[1]
+        return parents[0], None
+
+    def _predictor(
+        self, known: Sequence[_Trial], centre: tuple[_Trial, NDArray[Any] | None]
+    ) -> Predictor:
+        trial, slopes = centre
+        return Predictor(
+            Centre(trial.levels, trial.loss, slopes),
+            self._damage,
+            np.array([t.levels for t in known]),
+            np.array([t.loss for t in known]),
+        )
+
+    # -------------------------------------------------------------------- proposals
 
     def _propose(
-        self, rng: np.random.Generator, done: list[FrozenTrial], seen: set[bytes]
-    ) -> NDArray[Any]:
-        """A feasible assignment that no trial has had; an old one only where none is left."""
-        known = [
-            _Trial(t.values[0], t.values[1], self._levels(t), t.constraints.get(OVER_TEXT_KL, 0.0))
-            for t in done
-        ]
-        smallest: NDArray[Any] = np.zeros(len(self._names), dtype=int)
-        limit = self._budget_bytes
-        if rng.random() < _LOOSE:
-            floor = self._size(smallest)
-            limit = int(floor + (self._budget_bytes - floor) * rng.uniform(0.3, 1.0))
-        fitting = sorted(
-            (t for t in known if t.stored_bytes <= limit),
-            key=lambda t: (t.loss, t.stored_bytes, t.levels.tobytes()),
-        )
-        # Parents keep the limit of text KL; while no trial does, the nearest come first.
-        parents = [t for t in fitting if t.over_text_kl <= 0]
-        parents = parents or sorted(fitting, key=lambda t: t.over_text_kl)
-        children: dict[bytes, NDArray[Any]] = {}
-        child = smallest
-        for _ in range(_ATTEMPTS):
-            parent = smallest
-            if parents:
-                parent = parents[min(int(rng.geometric(_ELITE)) - 1, len(parents) - 1)].levels
-            child = self._switch(rng, parent, limit)
-            if child.tobytes() not in seen:
-                children[child.tobytes()] = child
-            if len(children) == _CHILDREN:
-                break
-        if not parents or not children:
-            return next(iter(children.values()), child)
-        groups = np.arange(len(self._names))
-        tried = np.array([t.levels for t in fitting])
-        losses = np.array([t.loss for t in fitting])
-        drawn = self._draw_losses(rng, losses, tried, parents[0].loss)
-        if self._max_text_kl is None:
-            return min(children.values(), key=lambda levels: float(drawn[groups, levels].sum()))
-        limit_nats = self._max_text_kl
-        text = np.array([t.over_text_kl for t in fitting]) + limit_nats
-        text_drawn = self._draw_losses(rng, text, tried, max(limit_nats, float(text.min())))
-
-        def beyond_then_loss(levels: NDArray[Any]) -> tuple[float, float]:
-            beyond = float(text_drawn[groups, levels].sum()) - limit_nats
-            return max(beyond, 0.0), float(drawn[groups, levels].sum())
-
-        return min(children.values(), key=beyond_then_loss)
-
-    def _draw_losses(
         self,
         rng: np.random.Generator,
-        losses: NDArray[Any],
-        levels: NDArray[Any],
-        best: float,
+        known: Sequence[_Trial],
+        slopes: dict[int, tuple[int, NDArray[Any] | None]],
+        seen: set[bytes],
     ) -> NDArray[Any]:
-        """One draw of every (group, level)'s loss from its posterior, `(groups, levels)` in nats.
+        """A feasible assignment that no trial has had; an old one only where none is left."""
+        smallest: NDArray[Any] = np.zeros(len(self._moves.names), dtype=int)
+        limit = self._budget_bytes
+        if rng.random() < _LOOSE:
+            floor = self._moves.size(smallest)
+            limit = int(floor + (self._budget_bytes - floor) * rng.uniform(0.3, 1.0))
+        parents = self._parents(known, limit)
+        above = self._parents(known, self._budget_bytes)
+        if not above:
+            children = self._children(rng, [smallest], limit, self._damage, seen)
+            return next(children, smallest)
+        centre = self._centre(above, slopes)
+        changes = self._predictor(known, centre).table(rng)
+        if limit < self._budget_bytes:  # what fits may be poor, and the best can be lowered to it
+            parents = above[:1] + parents
+        levels = [t.levels for t in parents]
+        children = self._children(rng, levels, limit, changes, seen)
+        found = list(children)
+        if not found:
+            return smallest
+        groups = self._moves.groups
+        text = self._text_table(known, centre[0])
 
-        The loss of an assignment is modelled as a sum over groups. A group's prior mean is its
-        predicted damage times one factor for all, which the trials fix; its standard deviation is
-        a share of that mean. The draw is a prior draw corrected by the residuals that it leaves on
-        the trials (Matheron's rule).
+        def beyond_then_loss(child: NDArray[Any]) -> tuple[float, float]:
+            beyond = 0.0 if text is None else centre[0].over_text_kl + text[groups, child].sum()
+            return max(float(beyond), 0.0), float(changes[groups, child].sum())
 
-        Args:
-            losses: `(trials,)` in nats, of facts or of text.
-            levels: `(trials, groups)`.
-            best: trials not far above this teach the model.
+        return min(found, key=beyond_then_loss)
+
+    def _text_table(self, known: Sequence[_Trial], centre: _Trial) -> NDArray[Any] | None:
+        """What changes from the centre should do to text KL; None where that has no limit.
+
+        No draw: among many children the one of the luckiest draw would be taken, and break it.
         """
-        groups = np.arange(len(self._names))
-        near = losses <= best + _NEAR * max(abs(best), _LEAST_NATS)
-        losses, levels = losses[near], levels[near]
-        predicted = self._damage[groups, levels].sum(1)
-        ratio = float(np.median(losses / np.maximum(predicted, 1e-12)))
-        factor = max(ratio, _LEAST_FACTOR)
-        spread = _DOUBT * factor * self._damage
-        noise = _MISFIT * max(abs(float(losses.min())), _LEAST_NATS)
-
-        draw = factor * self._damage + spread * rng.standard_normal(spread.shape)
-        observed = draw[groups, levels].sum(1) + noise * rng.standard_normal(len(losses))
-        variance = spread**2
-        # Two trials share the doubt of the groups in which they agree.
-        agree = levels[:, None, :] == levels[None, :, :]
-        gram = (agree * variance[groups, levels][:, None, :]).sum(-1) + noise**2 * np.eye(
-            len(losses)
-        )
-        pull = np.linalg.solve(gram, losses - observed)
-        for trial, weight in zip(levels, pull, strict=True):
-            draw[groups, trial] += variance[groups, trial] * weight
-        return draw
-
-    def _switch(self, rng: np.random.Generator, parent: NDArray[Any], limit: int) -> NDArray[Any]:
-        """Raise a few groups, lower others until it fits, then spend what is left."""
-        levels = parent.copy()
-        raised = rng.choice(len(_RAISED), p=_RAISED) + 1
-        moved = np.zeros(len(levels), dtype=bool)
-        for _ in range(raised):
-            if (group := self._draw(rng, levels, +1, ~moved)) is not None:
-                levels[group] += 1
-                moved[group] = True
-        size = self._size(levels)
-        while size > limit:
-            group = self._draw(rng, levels, -1, ~moved)
-            if group is None:  # nothing else can go lower: give back a raise
-                group = self._draw(rng, levels, -1, np.ones_like(moved))
-            if group is None:
-                break
-            size += int(self._changes[-1][1][group, levels[group]])
-            levels[group] -= 1
-        while True:
-            steps = self._steps(levels, +1)[1]
-            room = (levels < self._top) & (size + steps <= limit) & (levels >= parent)
-            if (group := self._draw(rng, levels, +1, room)) is None:
-                return levels
-            size += int(self._changes[+1][1][group, levels[group]])
-            levels[group] += 1
-
-    def _steps(self, levels: NDArray[Any], direction: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Change of damage and of bytes if each group went one level in a direction."""
-        damage, stored_bytes = self._changes[direction]
-        return damage[self._groups, levels], stored_bytes[self._groups, levels]
-
-    def _draw(
-        self, rng: np.random.Generator, levels: NDArray[Any], direction: int, allowed: NDArray[Any]
-    ) -> int | None:
-        """A group that can move, half the time any, else likelier the better the predictor's trade.
-
-        The weight is the square root of predicted damage per byte, saved when raising and its
-        inverse when lowering: the predictor ranks well, and exaggerates at 2 bits.
-        """
-        damage, step_bytes = self._steps(levels, direction)
-        movable = np.flatnonzero(allowed & (step_bytes != 0))
-        if not movable.size:
+        if (limit_nats := self._max_text_kl) is None:
             return None
-        if rng.random() < 0.5:
-            return int(rng.choice(movable))
-        rate = np.abs(damage[movable]) / np.abs(step_bytes[movable])
-        weight = np.sqrt(np.maximum(rate, rate.max() * 1e-6 + 1e-30)) ** direction
-        below = weight.cumsum()  # the inverse of the distribution function, as choice() does it
-        return int(movable[np.searchsorted(below[:-1], rng.random() * below[-1], side="right")])
+        read = [t for t in known if t.whole]
+        return Predictor(
+            Centre(centre.levels, centre.over_text_kl + limit_nats),
+            self._damage,
+            np.array([t.levels for t in read]),
+            np.array([t.over_text_kl + limit_nats for t in read]),
+        ).table()
+
+    def _children(
+        self,
+        rng: np.random.Generator,
+        parents: Sequence[NDArray[Any]],
+        limit: int,
+        changes: NDArray[Any],
+        seen: set[bytes],
+    ) -> Iterator[NDArray[Any]]:
+        """Distinct ones that no trial has had."""
+
+        def parent() -> NDArray[Any]:
+            return parents[min(int(rng.geometric(_ELITE)) - 1, len(parents) - 1)]
+
+        rates, found = self._moves.rates(changes), set()
+        for _ in range(_ATTEMPTS):
+            if rng.random() < _CROSSED:
+                child = self._moves.cross(rng, (parent(), parent()), limit, rates)
+            else:
+                child = self._moves.switch(rng, parent(), limit, rates)
+            if (key := child.tobytes()) not in seen and key not in found:
+                found.add(key)
+                yield child
+            if len(found) == _CHILDREN:
+                return
 
 
 def make_sampler(

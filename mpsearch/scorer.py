@@ -7,17 +7,24 @@ run limits its KL, beside test facts none.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mpsearch.asked import asked_facts
 from mpsearch.assignment import Assignment
 from mpsearch.estimates import relation_mean
-from mpsearch.evaluate import Bench
+from mpsearch.evaluate import Bench, Evaluation
 from mpsearch.facts import FactSet
 from mpsearch.guard import TextGuard
 from mpsearch.models import Model
 from mpsearch.points import Score
 from mpsearch.recall import RecallProxy
 from mpsearch.run import Run
+from mpsearch.slopes import EVALUATIONS, measure_slopes
+from mpsearch.stages import halves, hopeless
 from mpsearch.text import Text
 
 
@@ -26,6 +33,8 @@ class Scorer:
 
     Args:
         bench: puts candidates in place; a proxy is built on the reference, which it restores.
+    Attributes:
+        fact_tokens: tokens of facts that have been pushed through the model for candidates.
     """
 
     def __init__(self, model: Model, facts: FactSet, text: Text, run: Run, bench: Bench):
@@ -34,9 +43,11 @@ class Scorer:
         self._paragraphs = {"validation": text.held_out}
         if run.max_text_kl_nats is not None:
             self._paragraphs["search"] = text.search
-        self._proxies: dict[str, RecallProxy] = {}
+        # The places of each part's facts, and who asks them.
+        self._parts: dict[str, list[tuple[NDArray[Any], RecallProxy]]] = {}
         self._guards: dict[str, TextGuard] = {}
         self._cache = {(s.partition, s.assignment): s for s in run.scores()}
+        self.fact_tokens = 0
 
     def score(self, assignment: Assignment, kind: str, partition: str) -> Score:
         """An evaluation, from the cache where it has been made before.
@@ -44,31 +55,84 @@ class Scorer:
         Raises:
             CheckError: the candidate gives NaN.
         """
-        if (found := self._cache.get((partition, assignment))) is not None:
-            return found
-        proxy, guard = self._proxy(partition), self._guard(partition)
-        evaluation = self._bench.evaluate(assignment, proxy)
-        began = time.perf_counter()
-        text = None if guard is None else guard.score()
-        correct = evaluation.scores.correct
-        score = Score(
-            assignment,
-            kind,
-            partition,
-            tuple(float(loss) for loss in evaluation.loss_per_fact),
-            evaluation.kl.mean,
-            evaluation.top1.mean,
-            None if correct is None else tuple(bool(right) for right in correct),
-            evaluation.seconds + time.perf_counter() - began,
-            text,
-        )
-        self._run.add(score)
-        self._cache[partition, assignment] = score
+        score, _ = self._score(assignment, kind, partition, lambda losses, places: None)
+        assert score is not None
         return score
+
+    def compete(self, assignment: Assignment, kind: str, best: Score | None) -> Score | float:
+        """An evaluation on search facts that stops when it cannot beat another one.
+
+        Returns:
+            The score, or where it was stopped an estimate of the answer loss, in nats.
+        Raises:
+            CheckError: the candidate gives NaN.
+        """
+
+        def behind(losses: NDArray[Any], places: NDArray[Any]) -> float | None:
+            if best is None:
+                return None
+            relations = self._run.relations("search")
+            there = np.array(best.loss_per_fact)[places]
+            return hopeless(losses, there, [relations[place] for place in places])
+
+        score, expected = self._score(assignment, kind, "search", behind)
+        if score is not None:
+            return score
+        assert best is not None
+        return self.loss(best) + expected
+
+    def slopes(self, assignment: Assignment) -> dict[tuple[str, str], float]:
+        """How answer loss on search facts changes from there, to first order; see `slopes.py`."""
+        proxies = [proxy for _, proxy in self._asked("search")]
+        self.fact_tokens += EVALUATIONS * sum(proxy.tokens for proxy in proxies)
+        return measure_slopes(self._bench, assignment, proxies)
 
     def loss(self, score: Score) -> float:
         """Answer loss of a score, in nats."""
         return relation_mean(score.loss_per_fact, self._run.relations(score.partition)).mean
+
+    def _score(
+        self,
+        assignment: Assignment,
+        kind: str,
+        partition: str,
+        behind: Callable[[NDArray[Any], NDArray[Any]], float | None],
+    ) -> tuple[Score | None, float]:
+        """The score, or None and what `behind` said of the losses of its first facts."""
+        if (found := self._cache.get((partition, assignment))) is not None:
+            return found, 0.0
+        asked, guard = self._asked(partition), self._guard(partition)
+        began = time.perf_counter()
+        evaluations: list[Evaluation] = []
+        for places, proxy in asked:
+            evaluations.append(self._bench.evaluate(assignment, proxy))
+            self.fact_tokens += proxy.tokens
+            if len(evaluations) < len(asked):
+                expected = behind(evaluations[-1].loss_per_fact, places)
+                if expected is not None:
+                    return None, expected
+        text = None if guard is None else guard.score()
+        order = np.argsort(np.concatenate([places for places, _ in asked]))
+        relations = self._run.relations(partition)
+
+        def joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+            return np.asarray(np.concatenate(parts)[order])
+
+        correct = [e.scores.correct for e in evaluations if e.scores.correct is not None]
+        score = Score(
+            assignment,
+            kind,
+            partition,
+            tuple(map(float, joined([e.loss_per_fact for e in evaluations]))),
+            relation_mean(joined([e.scores.kl for e in evaluations]), relations).mean,
+            relation_mean(joined([e.scores.top1 for e in evaluations]), relations).mean,
+            tuple(map(bool, joined(correct))) if correct else None,
+            time.perf_counter() - began,
+            text,
+        )
+        self._run.add(score)
+        self._cache[partition, assignment] = score
+        return score, 0.0
 
     def record_reference(self, partition: str) -> None:
         """Write the reference's own recall, noise floor and perplexity beside the candidates'."""
@@ -79,7 +143,7 @@ class Scorer:
         key = f"reference_{partition}"
         if key in self._run.content:
             return
-        proxy = self._proxy(partition)
+        ((_, proxy),) = self._asked(partition)
         correct = proxy.reference.correct
         self._bench.restore()
         self._run.content[key] = {
@@ -90,16 +154,19 @@ class Scorer:
         }
         self._run.save()
 
-    def _proxy(self, partition: str) -> RecallProxy:
-        if partition not in self._proxies:
+    def _asked(self, partition: str) -> list[tuple[NDArray[Any], RecallProxy]]:
+        """Search facts in two parts, those of other partitions in one."""
+        if partition not in self._parts:
             self._bench.restore()
-            self._proxies[partition] = RecallProxy(
-                self._model,
-                self._facts,
-                asked_facts(self._run, self._facts, partition),
-                contrast=partition != "search",
-            )
-        return self._proxies[partition]
+            facts = asked_facts(self._run, self._facts, partition)
+            searched = partition == "search"
+            parts = halves(self._run.relations(partition)) if searched else [np.arange(len(facts))]
+            self._parts[partition] = [
+                (places, RecallProxy(self._model, self._facts, [facts[place] for place in places],
+                                     contrast=not searched))
+                for places in parts
+            ]  # fmt: skip
+        return self._parts[partition]
 
     def _guard(self, partition: str) -> TextGuard | None:
         """What reads text beside a partition's facts, if anything does."""

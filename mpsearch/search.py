@@ -12,18 +12,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.study import Study
-from optuna.trial import TrialState
-
-from mpsearch.allocate import check_damage, greedy, knapsack, uniform
+from mpsearch.allocate import check_damage, uniform
 from mpsearch.asked import (
     MOST_FACTS,
     asked_facts,
@@ -32,7 +24,6 @@ from mpsearch.asked import (
     known_facts,
     tokens_asked,
 )
-from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank, Report, check_formats, silent
 from mpsearch.calibration import Calibration
 from mpsearch.device import require_disk, require_memory
@@ -40,25 +31,20 @@ from mpsearch.errors import CheckError, RunError
 from mpsearch.evaluate import Bench, all_layers
 from mpsearch.facts import FactSet
 from mpsearch.forecast import Estimated, Plan, forecast, unsaid
-from mpsearch.front import pareto_front
 from mpsearch.guard import cut_text
 from mpsearch.measures import Sensitivity
 from mpsearch.models import Model
-from mpsearch.points import Score, rivals
 from mpsearch.quantizers import get_quantizer
 from mpsearch.recall import SHOTS
 from mpsearch.run import Run
-from mpsearch.samplers import OVER_TEXT_KL, distributions, make_sampler
 from mpsearch.scorer import Scorer
 from mpsearch.sensitivity import measure_sensitivity
 from mpsearch.space import ResolvedSpace, SearchSpace
+from mpsearch.study import FINALISTS, SPREAD, SearchStudy
 from mpsearch.text import Text
 from mpsearch.wish import TRIALS, Wish, check_wish
 
 log = logging.getLogger(__name__)
-
-_FINALISTS = 3
-_SPREAD = (0.2, 0.4, 0.6, 0.8)  # of the feasible range, for the knapsack's further first points
 
 
 def search(
@@ -180,7 +166,8 @@ class _Search:
             damage = self._sensitivity(run).fisher_nats
             self._took(run, "sensitivity")
             with Bench(self.space, self.bank) as bench:
-                work = _Work(self, run, bench)
+                scorer = Scorer(self.model, self.facts, self.text, run, bench)
+                work = SearchStudy(self.space, self.wish, run, scorer, self.report)
                 work.baselines(damage)
                 self._took(run, "baselines")
                 work.loop(damage)
@@ -201,7 +188,7 @@ class _Search:
         found = forecast(
             pace["seconds"] / pace["tokens"],
             tokens_asked(run, self.model, self.facts, self.text),
-            Plan(len(uniform(self.space)) + 2 + len(_SPREAD), self.wish.trials, 2 * _FINALISTS),
+            Plan(len(uniform(self.space)) + 2 + len(SPREAD), self.wish.trials, 2 * FINALISTS),
             Counter(score.partition for score in run.scores()),
             bank_seconds,
             self.wish.seconds,
@@ -260,191 +247,3 @@ def sensitivity_of(
     return measure_sensitivity(
         space, bank, facts, tuple(known), seed=seed, check=check, report=report
     )
-
-
-class _Work:
-    """The study of one search: baselines, proposals, finalists, test."""
-
-    def __init__(self, search: _Search, run: Run, bench: Bench):
-        self.search, self.run = search, run
-        self.scorer = Scorer(search.model, search.facts, search.text, run, bench)
-        storage = JournalStorage(JournalFileBackend(str(run.journal)))
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.study: Study = optuna.create_study(
-            study_name="mpsearch",
-            storage=storage,
-            directions=["minimize", "minimize"],
-            load_if_exists=True,
-        )
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self.study.tell(trial.number, state=TrialState.FAIL)  # a killed process left it
-
-    def propose(self) -> None:
-        """One trial: the sampler's proposal, scored on search facts."""
-        trial = self.study.ask(distributions(self.search.space))
-        params = trial.params  # a copy at each access
-        assignment = Assignment.of({name: params[name] for name in self.search.space.options})
-        trial.set_user_attr("kind", "search")
-        trial.set_constraint("over_budget_bytes", self._over_budget(assignment))
-        try:
-            score = self.scorer.score(assignment, "search", "search")
-        except CheckError as error:
-            trial.set_user_attr("refused", str(error))
-            self.study.tell(trial, state=TrialState.FAIL)
-            log.warning("assignment %s is refused: %s", assignment.id, error)
-            return
-        for name, over in self._over_text_kl(score).items():
-            trial.set_constraint(name, over)
-        self.study.tell(trial, self._values(score))
-
-    def add_baseline(self, assignment: Assignment, kind: str) -> None:
-        """A trial for a given assignment, written when it is complete."""
-        try:
-            score = self.scorer.score(assignment, kind, "search")
-        except CheckError as error:
-            log.warning("%s assignment %s is left out: %s", kind, assignment.id, error)
-            return
-        self.study.add_trial(
-            optuna.create_trial(
-                params=dict(assignment),
-                distributions=distributions(self.search.space),
-                values=self._values(score),
-                user_attrs={"kind": kind},
-                constraints={
-                    "over_budget_bytes": self._over_budget(assignment),
-                    **self._over_text_kl(score),
-                },
-            )
-        )
-
-    def _over_budget(self, assignment: Assignment) -> float:
-        """Above zero where Optuna's own samplers must not go."""
-        return float(self.search.space.stored_bytes(assignment) - self.search.wish.budget_bytes)
-
-    def _over_text_kl(self, score: Score) -> dict[str, float]:
-        """The same of the limit of text KL, empty where there is none."""
-        limit = self.search.wish.max_text_kl_nats
-        if limit is None or score.text is None:
-            return {}
-        return {OVER_TEXT_KL: score.text.kl.mean - limit}
-
-    def _values(self, score: Score) -> list[float]:
-        stored_bytes = self.search.space.stored_bytes(score.assignment)
-        return [self.scorer.loss(score), float(stored_bytes)]
-
-    def baselines(self, damage: dict[tuple[str, str], float]) -> None:
-        """Every simple allocation: scored on search facts for the study, on validation facts for
-        the table. A few more knapsack points at other sizes give the search a front to start from.
-        """
-        space, budget = self.search.space, self.search.wish.budget_bytes
-        floor = space.stored_bytes(space.smallest)
-        ceiling = space.stored_bytes(space.largest)
-        chosen = [("uniform", assignment) for assignment in uniform(space).values()]
-        chosen.append(("greedy", greedy(space, damage, budget)))
-        sizes = [budget, *(int(floor + (ceiling - floor) * part) for part in _SPREAD)]
-        chosen += [("knapsack", assignment) for assignment in knapsack(space, damage, sizes)]
-        distinct = list({assignment: kind for kind, assignment in reversed(chosen)}.items())[::-1]
-        told = self._told()
-        for index, (assignment, kind) in enumerate(distinct):
-            self.search.report("baselines", index, len(distinct))
-            if assignment not in told:
-                self.add_baseline(assignment, kind)
-        for index, (assignment, kind) in enumerate(distinct):
-            self.search.report("baselines on validation facts", index, len(distinct))
-            self._score_or_warn(assignment, kind, "validation")
-        self.search.report("baselines on validation facts", len(distinct), len(distinct))
-
-    def _told(self) -> set[Assignment]:
-        names = self.search.space.options
-        return {
-            Assignment.of({name: trial.params[name] for name in names})
-            for trial in self.study.get_trials(deepcopy=False)
-            if trial.state == TrialState.COMPLETE
-        }
-
-    def _score_or_warn(self, assignment: Assignment, kind: str, partition: str) -> None:
-        try:
-            self.scorer.score(assignment, kind, partition)
-        except CheckError as error:
-            log.warning("%s assignment %s is left out: %s", kind, assignment.id, error)
-
-    def loop(self, damage: dict[tuple[str, str], float]) -> None:
-        """Propose until the trials or the time are used up."""
-        wish = self.search.wish
-        done = self._proposals()
-        # Optuna's own samplers are seeded anew, as they would repeat their first proposals; so
-        # only ours goes on after a kill exactly as it would have without.
-        ours = wish.sampler == "level-switch"
-        seed = wish.seed if ours else wish.seed + done
-        self.study.sampler = make_sampler(
-            wish.sampler, self.search.space, damage, wish.budget_bytes, seed, wish.max_text_kl_nats
-        )
-        start = time.monotonic()
-        while done < wish.trials:
-            if wish.seconds is not None and time.monotonic() - start >= wish.seconds:
-                break
-            self.search.report(f"search, best {self._best()}", done, wish.trials)
-            self.propose()
-            done += 1
-        self.search.report(f"search, best {self._best()}", done, done)
-
-    def _proposals(self) -> int:
-        return sum(
-            trial.user_attrs.get("kind") == "search"
-            and (trial.state == TrialState.COMPLETE or "refused" in trial.user_attrs)
-            for trial in self.study.get_trials(deepcopy=False)
-        )
-
-    def _ranked(self) -> list[tuple[float, float, Assignment]]:
-        """Search-fact (loss, bytes, assignment) of all complete trials that break no limit."""
-        budget, names = self.search.wish.budget_bytes, self.search.space.options
-        ranked = [
-            (t.values[0], t.values[1], Assignment.of({name: t.params[name] for name in names}))
-            for t in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            if t.values[1] <= budget and t.constraints.get(OVER_TEXT_KL, 0.0) <= 0
-        ]
-        return sorted(ranked, key=lambda entry: entry[:2])
-
-    def _best(self) -> str:
-        ranked = self._ranked()
-        return f"{ranked[0][0]:.3f} nats lost" if ranked else "none yet"
-
-    def finalists(self) -> None:
-        """Score the searched points worth it on validation facts: the best few within the budget,
-        and the searched part of the front below it.
-        """
-        searched = {
-            s.assignment
-            for s in self.run.scores()
-            if s.partition == "search" and s.kind == "search"
-        }
-        ranked = self._ranked()
-        front = pareto_front(ranked, lambda entry: (entry[1], entry[0]))
-        best = [a for _, _, a in ranked if a in searched][:_FINALISTS]
-        others = [a for _, _, a in front if a in searched and a not in best]
-        chosen = best + _spread_out(others, _FINALISTS)
-        for index, assignment in enumerate(chosen):
-            self.search.report("finalists on validation facts", index, len(chosen))
-            self._score_or_warn(assignment, "search", "validation")
-        self.search.report("finalists on validation facts", len(chosen), len(chosen))
-
-    def test(self) -> None:
-        """Read the test facts: for the pick, its simple rivals that fit, and the reference."""
-        self.scorer.record_reference("validation")
-        front = self.run.front()
-        if front.pick is None:
-            return
-        asked = [front.pick, *rivals(front, self.run.budget_bytes)]
-        for index, point in enumerate(asked):
-            self.search.report("test facts", index, len(asked))
-            self.scorer.score(point.assignment, point.kind, "test")
-        self.scorer.record_reference("test")
-        self.search.report("test facts", len(asked), len(asked))
-
-
-def _spread_out(entries: Sequence[Assignment], most: int) -> list[Assignment]:
-    """At most `most` entries at even distances."""
-    if len(entries) <= most:
-        return list(entries)
-    places = np.linspace(0, len(entries) - 1, most).round().astype(int)
-    return [entries[place] for place in dict.fromkeys(int(p) for p in places)]

@@ -38,7 +38,7 @@ from mpsearch.device import available_memory_bytes
 from mpsearch.errors import CheckError
 from mpsearch.evaluate import Bench
 from mpsearch.facts import Fact, FactSet
-from mpsearch.forward import Pass, PreparedRow
+from mpsearch.forward import Pass, PreparedRow, differentiable
 from mpsearch.geometry import geometry, gram_bytes, read_inputs
 from mpsearch.measures import Sensitivity
 from mpsearch.perturb import perturb_one
@@ -162,9 +162,7 @@ def _fisher(
         layer.name: model.places[layer.name] for group in space.groups for layer in group.layers
     }
     parameters = list(dict.fromkeys(place.parameter for place in places.values()))
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    try:
+    with differentiable(parameters):
         for index, row in enumerate(work.rows):
             report("sensitivity", index, len(work.rows))
             samples = _sampled_sums(work, row, draws, generator)
@@ -186,9 +184,6 @@ def _fisher(
                     name for name in places.keys() - reached if any(map(torch.any, gradients[name]))
                 )
                 _add_squares(squared, space, bank, gradients)
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
     report("sensitivity", len(work.rows), len(work.rows))
     damage = {key: value / (2 * draws * work.count) for key, value in squared.items()}
     if not all(value < float("inf") for value in damage.values()):
@@ -207,8 +202,7 @@ def _sampled_sums(
     Each answer token is drawn from the reference given the true answer's tokens before it, and
     counts once for each fact that reads it.
     """
-    with torch.enable_grad():
-        log_probs = work.logits(row).log_softmax(-1)
+    log_probs = work.logits(row).log_softmax(-1)
     chances = log_probs.detach().exp().cpu()
     places = torch.tensor([place for span, _ in row.spans for place in span])
     sums = []

@@ -22,7 +22,7 @@ WITHOUT_TORCH = (
     *("errors", "layers", "formats", "targets", "budget", "assignment", "space"),
     *("front", "estimates", "bootstrap", "significance", "scores", "allocate", "files", "facts"),
     *("text", "fluency", "points"),
-    *("measures", "compare", "displaced", "depth", "run"),
+    *("measures", "predict", "moves", "stages", "compare", "displaced", "depth", "run"),
     *("outcome", "forecast"),
 )
 WITH_TORCH = (
@@ -40,9 +40,10 @@ WITH_TORCH = (
         "geometry",
         "perturb",
         "sensitivity",
+        "slopes",
         "samplers",
     ),
-    *("asked", "scorer", "wish", "search", "export", "plot", "doctor", "console"),
+    *("asked", "scorer", "wish", "study", "search", "export", "plot", "doctor", "console"),
     *("recall_tables", "recall_commands", "commands"),
     "cli",
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import optuna
@@ -20,6 +21,7 @@ from mpsearch.assignment import Assignment
 from mpsearch.errors import CheckError, UsageError
 from mpsearch.formats import FORMATS
 from mpsearch.layers import Layer
+from mpsearch.moves import Moves
 from mpsearch.samplers import (
     OVER_TEXT_KL,
     SAMPLERS,
@@ -349,21 +351,14 @@ def test_parents_keep_the_limit_or_are_the_nearest_to_it(
     keeping = {a for a in first if text(a) <= limit}
     assert bool(keeping) == bool(share)
     parents: set[Assignment] = set()
-    switch = LevelSwitchSampler._switch
+    switch = Moves.switch
 
-    def watched(self: LevelSwitchSampler, rng: object, parent: object, limit: int) -> object:
-        levels = np.array(parent)
-        parents.add(
-            Assignment.of(
-                {
-                    n: f[level]
-                    for n, f, level in zip(self._names, self._formats, levels, strict=True)
-                }
-            )
-        )
-        return switch(self, rng, levels, limit)  # type: ignore[arg-type]
+    def watched(self: Moves, rng: Any, parent: Any, limit: int, rates: Any) -> Any:
+        formats = zip(self.names, self.formats, parent, strict=True)
+        parents.add(Assignment.of({name: its[level] for name, its, level in formats}))
+        return switch(self, rng, parent, limit, rates)
 
-    monkeypatch.setattr(LevelSwitchSampler, "_switch", watched)
+    monkeypatch.setattr(Moves, "switch", watched)
     monkeypatch.setattr(mpsearch.samplers, "_LOOSE", 0.0)
     ask(study, space)
     assert parents

@@ -1,0 +1,166 @@
+"""Moves from one assignment to another that keep a budget of bytes.
+
+An assignment is an array of levels, one a group: its format's number, smallest first. A switch
+raises a few groups by a level, lowers others until it fits, and spends what is left; a crossing
+takes each group's level from one of two assignments, and is fitted likewise.
+
+Source: level switch mutation, EvoPress (arXiv:2410.14649).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpsearch.space import ResolvedSpace
+
+_RAISED = (0.25, 0.25, 0.25, 0.25)  # chances of raising one to four groups
+_ANY = 0.25  # chance that a group is chosen blindly
+_KEEN = 0.055  # share of the groups among which the others are chosen
+
+
+Rates = dict[int, NDArray[Any]]
+
+
+class Moves:
+    """The moves of a space.
+
+    Attributes:
+        names: of the groups.
+        formats: names of each group's formats, smallest first.
+        top: `(groups,)` largest level.
+        groups: `(groups,)` their numbers.
+        stored_bytes: `(groups, levels)`, padded to the right with the last level.
+    """
+
+    def __init__(self, space: ResolvedSpace):
+        self.names = [group.name for group in space.groups]
+        self.formats = [[fmt.name for fmt in space.options[name]] for name in self.names]
+        self.top = np.array([len(formats) - 1 for formats in self.formats])
+        self.groups = np.arange(len(self.names))
+        self.stored_bytes = np.array(
+            [
+                [space.options[group.name][level].stored_bytes(group) for level in padded]
+                for group, padded in zip(space.groups, self._padded(), strict=True)
+            ]
+        )
+        self._kept_bytes = space.kept_bytes
+        # What going a level up or down changes, `(groups, levels)` of bytes.
+        self._step_bytes = {step: self._step(self.stored_bytes, step) for step in (+1, -1)}
+
+    def _padded(self) -> list[list[int]]:
+        depth = range(int(self.top.max()) + 1)
+        return [[min(level, int(top)) for level in depth] for top in self.top]
+
+    def table(self, of_pairs: Any) -> NDArray[Any]:
+        """`(groups, levels)` of a mapping from (group, format) to a number."""
+        return np.array(
+            [
+                [of_pairs[name, formats[level]] for level in padded]
+                for name, formats, padded in zip(
+                    self.names, self.formats, self._padded(), strict=True
+                )
+            ]
+        )
+
+    def size(self, levels: NDArray[Any]) -> int:
+        """Stored bytes, kept weights included."""
+        return self._kept_bytes + int(self.stored_bytes[self.groups, levels].sum())
+
+    def rates(self, changes: NDArray[Any]) -> Rates:
+        """For a step up and a step down, `(groups, levels)` of predicted gain a byte.
+
+        Args:
+            changes: `(groups, levels)` predicted loss; only differences within a group matter.
+        """
+        return {
+            step: -self._step(changes, step) / np.maximum(np.abs(step_bytes), 1)
+            for step, step_bytes in self._step_bytes.items()
+        }
+
+    def switch(
+        self, rng: np.random.Generator, parent: NDArray[Any], limit: int, rates: Rates
+    ) -> NDArray[Any]:
+        """Raise a few groups, lower others until it fits, then spend what is left.
+
+        Args:
+            limit: stored bytes.
+        Returns:
+            Within the limit, unless the smallest assignment is not.
+        """
+        levels = parent.copy()
+        moved = np.zeros(len(levels), dtype=bool)
+        for _ in range(int(rng.choice(len(_RAISED), p=_RAISED)) + 1):
+            if (group := self._pick(rng, levels, +1, ~moved, rates)) is not None:
+                levels[group] += 1
+                moved[group] = True
+        return self._fit(rng, levels, parent, moved, limit, rates)
+
+    def cross(
+        self,
+        rng: np.random.Generator,
+        parents: tuple[NDArray[Any], NDArray[Any]],
+        limit: int,
+        rates: Rates,
+    ) -> NDArray[Any]:
+        """Each group's level from either parent, then fitted as in `switch`."""
+        one, other = parents
+        levels = np.where(rng.random(len(one)) < 0.5, one, other)
+        return self._fit(rng, levels, levels, np.zeros(len(levels), dtype=bool), limit, rates)
+
+    def _step(self, table: NDArray[Any], step: int) -> NDArray[Any]:
+        other = np.clip(np.arange(table.shape[1]) + step, 0, self.top[:, None])
+        return np.asarray(np.take_along_axis(table, other, axis=1) - table)
+
+    def _fit(
+        self,
+        rng: np.random.Generator,
+        levels: NDArray[Any],
+        floor: NDArray[Any],
+        moved: NDArray[Any],
+        limit: int,
+        rates: Rates,
+    ) -> NDArray[Any]:
+        """Lower groups that have not been raised until it fits; raise those not below `floor`."""
+        levels = levels.copy()
+        floor = floor.copy()
+        size = self.size(levels)
+        while size > limit:
+            group = self._pick(rng, levels, -1, ~moved, rates)
+            if group is None:  # nothing else can go lower: give back a raise
+                group = self._pick(rng, levels, -1, np.ones_like(moved), rates)
+            if group is None:
+                break
+            size += int(self._step_bytes[-1][group, levels[group]])
+            levels[group] -= 1
+        while True:
+            steps = self._step_bytes[+1][self.groups, levels]
+            room = (size + steps <= limit) & (levels >= floor)
+            if (group := self._pick(rng, levels, +1, room, rates)) is None:
+                return levels
+            size += int(self._step_bytes[+1][group, levels[group]])
+            levels[group] += 1
+
+    def _pick(
+        self,
+        rng: np.random.Generator,
+        levels: NDArray[Any],
+        step: int,
+        allowed: NDArray[Any],
+        rates: Rates,
+    ) -> int | None:
+        """A group that can move; now and then any, else likelier the better its predicted trade.
+
+        Trades are ranked by gain a byte when raising, by loss a byte when lowering.
+        """
+        there = levels + step
+        movable = np.flatnonzero(allowed & (there >= 0) & (there <= self.top))
+        if not movable.size:
+            return None
+        if rng.random() < _ANY:
+            return int(rng.choice(movable))
+        rate = rates[step][movable, levels[movable]]
+        rank = int(rng.exponential(max(_KEEN * len(movable), 1.0)))
+        return int(movable[np.argsort(-rate, kind="stable")[min(rank, len(movable) - 1)]])

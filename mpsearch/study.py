@@ -1,0 +1,267 @@
+"""The study of one search: baselines, proposals, finalists, test, each told to Optuna."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from mpsearch.allocate import greedy, knapsack, uniform
+from mpsearch.assignment import Assignment
+from mpsearch.bank import Report
+from mpsearch.errors import CheckError
+from mpsearch.front import pareto_front
+from mpsearch.points import Score, rivals
+from mpsearch.run import Run
+from mpsearch.samplers import (
+    HOPELESS_LOSS,
+    OVER_TEXT_KL,
+    LevelSwitchSampler,
+    distributions,
+    make_sampler,
+)
+from mpsearch.scorer import Scorer
+from mpsearch.space import ResolvedSpace
+from mpsearch.wish import Wish
+
+log = logging.getLogger(__name__)
+
+FINALISTS = 3  # of the best within the budget, and of the front below it
+SPREAD = (0.2, 0.4, 0.6, 0.8)  # of the feasible range, for the knapsack's further first points
+
+
+class SearchStudy:
+    """An Optuna study in a run's folder; each step skips what an earlier process has done."""
+
+    def __init__(self, space: ResolvedSpace, wish: Wish, run: Run, scorer: Scorer, report: Report):
+        self.space, self.wish, self.run, self.scorer, self.report = (
+            space, wish, run, scorer, report,
+        )  # fmt: skip
+        storage = JournalStorage(JournalFileBackend(str(run.journal)))
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.study: Study = optuna.create_study(
+            study_name="mpsearch",
+            storage=storage,
+            directions=["minimize", "minimize"],
+            load_if_exists=True,
+        )
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self.study.tell(trial.number, state=TrialState.FAIL)  # a killed process left it
+
+    # ----------------------------------------------------------------- baselines
+
+    def baselines(self, damage: dict[tuple[str, str], float]) -> None:
+        """Every simple allocation: scored on search facts for the study, on validation facts for
+        the table. A few more knapsack points at other sizes give the search a front to start from.
+        """
+        space, budget = self.space, self.wish.budget_bytes
+        floor = space.stored_bytes(space.smallest)
+        ceiling = space.stored_bytes(space.largest)
+        chosen = [("uniform", assignment) for assignment in uniform(space).values()]
+        chosen.append(("greedy", greedy(space, damage, budget)))
+        sizes = [budget, *(int(floor + (ceiling - floor) * part) for part in SPREAD)]
+        chosen += [("knapsack", assignment) for assignment in knapsack(space, damage, sizes)]
+        distinct = list({assignment: kind for kind, assignment in reversed(chosen)}.items())[::-1]
+        told = {self._assignment(trial) for trial in self._complete()}
+        for index, (assignment, kind) in enumerate(distinct):
+            self.report("baselines", index, len(distinct))
+            if assignment not in told:
+                self._add(assignment, kind)
+        for index, (assignment, kind) in enumerate(distinct):
+            self.report("baselines on validation facts", index, len(distinct))
+            self._score_or_warn(assignment, kind, "validation")
+        self.report("baselines on validation facts", len(distinct), len(distinct))
+
+    def _add(self, assignment: Assignment, kind: str) -> None:
+        """A trial for a given assignment, written when it is complete."""
+        before = self.scorer.fact_tokens
+        if (score := self._score_or_warn(assignment, kind, "search")) is None:
+            return
+        self.study.add_trial(
+            optuna.create_trial(
+                params=dict(assignment),
+                distributions=distributions(self.space),
+                values=self._values(score),
+                user_attrs={"kind": kind, "fact_tokens": self.scorer.fact_tokens - before},
+                constraints={
+                    "over_budget_bytes": self._over_budget(assignment),
+                    **self._over_text_kl(score),
+                },
+            )
+        )
+
+    def _score_or_warn(self, assignment: Assignment, kind: str, partition: str) -> Score | None:
+        try:
+            return self.scorer.score(assignment, kind, partition)
+        except CheckError as error:
+            log.warning("%s assignment %s is left out: %s", kind, assignment.id, error)
+            return None
+
+    # ----------------------------------------------------------------- proposals
+
+    def loop(self, damage: dict[tuple[str, str], float]) -> None:
+        """Propose until the trials or the time are used up."""
+        wish = self.wish
+        done = self._proposals()
+        # Optuna's own samplers are seeded anew, as they would repeat their first proposals; so
+        # only ours goes on after a kill exactly as it would have without.
+        ours = wish.sampler == "level-switch"
+        seed = wish.seed if ours else wish.seed + done
+        sampler = self.study.sampler = make_sampler(
+            wish.sampler, self.space, damage, wish.budget_bytes, seed, wish.max_text_kl_nats
+        )
+        start = time.monotonic()
+        while done < wish.trials:
+            if wish.seconds is not None and time.monotonic() - start >= wish.seconds:
+                break
+            self.report(f"search, best {self._best()}", done, wish.trials)
+            if isinstance(sampler, LevelSwitchSampler):
+                self._measure_slopes(sampler)
+            self.propose()
+            done += 1
+        self.report(f"search, best {self._best()}", done, done)
+        if isinstance(sampler, LevelSwitchSampler):
+            found = sampler.foresight(self.study)
+            self.run.content["foresight"] = found and asdict(found)
+            self.run.save()
+
+    def _measure_slopes(self, sampler: LevelSwitchSampler) -> None:
+        if (trial := sampler.due(self.study)) is None:
+            return
+        before = self.scorer.fact_tokens
+        try:
+            slopes = self.scorer.slopes(self._assignment(trial))
+        except CheckError as error:
+            log.warning("%s; the search goes on without them", error)
+            slopes = {}
+        sampler.record(self.study, trial, slopes, self.scorer.fact_tokens - before)
+
+    def propose(self) -> None:
+        """One trial: the sampler's proposal, scored on search facts."""
+        trial = self.study.ask(distributions(self.space))
+        params = trial.params  # a copy at each access
+        assignment = Assignment.of({name: params[name] for name in self.space.options})
+        trial.set_user_attr("kind", "search")
+        trial.set_constraint("over_budget_bytes", self._over_budget(assignment))
+        before = self.scorer.fact_tokens
+        try:
+            score = self.scorer.compete(assignment, "search", self._best_within(assignment))
+        except CheckError as error:
+            trial.set_user_attr("refused", str(error))
+            self.study.tell(trial, state=TrialState.FAIL)
+            log.warning("assignment %s is refused: %s", assignment.id, error)
+            return
+        trial.set_user_attr("fact_tokens", self.scorer.fact_tokens - before)
+        if not isinstance(score, Score):
+            trial.set_user_attr(HOPELESS_LOSS, score)
+            self.study.tell(trial, state=TrialState.PRUNED)
+            return
+        for name, over in self._over_text_kl(score).items():
+            trial.set_constraint(name, over)
+        self.study.tell(trial, self._values(score))
+
+    def _best_within(self, assignment: Assignment) -> Score | None:
+        """The least loss at no more bytes, which a proposal has to beat to be on the front.
+
+        None for Optuna's samplers, which learn from whole trials alone.
+        """
+        if self.wish.sampler != "level-switch":
+            return None
+        size = self.space.stored_bytes(assignment)
+        best = next((a for _, stored_bytes, a in self._ranked() if stored_bytes <= size), None)
+        return None if best is None else self.scorer.score(best, "search", "search")
+
+    def _proposals(self) -> int:
+        return sum(
+            trial.user_attrs.get("kind") == "search"
+            and (
+                trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+                or "refused" in trial.user_attrs
+            )
+            for trial in self.study.get_trials(deepcopy=False)
+        )
+
+    def _complete(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+    def _assignment(self, trial: FrozenTrial) -> Assignment:
+        return Assignment.of({name: trial.params[name] for name in self.space.options})
+
+    def _over_budget(self, assignment: Assignment) -> float:
+        """Above zero where Optuna's own samplers must not go."""
+        return float(self.space.stored_bytes(assignment) - self.wish.budget_bytes)
+
+    def _over_text_kl(self, score: Score) -> dict[str, float]:
+        """The same of the limit of text KL, empty where there is none."""
+        limit = self.wish.max_text_kl_nats
+        if limit is None or score.text is None:
+            return {}
+        return {OVER_TEXT_KL: score.text.kl.mean - limit}
+
+    def _values(self, score: Score) -> list[float]:
+        stored_bytes = self.space.stored_bytes(score.assignment)
+        return [self.scorer.loss(score), float(stored_bytes)]
+
+    def _ranked(self) -> list[tuple[float, float, Assignment]]:
+        """Search-fact (loss, bytes, assignment) of all complete trials that break no limit."""
+        budget = self.wish.budget_bytes
+        ranked = [
+            (trial.values[0], trial.values[1], self._assignment(trial))
+            for trial in self._complete()
+            if trial.values[1] <= budget and trial.constraints.get(OVER_TEXT_KL, 0.0) <= 0
+        ]
+        return sorted(ranked, key=lambda entry: entry[:2])
+
+    def _best(self) -> str:
+        ranked = self._ranked()
+        return f"{ranked[0][0]:.3f} nats lost" if ranked else "none yet"
+
+    # ----------------------------------------------------------------- finalists
+
+    def finalists(self) -> None:
+        """Score the searched points worth it on validation facts: the best few within the budget,
+        and the searched part of the front below it.
+        """
+        searched = {
+            s.assignment
+            for s in self.run.scores()
+            if s.partition == "search" and s.kind == "search"
+        }
+        ranked = self._ranked()
+        front = pareto_front(ranked, lambda entry: (entry[1], entry[0]))
+        best = [a for _, _, a in ranked if a in searched][:FINALISTS]
+        others = [a for _, _, a in front if a in searched and a not in best]
+        chosen = best + _spread_out(others, FINALISTS)
+        for index, assignment in enumerate(chosen):
+            self.report("finalists on validation facts", index, len(chosen))
+            self._score_or_warn(assignment, "search", "validation")
+        self.report("finalists on validation facts", len(chosen), len(chosen))
+
+    def test(self) -> None:
+        """Read the test facts: for the pick, its simple rivals that fit, and the reference."""
+        self.scorer.record_reference("validation")
+        front = self.run.front()
+        if front.pick is None:
+            return
+        asked = [front.pick, *rivals(front, self.run.budget_bytes)]
+        for index, point in enumerate(asked):
+            self.report("test facts", index, len(asked))
+            self.scorer.score(point.assignment, point.kind, "test")
+        self.scorer.record_reference("test")
+        self.report("test facts", len(asked), len(asked))
+
+
+def _spread_out(entries: Sequence[Assignment], most: int) -> list[Assignment]:
+    """At most `most` entries at even distances."""
+    if len(entries) <= most:
+        return list(entries)
+    places = np.linspace(0, len(entries) - 1, most).round().astype(int)
+    return [entries[place] for place in dict.fromkeys(int(p) for p in places)]
