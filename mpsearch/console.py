@@ -17,6 +17,7 @@ from mpsearch.forecast import Forecast
 from mpsearch.measures import Sensitivity
 from mpsearch.outcome import outcome
 from mpsearch.points import ParetoFront, Point
+from mpsearch.predict import Foresight
 from mpsearch.run import Run
 
 _PLAIN_EVERY_SECONDS = 10.0
@@ -213,6 +214,8 @@ def show_front(run: Run, front: ParetoFront) -> None:
     emit(front.verdict)
     if found := outcome(run):
         emit(found.verdict)
+    if foreseen := run.content.get("foresight"):
+        emit(str(Foresight(**foreseen)))
     if not run.finished:
         say("This search is not finished; the table holds what has been validated so far.")
 
@@ -261,6 +264,7 @@ def front_json(run: Run, front: ParetoFront) -> dict[str, Any]:
         "pick": front.pick and front.pick.id,
         "verdict": front.verdict,
         "test": test and test.to_json(),
+        "foresight": run.content.get("foresight"),
         "reference": {
             partition: run.content.get(f"reference_{partition}")
             for partition in ("validation", "test")

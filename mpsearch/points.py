@@ -162,8 +162,9 @@ def recommend(
             f"{best_simple.id}): its answer loss is lower by {figures}."
         )
     return best_simple, (
-        f"The search did not beat the best simple allocation beyond noise ({figures}); "
-        f"the {best_simple.kind} allocation {best_simple.id} is recommended."
+        "No significant gain at this budget: the search did not beat the best simple allocation "
+        f"beyond noise ({figures}); the {best_simple.kind} allocation {best_simple.id} is "
+        "recommended."
     )
 
 

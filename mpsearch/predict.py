@@ -185,6 +185,16 @@ class Foresight:
     table_error_nats: float
     table_spearman: float | None
 
+    def __str__(self) -> str:
+        def ranked(rho: float | None) -> str:
+            return "" if rho is None else f", rank correlation {rho:.2f}"
+
+        return (
+            f"The predictor, on {self.trials} trials before they were measured, erred by "
+            f"{self.error_nats:.3f} nats{ranked(self.spearman)}; the damage table's sum by "
+            f"{self.table_error_nats:.3f}{ranked(self.table_spearman)}."
+        )
+
 
 def foresight(rows: Sequence[tuple[float, float, float]]) -> Foresight | None:
     """Of (corrected prediction, table's sum, measured loss) a trial; None below three."""
