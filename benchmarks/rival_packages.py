@@ -29,7 +29,7 @@ from typing import Any
 Solve = Callable[[float], Mapping[str, int]]
 
 BATCH = 8  # what AutoScheme takes by itself
-_HALVINGS = 12
+_MOST_SOLVES = 13
 
 
 def main() -> None:
@@ -82,17 +82,19 @@ def within(budget_bytes: int, request: Mapping[str, Any], solve: Solve) -> dict[
     low, high = float(min(widths)), min(average_bits(request, budget_bytes), float(max(widths)))
     best: dict[str, Any] = {}
     asked, solves = high, 0
-    while solves <= _HALVINGS:
-        bits = widest(request["groups"], solve(asked))
+    while solves < _MOST_SOLVES:
         solves += 1
+        bits = widest(request["groups"], solve(asked))
         size_bytes = stored_bytes(request, bits)
-        fits = size_bytes <= budget_bytes
-        if fits and size_bytes > best.get("stored_bytes", 0):
-            best = {"bits": bits, "stored_bytes": size_bytes, "asked_bits": asked}
-        if fits and asked == high:
-            break
-        low, high = (asked, high) if fits else (low, asked)
-        asked = low if solves == _HALVINGS and not best else (low + high) / 2
+        if size_bytes > budget_bytes:
+            high = asked
+        else:
+            if size_bytes > best.get("stored_bytes", 0):
+                best = {"bits": bits, "stored_bytes": size_bytes, "asked_bits": asked}
+            if asked == high:
+                break
+            low = asked
+        asked = (low + high) / 2
     if not best:
         raise ValueError(f"no solution of {request['package']} fits {budget_bytes:,} bytes")
     return {**best, "solves": solves}
