@@ -50,10 +50,20 @@ test-autogptq: .venv/installed .venv-autogptq/installed
 	$(BIN)/python tests_autogptq/prepare.py build/autogptq
 	PYTHONPATH=. $(AUTOGPTQ) -m pytest tests_autogptq
 
+PEERS_PIP := .venv-peers/bin/python -m pip install --quiet --disable-pip-version-check \
+	-c constraints-peers.txt
+
+# The packages that `benchmarks/peers.py` compares with; `benchmarks/rival_environment.py` asks them.
+.venv-peers/installed: constraints-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	$(PEERS_PIP) torch
+	$(PEERS_PIP) accelerate auto-round nvidia-modelopt transformers
+	touch $@
+
 bench: .venv/installed
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/bank.py
 	$(BIN)/python benchmarks/recall_speed.py
 
 clean:
-	rm -rf .venv .venv-autogptq build runs exports
+	rm -rf .venv .venv-autogptq .venv-peers build runs exports
