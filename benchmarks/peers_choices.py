@@ -202,10 +202,10 @@ class Peers:
             self._packages[seed] = {}
             self.bench.restore()
             try:
-                from rival_environment import package_assignments
+                from rival_environment import RESULTS, package_assignments
 
                 self._packages[seed] = package_assignments(
-                    self.space, self.model, self.budgets, seed, self.folder / "packages"
+                    self.space, self.model, self.budgets, seed, RESULTS
                 )
             except (ImportError, MpsearchError) as error:
                 say(f"{' and '.join(PACKAGES)} are left out: {error}")
@@ -249,7 +249,7 @@ class Peers:
             trials=round(_TRIALS * self.evaluations),
             seed=seed,
             quantizer=self.bench.bank.quantizer.name,
-            search_facts=len(self.asked.search),
+            search_facts=self.asked.most,
             facts=self.facts,
             resume=folder.exists(),
             report=self._tell,

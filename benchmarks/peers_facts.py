@@ -43,10 +43,15 @@ _LEAST_FACTS = 20  # of it for either, as few would count as much as many
 
 @dataclass(frozen=True)
 class Asked:
-    """The facts of a whole comparison, frozen in its folder."""
+    """The facts of a whole comparison, frozen in its folder.
+
+    Attributes:
+        most: search facts that were asked for; the reference may know fewer.
+    """
 
     search: tuple[Fact, ...]
     final: tuple[Fact, ...]
+    most: int
 
     @classmethod
     def frozen(
@@ -61,11 +66,10 @@ class Asked:
         """
         path = folder / "asked.json"
         if path.exists():
-            return cls(*(_find(keys, source) for keys, source in
-                         zip(json.loads(path.read_text(encoding="utf-8")), (facts, final),
-                             strict=True)))  # fmt: skip
+            before = json.loads(path.read_text(encoding="utf-8"))
+            return cls(_find(before[0], facts), _find(before[1], final), search_facts)
         _, search = known_facts(model, facts, search_facts)
-        asked = cls(tuple(search), tuple(_final_facts(model, final)))
+        asked = cls(tuple(search), tuple(_final_facts(model, final)), search_facts)
         keys = [[(f.relation, f.subject) for f in part] for part in (asked.search, asked.final)]
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(keys, ensure_ascii=False))

@@ -262,7 +262,7 @@ def test_planted_truth_holds_and_its_opposite_fails() -> None:
 
 def test_what_is_not_measured_leaves_a_target_open() -> None:
     means = {"uniform": 3.0, "knapsack": 2.0, "evopress-warm": 1.2, OURS: 1.0}
-    without = [(SIZES[3], "evopress-warm", seed) for seed in range(3)]
+    without = [(SIZES[3], "evopress-warm", 2)]
     part = found(means, [(100, 3.0), (1000, 0.9)], without=without)
     assert {target["verdict"] for target in part["targets"]} == {OPEN}
     assert part["missing"] == [f"{SIZES[3]}: evopress-warm"]
@@ -288,6 +288,9 @@ def test_the_same_assignment_is_no_difference() -> None:
     losses = np.random.default_rng(0).normal(size=(1, 320))
     interval, p = Comparison({}, RELATIONS, SUBJECTS).difference(losses, losses)
     assert (interval.mean, interval.low, interval.high, p) == (0, 0, 0, 1)
+    same = {(SIZES[0], name, 0): losses[0] for name in ("uniform", OURS)}
+    (size,) = findings(same, RELATIONS, SUBJECTS, [], SIZES, TIGHT, RIVALS)["sizes"]
+    assert size["lowest"] == OURS
 
 
 def test_tokens_to_reach_by_hand() -> None:
@@ -374,7 +377,7 @@ def test_a_missing_environment_leaves_the_packages_out(
 ) -> None:  # fmt: skip
     monkeypatch.setitem(sys.modules, "rival_environment", None)
     facts = tiny_facts.facts[:4]
-    asked = peers.Asked(facts, facts)
+    asked = peers.Asked(facts, facts, 4)
     compared = Peers(bench, tiny_facts, tiny_facts, asked, 1, tmp_path)
     assert compared.choice("auto-round", MIDWAY, 0) is None
     assert compared.choice("modelopt", MIDWAY, 0) is None
