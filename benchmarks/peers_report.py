@@ -18,28 +18,38 @@ def report(result: Mapping[str, Any], figure: Path) -> None:
     """Data on standard output, and the figure.
 
     Args:
-        result: with `rows`, `curves` and `findings`.
+        result: what the benchmark writes.
     """
     rows = result["rows"]
     if not rows:
         return
-    for line in table(rows, result["findings"]["sizes"]):
+    measured = {row["size"] for row in rows}
+    budgets_bytes = {
+        size: budget
+        for size, budget in result["conditions"]["budgets_bytes"].items()
+        if size in measured
+    }
+    for line in table(rows, result["findings"]["sizes"], budgets_bytes):
         emit(line)
     emit("")
     for found in result["findings"]["sizes"]:
         emit(_said(found))
     for found in result["findings"]["targets"]:
         emit(f"Target {found['target']}: {found['verdict']}. {found['said']}")
-    draw(rows, result["curves"], figure)
+    draw(rows, result["curves"], list(budgets_bytes), figure)
 
 
-def table(rows: Rows, of_sizes: Rows) -> list[str]:
+def table(rows: Rows, of_sizes: Rows, budgets_bytes: Mapping[str, int]) -> list[str]:
     """A row a rival, best first at the smallest size; its losses over seeds, and what it cost.
 
     The lowest loss of a size is bold; * is significantly worse than ours and + significantly
     better, after Holm's correction.
+
+    Args:
+        budgets_bytes: of the sizes that have rows, the smallest first.
     """
-    sizes, rivals = _in_order(rows, "size"), _in_order(rows, "rival")
+    sizes = list(budgets_bytes)
+    rivals = list(dict.fromkeys(row["rival"] for row in rows))
     means = {key: mean(row["answer_loss"] for row in some) for key, some in _cells(rows).items()}
     rivals.sort(key=lambda name: [means.get((size, name), float("inf")) for size in sizes])
     lowest = {size: min(loss for (its, _), loss in means.items() if its == size) for size in sizes}
@@ -49,11 +59,9 @@ def table(rows: Rows, of_sizes: Rows) -> list[str]:
         for row in found["against"]
         if row["p_holm"] < 0.05
     }
-    bytes_of = {row["size"]: max(r["stored_bytes"] for r in rows if r["size"] == row["size"])
-                for row in rows}  # fmt: skip
     lines = [
         "| answer loss (nats) and recall (%) | "
-        + " | ".join(f"{size}, {bytes_of[size] / 1e6:.1f} MB" for size in sizes)
+        + " | ".join(f"{size}, {budgets_bytes[size] / 1e6:.1f} MB" for size in sizes)
         + " | seeds | evaluations |",
         "|---" * (len(sizes) + 3) + "|",
     ]
@@ -99,13 +107,7 @@ def _cells(rows: Rows) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
     return found
 
 
-def _in_order(rows: Rows, key: str) -> list[str]:
-    """Distinct values: sizes and rivals by their mean bytes, which puts sizes in order."""
-    names = dict.fromkeys(row[key] for row in rows)
-    return sorted(names, key=lambda name: mean(r["stored_bytes"] for r in rows if r[key] == name))
-
-
-def draw(rows: Rows, curves: Rows, out: Path) -> None:
+def draw(rows: Rows, curves: Rows, sizes: Sequence[str], out: Path) -> None:
     """A panel a size: every row's answer loss on the final facts with its 95 % interval, seeds as
     points; below, the lowest search loss by fact tokens of ours and of the evolutionary search from
     the same start, a line a seed.
@@ -113,7 +115,7 @@ def draw(rows: Rows, curves: Rows, out: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    sizes, cells = _in_order(rows, "size"), _cells(rows)
+    cells = _cells(rows)
     names = list(dict.fromkeys(row["rival"] for row in rows))
     names.sort(key=lambda name: -mean(r["answer_loss"] for r in rows if r["rival"] == name))
     figure = Figure(figsize=(3.4 * len(sizes) + 1.2, 8), layout="constrained")
@@ -143,6 +145,7 @@ def draw(rows: Rows, curves: Rows, out: Path) -> None:
                 )  # fmt: skip
         if lower.lines:
             lower.set_xscale("log")
+            lower.xaxis.set_minor_formatter("")
             lower.legend(fontsize=8)
         lower.set_xlabel("fact tokens")
         if column == 0:

@@ -20,6 +20,7 @@ import peers
 from peers_choices import MIDWAY, SIZES, TIGHT, Peers, budgets, inverted
 from peers_facts import SearchFacts, untouched
 from peers_findings import FAILS, HOLDS, OPEN, OURS, Comparison, findings, tokens_to_reach
+from peers_report import table
 from rival_searches import Grid, Levels, OutOfTime, Trail, bayesian_or_genetic, evolutionary
 
 from mpsearch.allocate import uniform
@@ -302,6 +303,27 @@ def test_tokens_to_reach_by_hand() -> None:
     made = [c for c in made if (c["rival"], c["seed"]) != (OURS, 0)] + [never]
     assert tokens_to_reach(MIDWAY, made)["ratios"] == {"0": None, "1": 0.15, "2": 0.15}
     assert tokens_to_reach(MIDWAY, [never]) is None
+
+
+def test_the_table_marks_the_lowest_and_what_differs() -> None:
+    def row(rival: str, seed: int, loss: float) -> dict[str, Any]:
+        cost = 200.0 if rival == OURS else 0.0
+        return {"size": MIDWAY, "rival": rival, "seed": seed, "answer_loss": loss, "recall": 0.5,
+                "evaluations": cost}  # fmt: skip
+
+    rows = [row("uniform", 0, 3.0), row("knapsack", 0, 1.2), row(OURS, 0, 0.9), row(OURS, 1, 1.1)]
+    against = [
+        {"rival": "uniform", "p_holm": 0.01, "difference_nats": {"mean": 2.0}},
+        {"rival": "knapsack", "p_holm": 0.2, "difference_nats": {"mean": 0.2}},
+    ]
+    lines = table(rows, [{"size": MIDWAY, "against": against}], {MIDWAY: 105_769_760})
+    assert lines == [
+        "| answer loss (nats) and recall (%) | midway, 105.8 MB | seeds | evaluations |",
+        "|---|---|---|---|",
+        "| mpsearch | **1.00** (50) | 2 | 200 |",
+        "| knapsack | 1.20 (50) | 1 | 0 |",
+        "| uniform | 3.00* (50) | 1 | 0 |",
+    ]
 
 
 # ------------------------------------------------------------------- the whole, on the tiny model
