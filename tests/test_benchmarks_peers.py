@@ -26,6 +26,7 @@ from rival_searches import Grid, Levels, OutOfTime, Trail, bayesian_or_genetic, 
 from mpsearch.allocate import uniform
 from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank
+from mpsearch.errors import RunError
 from mpsearch.estimates import relation_mean
 from mpsearch.evaluate import Bench, all_layers
 from mpsearch.facts import Fact, FactSet
@@ -151,7 +152,7 @@ def test_a_search_keeps_its_budget_counts_its_tokens_and_resumes_exactly(
 
 
 class Planted:
-    """Stands in for the search facts: all that counts is the level of the last group."""
+    """Stands in for the search facts: what counts is the last group, and a little the first."""
 
     tokens = 64
     relations = [f"r{number % 8}" for number in range(64)]  # noqa: RUF012
@@ -163,7 +164,8 @@ class Planted:
         return self.tokens if some is None else len(some)
 
     def loss(self, assignment: Assignment, some: tuple[int, ...] | None) -> float:
-        return 8.0 - FORMATS[list(assignment.values())[-1]].bits
+        first, *_, last = (FORMATS[name].bits for name in assignment.values())
+        return 10.0 - last - first / 10
 
 
 def test_evolution_begins_at_the_uniform_of_its_size_and_finds_planted_truth(
@@ -176,6 +178,21 @@ def test_evolution_begins_at_the_uniform_of_its_size_and_finds_planted_truth(
     assert trail.lines[0]["levels"] == "1" * len(tiny_space.groups)
     assert trail.best()[-1] == 3
     assert [line["facts"] for line in trail.lines[1 : 1 + 128 + 16]] == [1] * 128 + [8] * 16
+    best = trail.lines[0]  # children are of the best so far
+    for line in trail.lines[1:]:
+        if line["facts"] == 64 and line["loss"] < best["loss"]:
+            best = line
+        elif line["facts"] == 1:
+            raised = [int(a) - int(b) for a, b in zip(line["levels"], best["levels"], strict=True)]
+            assert sum(step for step in raised if step > 0) <= 3
+
+
+def test_a_trail_of_another_search_is_refused(tmp_path: Path, grid: Grid) -> None:
+    planted: Any = Planted()
+    path = tmp_path / "trail.jsonl"
+    evolve(Trail(path, grid, planted, 2), grid, planted, grid.smallest)
+    with pytest.raises(RunError, match="line 1: another search wrote it"):
+        breed(Trail(path, grid, planted, 2), grid, "nsga2")
 
 
 def test_random_moves_fill_the_budget(grid: Grid) -> None:
