@@ -8,7 +8,7 @@ MODEL := builtin:smollm2-135m
 # Threads that spin while they wait make each other several times slower on a busy machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-autogptq check bench clean
+.PHONY: demo test test-autogptq check bench bench-peers clean
 
 # gptqmodel and hqq are built from source and need torch while they are built.
 .venv/installed: pyproject.toml constraints.txt
@@ -64,6 +64,10 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/bank.py
 	$(BIN)/python benchmarks/recall_speed.py
+
+# Resumes; on two cores it takes days, so give it parts: PEERS='--sizes midway --seeds 0 --minutes 60'
+bench-peers: .venv/installed
+	$(BIN)/python benchmarks/peers.py $(PEERS)
 
 clean:
 	rm -rf .venv .venv-autogptq .venv-peers build runs exports

@@ -1,0 +1,306 @@
+"""What each rival contributes at a size, and what that cost; see `peers.py` for the protocol."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from peers_facts import Asked, Referee, SearchFacts, tokens_of
+from peers_findings import OURS, curve
+from result_file import commit
+from rival_searches import Grid, Levels, Loss, Trail, bayesian_or_genetic, evolutionary
+
+import mpsearch as mps
+from mpsearch.allocate import Damage, greedy, knapsack, uniform
+from mpsearch.asked import asked_facts, balanced
+from mpsearch.assignment import Assignment
+from mpsearch.bank import Report, silent
+from mpsearch.console import say
+from mpsearch.errors import MpsearchError, RunError
+from mpsearch.estimates import relation_mean
+from mpsearch.evaluate import Bench
+from mpsearch.facts import FactSet
+from mpsearch.run import Run
+from mpsearch.space import ResolvedSpace
+
+MIDWAY = "midway"
+SIZES = ("uniform 3-bit", MIDWAY, "uniform 4-bit", "uniform 4-bit + 25 %")
+TIGHT = SIZES[:2]
+PACKAGES = ("auto-round", "modelopt")
+_SENSITIVITY_FACTS = 150  # as in a search
+_TRIALS = 0.8  # share of our evaluations; the others are for baselines and validation facts
+_EVOLUTION_AT_MIDWAY = 3  # times the evaluations
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a rival contributes and what it cost.
+
+    Attributes:
+        curve: see `peers_findings.curve`; empty without a search.
+    """
+
+    assignment: Assignment
+    fact_tokens: int = 0
+    seconds: float = 0.0
+    curve: Sequence[tuple[int, float]] = ()
+
+
+class Peers:
+    """One comparison: what all rivals share, and the choice of each.
+
+    Args:
+        bench: of the bank that all share; it holds the reference weights now.
+        facts, final: that the search facts and the final facts are of.
+        evaluations: of each search.
+        folder: of everything that is kept.
+        check_time: called between evaluations; may raise `OutOfTime`.
+        tell: progress of our search; may raise it too.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        facts: FactSet,
+        final: FactSet,
+        asked: Asked,
+        evaluations: int,
+        folder: Path,
+        check_time: Callable[[], None] = lambda: None,
+        tell: Report = silent,
+    ):
+        self.bench, self.space, self.model = bench, bench.space, bench.bank.model
+        self.facts, self.final, self.asked = facts, final, asked
+        self.evaluations, self.folder = evaluations, folder
+        self._check_time, self._tell = check_time, tell
+        self.budgets = budgets(self.space)
+        self._tables: dict[int, mps.Sensitivity] = {}
+        self._packages: dict[int, Mapping[str, Mapping[str, Assignment]]] = {}
+        self._referee = Referee(folder, bench, final, asked.final, self.grid(MIDWAY).code)
+
+    @cached_property
+    def search_facts(self) -> SearchFacts:
+        self.bench.restore()
+        return SearchFacts(self.bench, self.facts, self.asked.search)
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What all rows must have in common."""
+        return {
+            "model": self.model.name,
+            "fingerprint": self.model.fingerprint,
+            "dtype": str(self.model.dtype),
+            "bank": self.bench.bank.settings,
+            "formats": list(self.space.space.formats),
+            "budgets_bytes": self.budgets,
+            "evaluations": self.evaluations,
+            "facts": self.facts.digest,
+            "search_facts": len(self.asked.search),
+            "search_tokens": tokens_of(self.model, self.facts, self.asked.search, contrast=False),
+            "lre": self.final.digest,
+            "lre_relations": list(dict.fromkeys(fact.relation for fact in self.asked.final)),
+            "final_facts": len(self.asked.final),
+            "asked": hashlib.sha256(repr(self.asked).encode()).hexdigest(),
+        }
+
+    def grid(self, size: str) -> Grid:
+        return Grid(self.space, self.budgets[size])
+
+    # ----------------------------------------------------------------------------- rows
+
+    def row(self, size: str, rival: str, seed: int, choice: Choice) -> dict[str, Any]:
+        """As JSON, scored on the final facts; `levels` is the assignment, a digit a group."""
+        stored_bytes = self.space.stored_bytes(choice.assignment)
+        if stored_bytes > self.budgets[size]:
+            raise RunError(f"{rival} takes {stored_bytes:,} bytes at '{size}', over its budget")
+        self._check_time()
+        found = self._referee.score(choice.assignment)
+        relations = [fact.relation for fact in self.asked.final]
+        loss = relation_mean(found.loss_nats, relations)
+        return {
+            "size": size,
+            "rival": rival,
+            "seed": seed,
+            "stored_bytes": stored_bytes,
+            "answer_loss": loss.mean,
+            "stderr": loss.stderr,
+            "kl": found.text_kl_nats,
+            "recall": relation_mean(found.correct, relations).mean,
+            "evaluations": round(choice.fact_tokens / self.conditions["search_tokens"], 2),
+            "fact_tokens": choice.fact_tokens,
+            "seconds": round(choice.seconds, 1),
+            "levels": self.grid(size).code(choice.assignment),
+            "commit": commit(),
+        }
+
+    def losses(self, rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, int], NDArray[Any]]:
+        """Of every row, `(final facts,)` in nats; measured again where the folder lacks them."""
+        found = {}
+        for row in rows:
+            assignment = self.grid(row["size"]).assignment([int(digit) for digit in row["levels"]])
+            key = row["size"], row["rival"], row["seed"]
+            found[key] = self._referee.score(assignment).loss_nats
+        return found
+
+    # -------------------------------------------------------------------------- choices
+
+    def choice(self, rival: str, size: str, seed: int) -> Choice | None:
+        """What a rival contributes; None, with a line, where it is not to be had.
+
+        Raises:
+            OutOfTime: what is done is kept, and the same call goes on from there.
+        """
+        if rival == OURS:
+            return self._ours(size, seed)
+        if rival in PACKAGES:
+            return self._package(rival, size, seed)
+        name, _, warm = rival.partition("-")
+        if name in ("evopress", "nsga2", "tpe"):
+            return self._search(name, size, seed, bool(warm))
+        return Choice(self._simple(name, size, seed))
+
+    def _simple(self, name: str, size: str, seed: int) -> Assignment:
+        """The allocations that ask no fact."""
+        grid, budget_bytes = self.grid(size), self.budgets[size]
+        if name == "uniform":
+            return self._uniform(size)
+        if name == "random":
+            return grid.assignment(grid.filled(grid.smallest, np.random.default_rng([seed, 0])))
+        table = self._table(seed)
+        if name == "greedy":
+            squared = {key: error**2 for key, error in table.weight_error.items()}
+            return greedy(self.space, squared, budget_bytes)
+        damage = table.fisher_nats if name == "knapsack" else inverted(table.fisher_nats)
+        return knapsack(self.space, damage, [budget_bytes])[0]
+
+    def _uniform(self, size: str) -> Assignment:
+        """The largest that fits."""
+        sized = {a: self.space.stored_bytes(a) for a in uniform(self.space).values()}
+        return max((a for a in sized if sized[a] <= self.budgets[size]), key=sized.__getitem__)
+
+    def _table(self, seed: int) -> mps.Sensitivity:
+        if seed not in self._tables:
+            path = self.folder / f"sensitivity-{seed}.json"
+            if not path.exists():
+                self.bench.restore()
+                some = tuple(balanced(self.asked.search, _SENSITIVITY_FACTS))
+                mps.measure_sensitivity(
+                    self.space, self.bench.bank, self.facts, some, seed=seed, report=self._tell
+                ).save(path)
+            self._tables[seed] = mps.Sensitivity.load(path)
+        return self._tables[seed]
+
+    def _package(self, package: str, size: str, seed: int) -> Choice | None:
+        """A real package's, if its environment can be had."""
+        if seed not in self._packages:
+            self._packages[seed] = {}
+            self.bench.restore()
+            try:
+                from rival_environment import RESULTS, package_assignments
+
+                self._packages[seed] = package_assignments(
+                    self.space, self.model, self.budgets, seed, RESULTS
+                )
+            except (ImportError, MpsearchError) as error:
+                say(f"{' and '.join(PACKAGES)} are left out: {error}")
+        found = self._packages[seed].get(package, {}).get(size)
+        return None if found is None else Choice(found)
+
+    def _search(self, name: str, size: str, seed: int, warm: bool) -> Choice:
+        """A rival's search, as far as its trail has got and then on."""
+        grid, facts = self.grid(size), self.search_facts
+        times = _EVOLUTION_AT_MIDWAY if name == "evopress" and size == MIDWAY else 1
+        evaluations = times * self.evaluations
+        path = self._place(size, f"{name}{'-warm' if warm else ''}-{seed}.jsonl")
+        trail = Trail(path, grid, facts, evaluations, self._check_time)
+        starts: list[Levels] = []
+        if warm:
+            simple = (self._simple("knapsack", size, seed), self._uniform(size))
+            starts = [grid.levels(assignment) for assignment in simple]
+
+        def search(loss: Loss) -> None:
+            if name == "evopress":
+                start = starts[0] if warm else None
+                evolutionary(grid, loss, facts.relations, seed, start)
+            else:
+                bayesian_or_genetic(name, grid, loss, seed, starts, evaluations)
+
+        trail.follow(search)
+        full = [(line["fact_tokens"], line["loss"]) for line in trail.lines
+                if line["facts"] == len(facts) and line["loss"] is not None]  # fmt: skip
+        best = grid.assignment(trail.best())
+        return Choice(best, trail.fact_tokens, trail.seconds, curve(full))
+
+    def _ours(self, size: str, seed: int) -> Choice:
+        folder, budget_bytes = self._place(size, f"{OURS}-{seed}"), self.budgets[size]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self.bench.restore()
+        run = mps.search(
+            self.model,
+            self.space,
+            budget=budget_bytes,
+            out=folder,
+            trials=round(_TRIALS * self.evaluations),
+            seed=seed,
+            quantizer=self.bench.bank.quantizer.name,
+            search_facts=self.asked.most,
+            facts=self.facts,
+            resume=folder.exists(),
+            report=self._tell,
+        )
+        if asked_facts(run, self.facts, "search") != self.asked.search:
+            raise RunError(f"'{folder}' asks other search facts than the rivals; remove it")
+        spent = fact_tokens(run, self.model, self.facts)
+        fitting = [
+            (tokens, relation_mean(score.loss_per_fact, run.relations("search")).mean)
+            for score, tokens in zip(run.scores(), spent, strict=True)
+            if score.partition == "search"
+            and self.space.stored_bytes(score.assignment) <= budget_bytes
+        ]
+        seconds = sum(score.seconds for score in run.scores() if score.partition != "test")
+        best = run.front().best(budget_bytes).assignment
+        return Choice(best, spent[-1], seconds, curve(fitting))
+
+    def _place(self, size: str, name: str) -> Path:
+        return self.folder / size.replace(" %", "").replace(" ", "-") / name
+
+
+def fact_tokens(run: Run, model: mps.Model, facts: FactSet) -> list[int]:
+    """Unique tokens of facts that a run had pushed through the model after each of its scores.
+
+    Those of test facts are left out, as they choose nothing.
+    """
+    cost = {"test": 0} | {
+        partition: tokens_of(
+            model, facts, asked_facts(run, facts, partition), contrast=partition != "search"
+        )
+        for partition in ("search", "validation")
+    }
+    return [int(total) for total in np.cumsum([cost[s.partition] for s in run.scores()])]
+
+
+def budgets(space: ResolvedSpace) -> dict[str, int]:
+    """Stored bytes of each size."""
+    sized = {name: space.stored_bytes(a) for name, a in uniform(space).items()}
+    low, high = sized["int3-g64"], sized["int4-g64"]
+    more = space.kept_bytes + (high - space.kept_bytes) * 5 // 4
+    return dict(zip(SIZES, (low, (low + high) // 2, high, more), strict=True))
+
+
+def inverted(damage: Damage) -> dict[tuple[str, str], float]:
+    """The table with groups exchanged: the one that suffers most for the one that does least.
+
+    Groups are ranked by their mean damage; all must have the same formats.
+    """
+    rows: dict[str, dict[str, float]] = {}
+    for (group, fmt), value in damage.items():
+        rows.setdefault(group, {})[fmt] = value
+    ranked = sorted(rows, key=lambda group: sum(rows[group].values()) / len(rows[group]))
+    mirrored = zip(ranked, reversed(ranked), strict=True)
+    return {(group, fmt): value for group, other in mirrored for fmt, value in rows[other].items()}
