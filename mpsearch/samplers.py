@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from mpsearch.allocate import check_damage
+from mpsearch.allocate import check_damage, feasible
 from mpsearch.errors import UsageError
 from mpsearch.formats import nearest
 from mpsearch.space import ResolvedSpace
@@ -57,7 +58,7 @@ class _Trial:
     """A finished one: answer loss, size, a level a group, text KL minus its limit or 0."""
 
     loss: float
-    stored_bytes: float
+    stored_bytes: int
     levels: NDArray[Any]
     over_text_kl: float
 
@@ -85,6 +86,7 @@ class LevelSwitchSampler(BaseSampler):
         max_text_kl_nats: float | None = None,
     ):
         check_damage(space, damage)
+        self._space = space
         self._seed = seed
         self._max_text_kl = max_text_kl_nats
         self._budget_bytes = budget_bytes
@@ -128,10 +130,15 @@ class LevelSwitchSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
+        if len(study.directions) != 2:
+            raise UsageError(
+                f"the study has {len(study.directions)} objective, and the level-switch sampler "
+                "needs two: answer loss and stored bytes, both minimized"
+            )
         others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
         done = [t for t in others if t.state == TrialState.COMPLETE and self._ours(t)]
         running = [t for t in others if t.state == TrialState.RUNNING and self._ours(t)]
-        refused = [t for t in others if t.state == TrialState.FAIL and "refused" in t.user_attrs]
+        refused = [t for t in others if "refused" in t.user_attrs and self._ours(t)]
         rng = np.random.default_rng([self._seed, len(done) + len(refused), len(running)])
         seen = {self._levels(t).tobytes() for t in (*done, *running, *refused)}
         levels = self._propose(rng, done, seen)
@@ -159,9 +166,12 @@ class LevelSwitchSampler(BaseSampler):
         )
 
     def _levels(self, trial: FrozenTrial) -> NDArray[Any]:
+        return self._levels_of(trial.params)
+
+    def _levels_of(self, assignment: Mapping[str, str]) -> NDArray[Any]:
         return np.array(
             [
-                formats.index(trial.params[name])
+                formats.index(assignment[name])
                 for name, formats in zip(self._names, self._formats, strict=True)
             ]
         )
@@ -174,8 +184,10 @@ class LevelSwitchSampler(BaseSampler):
     ) -> NDArray[Any]:
         """A feasible assignment that no trial has had; an old one only where none is left."""
         known = [
-            _Trial(t.values[0], t.values[1], self._levels(t), t.constraints.get(OVER_TEXT_KL, 0.0))
+            _Trial(t.values[0], self._size(levels), levels, t.constraints.get(OVER_TEXT_KL, 0.0))
             for t in done
+            for levels in [self._levels(t)]
+            if isfinite(t.values[0])
         ]
         smallest: NDArray[Any] = np.zeros(len(self._names), dtype=int)
         limit = self._budget_bytes
@@ -200,6 +212,11 @@ class LevelSwitchSampler(BaseSampler):
                 children[child.tobytes()] = child
             if len(children) == _CHILDREN:
                 break
+        if not children:  # few are left, or none
+            for assignment in feasible(self._space, self._budget_bytes):
+                levels = self._levels_of(assignment)
+                if levels.tobytes() not in seen:
+                    return levels
         if not parents or not children:
             return next(iter(children.values()), child)
         groups = np.arange(len(self._names))

@@ -18,12 +18,10 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from mpsearch.allocate import check_damage, greedy, knapsack, uniform
+from mpsearch.allocate import check_damage, feasible, greedy, knapsack, uniform
 from mpsearch.asked import (
     MOST_FACTS,
     asked_facts,
@@ -52,6 +50,7 @@ from mpsearch.samplers import OVER_TEXT_KL, distributions, make_sampler
 from mpsearch.scorer import Scorer
 from mpsearch.sensitivity import measure_sensitivity
 from mpsearch.space import ResolvedSpace, SearchSpace
+from mpsearch.study import open_study, tried
 from mpsearch.text import Text
 from mpsearch.wish import TRIALS, Wish, check_wish
 
@@ -202,7 +201,7 @@ class _Search:
             pace["seconds"] / pace["tokens"],
             tokens_asked(run, self.model, self.facts, self.text),
             Plan(len(uniform(self.space)) + 2 + len(_SPREAD), self.wish.trials, 2 * _FINALISTS),
-            Counter(score.partition for score in run.scores()),
+            Counter((score.partition, score.kind == "search") for score in run.scores()),
             bank_seconds,
             self.wish.seconds,
             (run.folder / "sensitivity.json").exists(),
@@ -268,16 +267,7 @@ class _Work:
     def __init__(self, search: _Search, run: Run, bench: Bench):
         self.search, self.run = search, run
         self.scorer = Scorer(search.model, search.facts, search.text, run, bench)
-        storage = JournalStorage(JournalFileBackend(str(run.journal)))
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.study: Study = optuna.create_study(
-            study_name="mpsearch",
-            storage=storage,
-            directions=["minimize", "minimize"],
-            load_if_exists=True,
-        )
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self.study.tell(trial.number, state=TrialState.FAIL)  # a killed process left it
+        self.study: Study = open_study(run, search.space)
 
     def propose(self) -> None:
         """One trial: the sampler's proposal, scored on search facts."""
@@ -344,7 +334,7 @@ class _Work:
         sizes = [budget, *(int(floor + (ceiling - floor) * part) for part in _SPREAD)]
         chosen += [("knapsack", assignment) for assignment in knapsack(space, damage, sizes)]
         distinct = list({assignment: kind for kind, assignment in reversed(chosen)}.items())[::-1]
-        told = self._told()
+        told = tried(self.study, self.search.space)
         for index, (assignment, kind) in enumerate(distinct):
             self.search.report("baselines", index, len(distinct))
             if assignment not in told:
@@ -353,14 +343,6 @@ class _Work:
             self.search.report("baselines on validation facts", index, len(distinct))
             self._score_or_warn(assignment, kind, "validation")
         self.search.report("baselines on validation facts", len(distinct), len(distinct))
-
-    def _told(self) -> set[Assignment]:
-        names = self.search.space.options
-        return {
-            Assignment.of({name: trial.params[name] for name in names})
-            for trial in self.study.get_trials(deepcopy=False)
-            if trial.state == TrialState.COMPLETE
-        }
 
     def _score_or_warn(self, assignment: Assignment, kind: str, partition: str) -> None:
         try:
@@ -382,6 +364,10 @@ class _Work:
         start = time.monotonic()
         while done < wish.trials:
             if wish.seconds is not None and time.monotonic() - start >= wish.seconds:
+                break
+            known = tried(self.study, self.search.space)
+            if all(found in known for found in feasible(self.search.space, wish.budget_bytes)):
+                log.warning("every assignment within the budget has been tried; the search ends")
                 break
             self.search.report(f"search, best {self._best()}", done, wish.trials)
             self.propose()

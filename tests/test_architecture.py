@@ -42,7 +42,7 @@ WITH_TORCH = (
         "sensitivity",
         "samplers",
     ),
-    *("asked", "scorer", "wish", "search", "export", "plot", "doctor", "console"),
+    *("asked", "scorer", "wish", "study", "search", "export", "plot", "doctor", "console"),
     *("recall_tables", "recall_commands", "commands"),
     "cli",
 )
