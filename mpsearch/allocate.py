@@ -7,7 +7,7 @@ costs is measured by the search.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from heapq import heapify, heappop, heappush
 from math import gcd, isfinite
@@ -54,7 +54,10 @@ def uniform(space: ResolvedSpace) -> dict[str, Assignment]:
 
 
 def greedy(space: ResolvedSpace, damage: Damage, budget_bytes: int) -> Assignment:
-    """Start from the largest formats; give up the bytes that cost least damage each, until it fits.
+    """Start from the formats of least damage; give up the bytes that cost least, until it fits.
+
+    A step of a group goes to whichever smaller format costs least damage per byte, so that one
+    which hurts more than a smaller one is passed over. Of equals the largest is taken.
 
     Raises:
         InfeasibleError: the smallest formats do not fit either.
@@ -62,33 +65,72 @@ def greedy(space: ResolvedSpace, damage: Damage, budget_bytes: int) -> Assignmen
     """
     check_damage(space, damage)
     options = [space.options[group.name] for group in space.groups]
-    level = [len(formats) - 1 for formats in options]
-    total = space.stored_bytes(space.largest)
+    sizes = [
+        [fmt.stored_bytes(group) for fmt in formats]
+        for group, formats in zip(space.groups, options, strict=True)
+    ]
+    hurts = [
+        [damage[group.name, fmt.name] for fmt in formats]
+        for group, formats in zip(space.groups, options, strict=True)
+    ]
+    level = [max(range(len(of)), key=lambda at: (-of[at], at)) for of in hurts]
+    total = space.kept_bytes + sum(of[at] for of, at in zip(sizes, level, strict=True))
 
-    def step(index: int) -> tuple[float, int, int]:
-        """Damage per byte of going one format down, which group, and the bytes it saves."""
-        group = space.groups[index]
-        high, low = options[index][level[index]], options[index][level[index] - 1]
-        saved = high.stored_bytes(group) - low.stored_bytes(group)
-        lost = damage[group.name, low.name] - damage[group.name, high.name]
-        return lost / max(saved, 1), index, saved
+    def steps_from(index: int) -> list[tuple[float, int, int]]:
+        """Damage per byte of the group's best step down, the group, the level; none at the end."""
+        size, hurt, here = sizes[index], hurts[index], level[index]
+        rates = [
+            ((hurt[low] - hurt[here]) / (size[here] - size[low]), index, -low)
+            for low in range(here)
+            if size[low] < size[here]
+        ]
+        return [min(rates)] if rates else []
 
-    steps = [step(index) for index, top in enumerate(level) if top]
+    steps = [step for index in range(len(level)) for step in steps_from(index)]
     heapify(steps)
     while total > budget_bytes:
         if not steps:
             raise InfeasibleError(f"no assignment of this space fits {budget_bytes:,} bytes")
-        _, cheapest, saved = heappop(steps)
-        total -= saved
-        level[cheapest] -= 1
-        if level[cheapest]:
-            heappush(steps, step(cheapest))
+        _, cheapest, low = heappop(steps)
+        total -= sizes[cheapest][level[cheapest]] - sizes[cheapest][-low]
+        level[cheapest] = -low
+        for step in steps_from(cheapest):
+            heappush(steps, step)
     return Assignment.of(
         {
             group.name: formats[index].name
             for group, formats, index in zip(space.groups, options, level, strict=True)
         }
     )
+
+
+def feasible(space: ResolvedSpace, budget_bytes: int) -> Iterator[Assignment]:
+    """Every assignment within the budget, from the smallest formats on, the last group first."""
+    options = [space.options[group.name] for group in space.groups]
+    sizes = [
+        [fmt.stored_bytes(group) for fmt in formats]
+        for group, formats in zip(space.groups, options, strict=True)
+    ]
+    level = [0] * len(options)
+    size = space.stored_bytes(space.smallest)
+    while size <= budget_bytes:
+        yield Assignment.of(
+            {
+                group.name: formats[at].name
+                for group, formats, at in zip(space.groups, options, level, strict=True)
+            }
+        )
+        # Count up, as an odometer does; a group whose next format does not fit starts again.
+        for index in reversed(range(len(level))):
+            at, of = level[index], sizes[index]
+            if at + 1 < len(of) and size - of[at] + of[at + 1] <= budget_bytes:
+                level[index] += 1
+                size += of[at + 1] - of[at]
+                break
+            level[index] = 0
+            size -= of[at] - of[0]
+        else:
+            return
 
 
 _MOST_CELLS = 2_000_000

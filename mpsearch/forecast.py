@@ -7,6 +7,7 @@ and its text's. It is the pace of a machine as busy as it is now.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -91,7 +92,7 @@ def forecast(
     seconds_per_token: float,
     tokens: Tokens,
     plan: Plan,
-    scored: Mapping[str, int],
+    scored: Mapping[tuple[str, bool], int],
     bank: float | None,
     limit: float | None,
     sensitivity_known: bool = False,
@@ -99,16 +100,27 @@ def forecast(
     """What is left of a search.
 
     Args:
-        scored: how many assignments each partition has scored already, which are not scored again.
+        scored: how many assignments a partition has scored already, by whether they were proposed
+            by the search; they are not scored again.
         bank: seconds of it, or None where it is not timed yet.
         limit: of the seconds of proposing.
     """
-    simple = max(0, plan.baselines - scored.get("search", 0))
-    trials = max(0, plan.baselines + plan.trials - scored.get("search", 0) - simple)
-    validated = scored.get("validation", 0)
-    on_validation = max(0, plan.baselines - validated)
-    finalists = max(0, plan.baselines + plan.finalists - validated - on_validation)
-    tested = max(0, 1 + _RIVALS - scored.get("test", 0))
+    of = Counter(scored)
+    # There are fewer simple allocations where some are alike, so what comes after them tells.
+    simple = plan.baselines - of["search", False]
+    on_validation = plan.baselines - of["validation", False]
+    if of["search", True]:
+        simple, on_validation = 0, 0
+    if of["validation", False]:
+        simple = 0
+    trials = plan.trials - of["search", True]
+    finalists = plan.finalists - of["validation", True]
+    tested = 1 + _RIVALS
+    if trials <= 0 and of["test", True] + of["test", False]:
+        finalists, tested = 0, 0
+    simple, on_validation, trials, finalists = (
+        max(0, count) for count in (simple, on_validation, trials, finalists)
+    )
 
     def seconds(of_tokens: float) -> float:
         return of_tokens * seconds_per_token

@@ -81,8 +81,12 @@ class Run:
             raise RunError(f"'{folder}' is not a run folder: it has no run.json") from None
         except (OSError, ValueError) as error:
             raise RunError(f"'{path / 'run.json'}' cannot be read: {error}") from None
-        if not isinstance(content, dict) or content.get("version") != VERSION:
-            raise RunError(f"'{folder}' was written by another version of mpsearch; use that one")
+        version = content.get("version") if isinstance(content, dict) else None
+        if version != VERSION:
+            raise RunError(
+                f"'{folder}' was written by another version of mpsearch (its format is {version}, "
+                f"this one reads {VERSION}); use that one, or choose another -o"
+            )
         return cls(path, content)
 
     def save(self) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from mpsearch.allocate import check_damage
+from mpsearch.allocate import check_damage, feasible
 from mpsearch.errors import UsageError
 from mpsearch.formats import nearest
 from mpsearch.moves import Moves
@@ -106,6 +107,7 @@ class LevelSwitchSampler(BaseSampler):
         self._seed = seed
         self._max_text_kl = max_text_kl_nats
         self._budget_bytes = budget_bytes
+        self._space = space
         self._moves = Moves(space)
         self._damage = self._moves.table(damage)
 
@@ -120,13 +122,18 @@ class LevelSwitchSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
+        if len(study.directions) != 2:
+            raise UsageError(
+                f"the study has {len(study.directions)} objective, and the level-switch sampler "
+                "needs two: answer loss and stored bytes, both minimized"
+            )
         others = [
             t
             for t in study.get_trials(deepcopy=False)
             if t.number != trial.number and self._ours(t)
         ]
         running = [t for t in others if t.state == TrialState.RUNNING]
-        refused = [t for t in others if t.state == TrialState.FAIL and "refused" in t.user_attrs]
+        refused = [t for t in others if "refused" in t.user_attrs]
         known = self._finished(study)
         rng = np.random.default_rng([self._seed, len(known) + len(refused), len(running)])
         seen = {t.key for t in known} | {self._levels(t).tobytes() for t in (*running, *refused)}
@@ -224,9 +231,12 @@ class LevelSwitchSampler(BaseSampler):
         )
 
     def _levels(self, trial: FrozenTrial) -> NDArray[Any]:
+        return self._levels_of(trial.params)
+
+    def _levels_of(self, assignment: Mapping[str, str]) -> NDArray[Any]:
         return np.array(
             [
-                formats.index(trial.params[name])
+                formats.index(assignment[name])
                 for name, formats in zip(self._moves.names, self._moves.formats, strict=True)
             ]
         )
@@ -240,6 +250,8 @@ class LevelSwitchSampler(BaseSampler):
                 continue
             levels = self._levels(trial)
             loss = trial.values[0] if whole else trial.user_attrs[HOPELESS_LOSS]
+            if not isfinite(loss):
+                continue
             over = trial.constraints.get(OVER_TEXT_KL, 0.0)
             size = self._moves.size(levels)
             found.append(_Trial(trial.number, loss, size, levels, over, whole))
@@ -296,7 +308,8 @@ class LevelSwitchSampler(BaseSampler):
         above = self._parents(known, self._budget_bytes)
         if not above:
             children = self._children(rng, [smallest], limit, self._damage, seen)
-            return next(children, smallest)
+            first = next(children, None)
+            return self._last(seen) if first is None else first
         centre = self._centre(above, slopes)
         changes = self._predictor(known, centre).table(rng)
         if limit < self._budget_bytes:  # what fits may be poor, and the best can be lowered to it
@@ -305,7 +318,7 @@ class LevelSwitchSampler(BaseSampler):
         children = self._children(rng, levels, limit, changes, seen)
         found = list(children)
         if not found:
-            return smallest
+            return self._last(seen)
         groups = self._moves.groups
         text = self._text_table(known, centre[0])
 
@@ -314,6 +327,13 @@ class LevelSwitchSampler(BaseSampler):
             return max(float(beyond), 0.0), float(changes[groups, child].sum())
 
         return min(found, key=beyond_then_loss)
+
+    def _last(self, seen: set[bytes]) -> NDArray[Any]:
+        """One of the few that are left; the smallest where none is."""
+        for assignment in feasible(self._space, self._budget_bytes):
+            if (levels := self._levels_of(assignment)).tobytes() not in seen:
+                return levels
+        return np.zeros(len(self._moves.names), dtype=int)
 
     def _text_table(self, known: Sequence[_Trial], centre: _Trial) -> NDArray[Any] | None:
         """What changes from the centre should do to text KL; None where that has no limit.

@@ -189,7 +189,7 @@ class _Search:
             pace["seconds"] / pace["tokens"],
             tokens_asked(run, self.model, self.facts, self.text),
             Plan(len(uniform(self.space)) + 2 + len(SPREAD), self.wish.trials, 2 * FINALISTS),
-            Counter(score.partition for score in run.scores()),
+            Counter((score.partition, score.kind == "search") for score in run.scores()),
             bank_seconds,
             self.wish.seconds,
             (run.folder / "sensitivity.json").exists(),

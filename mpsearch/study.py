@@ -9,16 +9,15 @@ from dataclasses import asdict
 
 import numpy as np
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from mpsearch.allocate import greedy, knapsack, uniform
+from mpsearch.allocate import feasible, greedy, knapsack, uniform
 from mpsearch.assignment import Assignment
 from mpsearch.bank import Report
 from mpsearch.errors import CheckError
 from mpsearch.front import pareto_front
+from mpsearch.journal import open_study, tried
 from mpsearch.points import Score, rivals
 from mpsearch.run import Run
 from mpsearch.samplers import (
@@ -45,16 +44,7 @@ class SearchStudy:
         self.space, self.wish, self.run, self.scorer, self.report = (
             space, wish, run, scorer, report,
         )  # fmt: skip
-        storage = JournalStorage(JournalFileBackend(str(run.journal)))
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.study: Study = optuna.create_study(
-            study_name="mpsearch",
-            storage=storage,
-            directions=["minimize", "minimize"],
-            load_if_exists=True,
-        )
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self.study.tell(trial.number, state=TrialState.FAIL)  # a killed process left it
+        self.study: Study = open_study(run, space)
 
     # ----------------------------------------------------------------- baselines
 
@@ -70,7 +60,7 @@ class SearchStudy:
         sizes = [budget, *(int(floor + (ceiling - floor) * part) for part in SPREAD)]
         chosen += [("knapsack", assignment) for assignment in knapsack(space, damage, sizes)]
         distinct = list({assignment: kind for kind, assignment in reversed(chosen)}.items())[::-1]
-        told = {self._assignment(trial) for trial in self._complete()}
+        told = tried(self.study, space)
         for index, (assignment, kind) in enumerate(distinct):
             self.report("baselines", index, len(distinct))
             if assignment not in told:
@@ -121,6 +111,10 @@ class SearchStudy:
         start = time.monotonic()
         while done < wish.trials:
             if wish.seconds is not None and time.monotonic() - start >= wish.seconds:
+                break
+            known = tried(self.study, self.space)
+            if all(found in known for found in feasible(self.space, wish.budget_bytes)):
+                log.warning("every assignment within the budget has been tried; the search ends")
                 break
             self.report(f"search, best {self._best()}", done, wish.trials)
             if isinstance(sampler, LevelSwitchSampler):

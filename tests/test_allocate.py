@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpsearch import allocate
-from mpsearch.allocate import greedy, knapsack, uniform
+from mpsearch.allocate import feasible, greedy, knapsack, uniform
 from mpsearch.assignment import Assignment
 from mpsearch.errors import CheckError, InfeasibleError
 from mpsearch.layers import Layer
@@ -70,7 +70,12 @@ def falling_damage(space: ResolvedSpace, weight: Mapping[str, float]) -> Damage:
 shapes = st.lists(
     st.tuples(st.integers(1, 40), st.sampled_from([1, 33, 64, 96, 200])), min_size=1, max_size=4
 )
-some_formats = st.lists(st.sampled_from([*PACKED, "bf16"]), unique=True, min_size=2)
+some_formats = st.lists(
+    st.sampled_from([*PACKED, "int3-g32", "int4-g32", "int4-g128", "bf16"]),
+    unique=True,
+    min_size=2,
+    max_size=5,
+)
 
 
 @st.composite
@@ -266,6 +271,71 @@ def test_greedy_refuses_what_the_smallest_formats_exceed() -> None:
         InfeasibleError, match=f"^no assignment of this space fits {smallest - 1:,} "
     ):
         greedy(space, falling_damage(space, {"m.0.fc": 1.0}), smallest - 1)
+
+
+SIZES = ("int3-g128", "int3-g64", "int3-g32", "int4-g128", "int4-g64", "int4-g32")
+
+
+def test_greedy_passes_over_a_larger_format_that_hurts_more() -> None:
+    space = space_of([(64, 128), (64, 128)], SIZES)
+    hurts = dict(zip(SIZES, (8.0, 4.0, 2.0, 3.0, 1.0, 1.5), strict=True))
+    for formats in space.options.values():
+        assert [fmt.name for fmt in formats] == list(SIZES)  # smallest first
+    damage = {(name, fmt): hurt for name in space.options for fmt, hurt in hurts.items()}
+    found = {
+        fmt
+        for budget in budgets_of(space, [share / 40 for share in range(41)])
+        for fmt in greedy(space, damage, budget).values()
+    }
+    # int4-g32 and int4-g128 hurt more than a smaller format.
+    assert found == {"int3-g128", "int3-g64", "int3-g32", "int4-g64"}
+
+
+def test_greedy_goes_past_a_step_that_hurts_much_to_one_that_hurts_little_more() -> None:
+    space = space_of([(64, 64), (64, 64)], ["int2-g64", "int3-g64", "int4-g64"])
+    hurts = {"m.0.fc": (3.0, 2.9, 0.0), "m.1.fc": (9.0, 2.0, 0.0)}
+    damage = {
+        (name, fmt): hurt
+        for name, three in hurts.items()
+        for fmt, hurt in zip(("int2-g64", "int3-g64", "int4-g64"), three, strict=True)
+    }
+    largest = space.stored_bytes(space.largest)
+    step = (largest - space.stored_bytes(space.smallest)) // 4
+    found = greedy(space, damage, largest - 2 * step)
+    assert total(damage, found) == 3.0  # and 4.9 by one step of each
+    assert total(damage, found) == least_damage(space, damage, largest - 2 * step)
+
+
+@given(problems(), st.floats(0, 1.2))
+@settings(deadline=None, max_examples=100)
+def test_greedy_takes_no_format_that_a_smaller_one_beats(
+    problem: tuple[ResolvedSpace, Damage], share: float
+) -> None:
+    space, damage = problem
+    (budget,) = budgets_of(space, [share])
+    sizes = {
+        (g.name, f.name): f.stored_bytes(g) for g in space.groups for f in space.options[g.name]
+    }
+    for name, fmt in greedy(space, damage, budget).items():
+        beaten = [
+            other.name
+            for other in space.options[name]
+            if sizes[name, other.name] < sizes[name, fmt]
+            and damage[name, other.name] < damage[name, fmt]
+        ]
+        assert beaten == []
+
+
+@given(problems(), st.floats(-0.1, 1.2))
+@settings(deadline=None, max_examples=100)
+def test_what_is_feasible_is_listed_whole_and_once(
+    problem: tuple[ResolvedSpace, Damage], share: float
+) -> None:
+    space, _ = problem
+    (budget,) = budgets_of(space, [share])
+    found = list(feasible(space, budget))
+    assert len(set(found)) == len(found)
+    assert set(found) == {a for a in every_assignment(space) if space.stored_bytes(a) <= budget}
 
 
 # -------------------------------------------------------------------------------------- uniform

@@ -56,16 +56,21 @@ def test_a_limit_of_time_says_how_many_trials_it_gives(limit: float, trials: int
 
 def test_what_is_scored_already_costs_nothing_again() -> None:
     whole = foretold()
-    some = foretold(scored={"search": 4}, sensitivity_known=True)
+    some = foretold(scored={("search", False): 4}, sensitivity_known=True)
     assert some.sensitivity == 0
     assert some.baselines == whole.baselines - 4 * 50
     assert some.trials == 150
-    more = foretold(scored={"search": 30, "validation": 10})
+    validating = foretold(scored={("search", False): 8, ("validation", False): 1})
+    assert validating.baselines == 10 * 100
+    proposing = {("search", False): 8, ("validation", False): 8, ("search", True): 20}
+    more = foretold(scored=proposing)
     assert (more.baselines, more.trials, more.finalists) == (0, 130, whole.finalists)
-    done = foretold(
-        scored={"search": 160, "validation": 16, "test": 4}, bank=0.0, sensitivity_known=True
-    )
-    assert done.total == 0
+    chosen = proposing | {("search", True): 170, ("validation", True): 2}
+    assert foretold(scored=chosen).finalists == 4 * 100
+    assert foretold(scored=chosen).trials == 0
+    ended = chosen | {("test", True): 1}
+    assert foretold(scored=ended, bank=0.0, sensitivity_known=True).total == 0
+    assert foretold(scored=ended | {("search", True): 140}).finalists == 4 * 100
 
 
 def test_tokens_are_counted_before_anything_is_asked(

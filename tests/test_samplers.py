@@ -16,7 +16,7 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 import mpsearch.samplers
-from mpsearch.allocate import knapsack
+from mpsearch.allocate import feasible, knapsack
 from mpsearch.assignment import Assignment
 from mpsearch.errors import CheckError, UsageError
 from mpsearch.formats import FORMATS
@@ -292,6 +292,85 @@ def test_trials_of_another_space_in_the_study_are_passed_over() -> None:
     study.tell(trial, [0.0, 1.0])
     _, assignment = ask(study, space)
     assert space.allows(assignment)
+
+
+def finished(
+    space: ResolvedSpace, params: Mapping[str, str], values: list[float]
+) -> optuna.trial.FrozenTrial:
+    return optuna.create_trial(
+        params=dict(params), distributions=distributions(space), values=values
+    )
+
+
+def test_finished_trials_of_another_run_are_used_where_they_are_of_this_space() -> None:
+    space, budget = make_space(), middle(make_space())
+    damage = make_damage(space)
+    loss = true_loss(space, damage, 0)
+    other = explore(  # at another budget, and its sizes are those of another model
+        new_study(LevelSwitchSampler(space, damage, middle(space, 0.9), 1)), space, loss, 12
+    )
+    few = make_space(formats=("int2-g64", "int5-g64"))
+    study = new_study(LevelSwitchSampler(space, damage, budget, 0))
+    for assignment in other:
+        study.add_trial(finished(space, assignment, [loss(assignment), 1.0]))
+    study.add_trial(finished(space, space.smallest, [float("inf"), 1.0]))
+    study.add_trial(finished(few, few.largest, [-1e9, 0.0]))
+    assert all(trial.constraints == {} for trial in study.trials)
+    proposals = explore(study, space, loss, 20)
+    assert max(map(space.stored_bytes, proposals)) <= budget
+    assert len({*proposals, *other, space.smallest}) == 20 + len({*other, space.smallest})
+    chance = [min(map(loss, random_feasible(space, budget, seed, 20))) for seed in range(3)]
+    assert min(map(loss, proposals)) < 0.8 * np.mean(chance)
+
+
+def test_a_limit_of_text_kl_takes_trials_without_that_constraint_as_keeping_it() -> None:
+    space, damage, loss, _ = conflict()
+    sampler = LevelSwitchSampler(space, damage, middle(space), 0, max_text_kl_nats=0.1)
+    study = new_study(sampler)
+    for assignment in random_feasible(space, middle(space), 0, 5):
+        study.add_trial(finished(space, assignment, [loss(assignment), 1.0]))
+    assert space.allows(ask(study, space)[1])
+
+
+def test_optuna_itself_takes_no_trial_whose_values_are_nan() -> None:
+    space = make_space(2)
+    with pytest.raises(ValueError, match="NaN"):
+        finished(space, space.smallest, [float("nan"), 1.0])
+
+
+def test_a_study_of_one_objective_is_refused() -> None:
+    space = make_space(2)
+    sampler = LevelSwitchSampler(space, make_damage(space), middle(space), 0)
+    study = optuna.create_study(direction="minimize", sampler=sampler)
+    with pytest.raises(UsageError, match=r"has 1 objective.*needs two: answer loss and stored"):
+        study.ask(distributions(space))
+
+
+def test_every_feasible_assignment_is_proposed_before_any_is_repeated() -> None:
+    space = make_space(4, ("int2-g64", "int4-g64", "int8-g64"))
+    damage = make_damage(space)
+    every = set(feasible(space, middle(space)))
+    study = new_study(LevelSwitchSampler(space, damage, middle(space), seed=0))
+    assert 20 < len(every) < 60
+    assert set(explore(study, space, true_loss(space, damage, 0), len(every))) == every
+
+
+def test_several_group_sizes_are_searched_though_a_larger_one_may_hurt_more() -> None:
+    space = make_space(formats=("int3-g64", "int3-g32", "int4-g64", "int4-g32"))
+    damage = {
+        key: hurt * (3.0 if key[1] == "int3-g32" else 1.0)  # a larger format that hurts more
+        for key, hurt in make_damage(space).items()
+    }
+    for seed in range(2):
+        loss = true_loss(space, damage, seed)
+        study = new_study(LevelSwitchSampler(space, damage, middle(space), seed))
+        proposals = explore(study, space, loss, 30)
+        assert len(set(proposals)) == 30
+        best = min(proposals, key=loss)
+        (exact,) = knapsack(space, damage, [middle(space)])
+        chance = min(map(loss, random_feasible(space, middle(space), seed, 30)))
+        assert loss(best) < 0.8 * chance
+        assert loss(best) <= 1.2 * loss(exact)
 
 
 def explore_limited(

@@ -108,6 +108,27 @@ def test_other_groups_and_widths_and_fp8_reload_bit_equal(tiny: Model, tmp_path:
     check_export(tiny, space, mixed(space, formats), [2, 5, 3, 23, 4], tmp_path)
 
 
+def test_a_space_of_several_group_sizes_reloads_bit_equal(tmp_path: Path) -> None:
+    model = tiny_family("llama", intermediate_size=256, tie_word_embeddings=True)
+    text = (
+        "version: 1\ntarget: compressed-tensors\n"
+        "formats: [int3-g32, int3-g64, int3-g128, int4-g128]\n"
+        "rules:\n- match: '*'\n  formats: [int3-g32, int3-g64]\n"
+        "- match: '*.down_proj'\n  formats: [int3-g32, int3-g64, int3-g128, int4-g128]\n"
+    )
+    space = SearchSpace.parse(text, "test").resolve(model)
+    down = "model.layers.{}.mlp.down_proj"
+    assert [fmt.name for fmt in space.options[down.format(0)]] == [
+        "int3-g128", "int3-g64", "int3-g32", "int4-g128"
+    ]  # fmt: skip
+    formats = mixed(space, ["int3-g32", "int3-g64"])
+    chosen = {**formats, down.format(0): "int3-g128", down.format(1): "int4-g128"}
+    check_export(model, space, Assignment.of(chosen), [2, 5, 3, 23, 4], tmp_path)
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"].values()
+    assert {group["weights"]["group_size"] for group in groups} == {32, 64, 128}
+
+
 FEW = "version: 1\ntarget: compressed-tensors\nformats: [int4-g64, bf16]\n"
 TOKENS = [2, 5, 3, 23, 4]
 UNPACKED = ["int8-g64-unpacked", "int8-channel-unpacked", "fp8"]

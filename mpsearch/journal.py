@@ -1,0 +1,64 @@
+"""The Optuna study of a run: opened, checked to be this run's, cleared of what a kill left."""
+
+from __future__ import annotations
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from mpsearch.assignment import Assignment
+from mpsearch.errors import RunError
+from mpsearch.run import Run
+from mpsearch.space import ResolvedSpace
+
+
+def open_study(run: Run, space: ResolvedSpace) -> Study:
+    """The study in the run's journal, a new one if there is none.
+
+    Raises:
+        RunError: the journal is damaged, or of another search; it is left as it is.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.create_study(
+            study_name="mpsearch",
+            storage=JournalStorage(JournalFileBackend(str(run.journal))),
+            directions=["minimize", "minimize"],
+            load_if_exists=True,
+        )
+        trials = study.get_trials(deepcopy=False)
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        raise RunError(_refusal(run, f"cannot be read ({error})")) from None
+    if len(study.directions) != 2:
+        raise RunError(_refusal(run, "is of a study with another number of objectives"))
+    for trial in trials:
+        if _counts(trial) and not space.allows(trial.params):
+            raise RunError(_refusal(run, f"holds trial {trial.number} of another search space"))
+    for trial in trials:
+        if trial.state == TrialState.RUNNING:
+            study.tell(trial.number, state=TrialState.FAIL)  # a killed process left it
+    return study
+
+
+def _refusal(run: Run, fault: str) -> str:
+    return (
+        f"'{run.journal}' {fault}; move it away and continue with --resume: what is evaluated is "
+        "not evaluated again"
+    )
+
+
+def tried(study: Study, space: ResolvedSpace) -> set[Assignment]:
+    """What measured trials had, those that were stopped early or refused as they gave NaN too."""
+    return {
+        Assignment.of({name: params[name] for name in space.options})
+        for trial in study.get_trials(deepcopy=False)
+        if _counts(trial)
+        for params in [trial.params]
+    }
+
+
+def _counts(trial: FrozenTrial) -> bool:
+    """Whether it ended by being measured, and not by a kill."""
+    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or "refused" in trial.user_attrs
