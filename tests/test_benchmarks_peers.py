@@ -34,6 +34,7 @@ from mpsearch.formats import FORMATS
 from mpsearch.models import Model
 from mpsearch.quantizers import get_quantizer
 from mpsearch.recall import RecallProxy
+from mpsearch.run import Run
 from mpsearch.space import ResolvedSpace
 
 EVALUATIONS = 30
@@ -395,6 +396,14 @@ def test_the_benchmark_runs_in_parts_and_says_what_it_found(
     curve = {c["rival"]: c for c in result["curves"]}["evopress-warm"]
     losses = [loss for _, loss in curve["points"]]
     assert losses == sorted(losses, reverse=True)
+    run = Run.open(tmp_path / "runs" / MIDWAY / f"{OURS}-0")
+    fitting = [relation_mean(score.loss_per_fact, run.relations("search")).mean
+               for score in run.scores() if score.partition == "search"
+               and run.space.stored_bytes(score.assignment) <= run.budget_bytes]  # fmt: skip
+    ours = {c["rival"]: c for c in result["curves"]}[OURS]
+    assert [loss for _, loss in ours["points"]] == list(
+        dict.fromkeys(np.minimum.accumulate(fitting))  # nothing over the budget counts
+    )
     (against,) = result["findings"]["sizes"]
     assert against["answer_loss_nats"]["uniform"] == pytest.approx(rows["uniform"]["answer_loss"])
     assert [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| uniform")]
