@@ -54,6 +54,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/bank.py
 	$(BIN)/python benchmarks/recall_speed.py
+	$(BIN)/python benchmarks/evaluation_cost.py
 
 clean:
 	rm -rf .venv .venv-autogptq build runs exports
