@@ -55,8 +55,8 @@ class Reuse:
 
     def blocks_to_run(self, layers: Iterable[Layer]) -> int:
         """How many blocks have to run again if the weights of these layers are others."""
-        blocks = len(self._listed if self._blocks is None else self._blocks)
-        return blocks - min(blocks, *(self._first_block[layer.name] for layer in layers))
+        skipped = min(self._first_block[layer.name] for layer in layers)
+        return len(self._listed) - (skipped if self._blocks else 0)
 
     @torch.inference_mode()
     def logits(self, held: Mapping[str, Hashable]) -> Iterator[Tensor]:
@@ -81,7 +81,7 @@ class Reuse:
         # Not before, as a run that is broken off knows some of the rows only.
         for block, states in enumerate(zip(*found, strict=True), start=start + 1):
             self._kept[before[block]] = list(states)
-        # What enters early blocks is needed again soonest, so it is the last to go.
+        # What enters early blocks is needed again most often, so it is the last to go.
         for weights in reversed(before.values()):
             if weights in self._kept:
                 self._kept.move_to_end(weights)
