@@ -64,6 +64,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/bank.py
 	$(BIN)/python benchmarks/recall_speed.py
+	$(BIN)/python benchmarks/evaluation_cost.py
 	$(BIN)/python benchmarks/scaling.py
 
 # Resumes; on two cores it takes days, so give it parts: PEERS='--sizes midway --seeds 0 --minutes 60'

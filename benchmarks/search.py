@@ -10,16 +10,14 @@ decide nothing. Bias left: all searches share one bank, so the calibration text 
     python benchmarks/search.py [--trials 60] [--seeds 3] [--quantizer gptq] [--out FILE]
 
 Writes one JSON: `rows` of size, budget, rival, seed, stored bytes, answer loss, its standard
-error, KL, recall, paired difference to the knapsack, dtype of the arithmetic; `cost` of an
-evaluation beside its linear layers alone on the same tokens. A row that is there already is not
-measured again.
+error, KL, recall, paired difference to the knapsack, dtype of the arithmetic. A row that is there
+already is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -95,9 +93,6 @@ def main() -> None:
             most = max(result.get("peak_memory_bytes", 0), peak_memory_bytes())
             result["peak_memory_bytes"] = most
             save(args.out, result)
-    if "cost" not in result:
-        result["cost"] = _cost(run, model, space)
-        save(args.out, result)
 
 
 def _rows(
@@ -151,36 +146,6 @@ def _rivals(run: Run, space: Any) -> dict[str, Assignment]:
     rivals["greedy"] = greedy(space, damage, run.budget_bytes)
     (rivals["knapsack"],) = knapsack(space, damage, [run.budget_bytes])
     return rivals
-
-
-@torch.inference_mode()
-def _cost(run: Run, model: mps.Model, space: Any) -> dict[str, float]:
-    """Seconds of an evaluation, and of its linear layers alone on as many tokens, in turn."""
-    facts = mps.FactSet.builtin()
-    by_key = {(fact.relation, fact.subject): fact for fact in facts.facts}
-    keys = zip(run.relations("search"), run.content["subjects"]["search"], strict=True)
-    proxy = mps.RecallProxy(model, facts, [by_key[key] for key in keys], contrast=False)
-    candidates = list(_rivals(run, space).values())
-    bank = Bank.of(model, run.question["bank"])
-    inputs = {
-        layer.columns: torch.randn(proxy.tokens, layer.columns, device=model.device).to(model.dtype)
-        for layer in model.layers
-    }
-    whole, linears = [], []
-    with Bench(space, bank) as bench:
-        for turn in range(9):
-            whole.append(bench.evaluate(candidates[turn % len(candidates)], proxy).seconds)
-            start = time.perf_counter()
-            for layer in model.layers:
-                torch.nn.functional.linear(inputs[layer.columns], model.originals[layer.name])
-            linears.append(time.perf_counter() - start)
-    return {
-        "tokens": proxy.tokens,
-        "facts": len(proxy.facts),
-        "evaluation_seconds": statistics.median(whole),
-        "linears_alone_seconds": statistics.median(linears),
-        "ratio": statistics.median(a / b for a, b in zip(whole, linears, strict=True)),
-    }
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -76,6 +76,15 @@ class Bench:
                 self.bank.model.places[layer].put(weight)
                 self.swapped_layers += 1
 
+    @property
+    def held(self) -> dict[str, Hashable]:
+        """Layer to bank and format, of those that do not hold their reference weights."""
+        return {
+            layer: (self.bank.folder, name)
+            for layer, name in self._in_place.items()
+            if name != BF16.name
+        }
+
     def restore(self) -> None:
         """Give every layer its reference weight."""
         self.bank.model.restore()
@@ -84,12 +93,14 @@ class Bench:
     def evaluate(self, assignment: Assignment, proxy: RecallProxy) -> Evaluation:
         """Score an assignment; it stays in place, so that the next one swaps little.
 
+        First blocks that another one scored on this proxy had alike are not run again.
+
         Raises:
             CheckError: the candidate gives NaN.
         """
         start = time.perf_counter()
         self.put(assignment)
-        scores = proxy.score()
+        scores = proxy.score(self.held)
         loss = proxy.reference.log_prob - scores.log_prob
         relations = proxy.relations
         return Evaluation(

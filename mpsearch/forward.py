@@ -8,7 +8,7 @@ alone. Nothing is padded, and logits are computed only where they are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -181,17 +181,22 @@ class Pass:
         logits: Tensor = output.logits[0]
         return logits.float()
 
-    def run(self, visit: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    def run(
+        self,
+        visit: Callable[[int, Tensor], None] | None = None,
+        logits: Iterable[Tensor] | None = None,
+    ) -> Tensor:
         """Log-probability of each sequence's continuation, summed over its tokens.
 
         Args:
             visit: called with a sequence's index and the `(length, vocab)` log-probabilities at its
                 continuation's tokens.
+            logits: as of `continuations`.
         Returns:
             `(sequences,)` float64 on the CPU, in nats. NaN where the model gave NaN.
         """
         sums = torch.empty(self.count, dtype=torch.float64)
-        for index, log_probs, tokens in self.continuations():
+        for index, log_probs, tokens in self.continuations(logits):
             steps = torch.arange(len(tokens), device=log_probs.device)
             sums[index] = log_probs[steps, tokens].double().sum().cpu()
             if visit is not None:
@@ -199,9 +204,17 @@ class Pass:
         return sums
 
     @torch.inference_mode()
-    def continuations(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """For each sequence its index, `(length, vocab)` log-probabilities, `(length,)` tokens."""
-        for row in self.rows:
-            log_probs = self.logits(row).log_softmax(-1)
+    def continuations(
+        self, logits: Iterable[Tensor] | None = None
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """For each sequence its index, `(length, vocab)` log-probabilities, `(length,)` tokens.
+
+        Args:
+            logits: of each row, in order, where something else runs the model.
+        """
+        if logits is None:
+            logits = map(self.logits, self.rows)
+        for row, found in zip(self.rows, logits, strict=True):
+            log_probs = found.log_softmax(-1)
             for index, (places, tokens) in zip(row.indices, row.spans, strict=True):
                 yield index, log_probs[places], torch.tensor(tokens, device=log_probs.device)

@@ -16,7 +16,7 @@ Answer loss is the reference's log-probability of the answer minus the candidate
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from mpsearch.errors import CheckError, UsageError
 from mpsearch.facts import Fact, FactSet
 from mpsearch.forward import MAX_NODES, Pass, TokenSequence, differentiable
 from mpsearch.models import Model
+from mpsearch.reuse import Reuse
 from mpsearch.scores import (
     FactScores,
     NoiseFloor,
@@ -110,6 +111,7 @@ class RecallProxy:
         self._contrast = contrast
         self._sequences = tuple(sequences)
         self._pass = Pass(model, sequences, row_tokens)
+        self._reuse = Reuse(self._pass)
         if against is not None and against.sequences != self._sequences:
             raise UsageError(
                 f"'{model.name}' reads these facts as other tokens than '{against.model_name}', so "
@@ -124,9 +126,12 @@ class RecallProxy:
         """Distinct tokens that scoring pushes through the model."""
         return self._pass.tokens
 
-    def score(self) -> FactScores:
+    def score(self, held: Mapping[str, Hashable] | None = None) -> FactScores:
         """Ask all facts of the weights that the model holds now.
 
+        Args:
+            held: layer to what names the weight that it holds, but for reference weights. Where it
+                is given, first blocks that held the same in an earlier scoring are not run again.
         Raises:
             CheckError: a log-probability is NaN; the weights or the arithmetic broke.
         """
@@ -146,7 +151,8 @@ class RecallProxy:
             else:
                 kl[fact] = kl_divergence(reference[fact].to(first.device), first)
 
-        sums = self._pass.run(visit).numpy()
+        logits = None if held is None else self._reuse.logits(held)
+        sums = self._pass.run(visit, logits).numpy()
         if not np.isfinite(sums).all():
             raise CheckError(
                 f"{int((~np.isfinite(sums)).sum())} of {sums.size} answer log-probabilities are "

@@ -26,8 +26,10 @@ WITHOUT_TORCH = (
     *("outcome", "forecast"),
 )
 WITH_TORCH = (
-    *("device", "builtin", "places", "blocks", "models", "forward", "codecs", "quantizers"),
+    *("device", "builtin", "places", "blocks", "models", "forward", "reuse"),
     *(
+        "codecs",
+        "quantizers",
         "calibration",
         "awq",
         "tensor_files",

@@ -90,8 +90,8 @@ def test_it_equals_plain_evaluations_to_the_bit_without_running_earlier_blocks(
     assert len(blocks) == 4
     for index, block in enumerate(blocks):
         candidates = sum(pairs[depth] for depth in range(index + 1))
-        once = 1 if 0 < index < 3 else 0  # to get what the next block reads
-        tried = 1 + (index == 3)  # whether starting late is exact, on the first row
+        once = index < 3  # to get what the next block reads, which others have driven out
+        tried = 1 + (index > 0)  # whether starting late is exact, on one row
         assert calls[block] == rows * (1 + candidates + once) + tried
     assert found == plainly(bench, work)
 
