@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mpsearch.errors import MpsearchError, RunError
 from mpsearch.estimates import relation_mean
 from mpsearch.evaluate import Bench
 from mpsearch.facts import FactSet
+from mpsearch.journal import open_study
 from mpsearch.run import Run
 from mpsearch.space import ResolvedSpace
 
@@ -34,7 +36,7 @@ SIZES = ("uniform 3-bit", MIDWAY, "uniform 4-bit", "uniform 4-bit + 25 %")
 TIGHT = SIZES[:2]
 PACKAGES = ("auto-round", "modelopt")
 _SENSITIVITY_FACTS = 150  # as in a search
-_TRIALS = 0.8  # share of our evaluations; the others are for baselines and validation facts
+_TRIALS = 0.7  # share of our evaluations; the others are for slopes, baselines, validation facts
 _EVOLUTION_AT_MIDWAY = 3  # times the evaluations
 
 
@@ -256,33 +258,38 @@ class Peers:
         )
         if asked_facts(run, self.facts, "search") != self.asked.search:
             raise RunError(f"'{folder}' asks other search facts than the rivals; remove it")
-        spent = fact_tokens(run, self.model, self.facts)
-        fitting = [
-            (tokens, relation_mean(score.loss_per_fact, run.relations("search")).mean)
-            for score, tokens in zip(run.scores(), spent, strict=True)
-            if score.partition == "search"
-            and self.space.stored_bytes(score.assignment) <= budget_bytes
-        ]
+        spent = fact_tokens(run, self.space, self.model, self.facts)
+        fitting = [(tokens, loss) for tokens, loss, size in spent if size <= budget_bytes]
         seconds = sum(score.seconds for score in run.scores() if score.partition != "test")
         best = run.front().best(budget_bytes).assignment
-        return Choice(best, spent[-1], seconds, curve(fitting))
+        return Choice(best, spent[-1][0], seconds, curve(fitting[:-1]))
 
     def _place(self, size: str, name: str) -> Path:
         return self.folder / size.replace(" %", "").replace(" ", "-") / name
 
 
-def fact_tokens(run: Run, model: mps.Model, facts: FactSet) -> list[int]:
-    """Unique tokens of facts that a run had pushed through the model after each of its scores.
+def fact_tokens(
+    run: Run, space: ResolvedSpace, model: mps.Model, facts: FactSet
+) -> list[tuple[int, float, int]]:
+    """What a run had spent after each of its trials: unique tokens of facts, its loss, its size.
 
-    Those of test facts are left out, as they choose nothing.
+    Slopes are part of the next trial. The last entry, of no loss, adds the validation facts, by
+    which the point is chosen; test facts choose nothing and are left out.
     """
-    cost = {"test": 0} | {
-        partition: tokens_of(
-            model, facts, asked_facts(run, facts, partition), contrast=partition != "search"
-        )
-        for partition in ("search", "validation")
-    }
-    return [int(total) for total in np.cumsum([cost[s.partition] for s in run.scores()])]
+    study = open_study(run, space)
+    slopes = [v for name, v in study.user_attrs.items() if name.startswith("slopes ")]
+    spent, total, finished = [], 0, 0
+    for trial in study.get_trials(deepcopy=False):
+        if "fact_tokens" not in trial.user_attrs:
+            continue
+        total += sum(held["fact_tokens"] for held in slopes if held["after"] == finished)
+        total += trial.user_attrs["fact_tokens"]
+        finished += 1
+        loss = trial.values[0] if trial.values else inf
+        spent.append((total, loss, space.stored_bytes(Assignment.of(trial.params))))
+    asked = asked_facts(run, facts, "validation")
+    scores = sum(score.partition == "validation" for score in run.scores())
+    return [*spent, (total + scores * tokens_of(model, facts, asked, contrast=True), inf, 0)]
 
 
 def budgets(space: ResolvedSpace) -> dict[str, int]:
