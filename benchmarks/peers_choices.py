@@ -193,8 +193,9 @@ class Peers:
                 self.bench.restore()
                 some = tuple(balanced(self.asked.search, _SENSITIVITY_FACTS))
                 mps.measure_sensitivity(
-                    self.space, self.bench.bank, self.facts, some, seed=seed, report=self._tell
-                ).save(path)
+                    self.space, self.bench.bank, self.facts, some,
+                    seed=seed, around=False, report=self._tell,
+                ).save(path)  # fmt: skip
             self._tables[seed] = mps.Sensitivity.load(path)
         return self._tables[seed]
 

@@ -111,7 +111,7 @@ class Scorer:
                 expected = behind(evaluations[-1].loss_per_fact, places)
                 if expected is not None:
                     return None, expected
-        text = None if guard is None else guard.score()
+        text = None if guard is None else guard.score(self._bench.held)
         order = np.argsort(np.concatenate([places for places, _ in asked]))
         relations = self._run.relations(partition)
 

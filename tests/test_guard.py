@@ -95,6 +95,22 @@ def test_the_reference_against_itself_is_exactly_zero(
         assert set(guarded.reference.kl_nats) == {0.0}
 
 
+def test_first_blocks_that_are_as_before_are_not_run_again_and_say_the_same(
+    damaged: Model,
+) -> None:
+    layer = "model.layers.1.mlp.down_proj"
+    first = damaged.module.get_submodule("model.layers.0")
+    guarded = TextGuard(damaged, PARAGRAPHS)
+    calls: list[object] = []
+    guarded.score({})
+    handle = first.mlp.register_forward_hook(lambda *call: calls.append(call))
+    damaged.places[layer].put(damaged.originals[layer] + 0.1)
+    found = guarded.score({layer: "noisy"})
+    handle.remove()
+    assert not calls
+    assert found == guarded.score() != guarded.reference
+
+
 def test_fewer_tokens_kept_never_exceed_the_whole_kl_and_come_up_to_it(
     damaged: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
