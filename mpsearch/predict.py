@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from mpsearch.measures import spearman
 
 _NEAR = 1.5  # trials up to this much above the centre's loss, as a share of it, teach the model
+_REACH = 3.0  # and by this share of all that they change: bad surprises teach most
 _MOST_TRIALS = 300  # those that are predicted to differ least from the centre
 _LEAST_NATS = 0.1  # the scale of losses where they are near zero or below it
 # Factors of slopes and curvature before any trial, and their standard deviations.
@@ -81,25 +82,27 @@ class Predictor:
         here = damage_nats[self._groups, centre.levels][:, None]
         scale = max(abs(centre.loss_nats), _LEAST_NATS)
         differs = levels != centre.levels
-        near = (losses_nats <= centre.loss_nats + _NEAR * scale) & differs.any(1)
-        levels = levels[near]
-        changes = losses_nats[near] - centre.loss_nats
         both = np.abs(damage_nats) + np.abs(here)
         both[self._groups, centre.levels] = 0.0
         slopes = centre.slopes_nats
+        known = np.abs(damage_nats) if slopes is None else np.abs(slopes) + both
+        sizes = self._sums(known, levels)  # of all that a trial changes
+        changes = losses_nats - centre.loss_nats
+        limit = _NEAR * scale + (0.0 if slopes is None else _REACH * sizes)
+        near = differs.any(1) & (changes <= limit)
+        levels, changes, sizes = levels[near], changes[near], sizes[near]
         self._mean: NDArray[Any]
         self._spread: NDArray[Any]
         if slopes is None:
             # The damage of one measure predicts others, too: it may be of any scale.
-            sizes = self._sums(np.abs(damage_nats), levels)
-            ratio = np.median(losses_nats[near] / np.maximum(sizes, 1e-12)) if near.any() else 1.0
+            losses = changes + centre.loss_nats
+            ratio = np.median(losses / np.maximum(sizes, 1e-12)) if len(losses) else 1.0
             factor = max(float(ratio), _LEAST_FACTOR)
             self._mean = factor * (damage_nats - here)
             self._spread = _OF_DAMAGE * factor * np.hypot(damage_nats, here)
             self._spread[self._groups, centre.levels] = 0.0
             noise = np.full_like(sizes, _MISFIT_OF_DAMAGE * scale)
         else:
-            sizes = self._sums(np.abs(slopes) + both, levels)
             noise = _MISFIT * scale + _INTERACTION * sizes
             sums = np.stack([self._sums(slopes, levels), self._sums(both, levels)], axis=1)
             # What is wrong with single changes must not be taken for an error of the factors.

@@ -246,7 +246,8 @@ class LevelSwitchSampler(BaseSampler):
         found = []
         for trial in study.get_trials(deepcopy=False):
             whole = trial.state == TrialState.COMPLETE
-            if not self._ours(trial) or not (whole or HOPELESS_LOSS in trial.user_attrs):
+            stopped = trial.state == TrialState.PRUNED and HOPELESS_LOSS in trial.user_attrs
+            if not self._ours(trial) or not (whole or stopped):
                 continue
             levels = self._levels(trial)
             loss = trial.values[0] if whole else trial.user_attrs[HOPELESS_LOSS]

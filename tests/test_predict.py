@@ -127,14 +127,26 @@ def test_draws_spread_around_the_mean_and_less_where_a_trial_has_been() -> None:
     assert spread(taught) < 0.9 * spread(plain)
 
 
-def test_losses_far_above_the_centre_do_not_teach() -> None:
+def test_without_slopes_losses_far_above_the_centre_do_not_teach() -> None:
     world = World(3)
     levels = np.ones(GROUPS, dtype=int)
-    far = np.zeros(GROUPS, dtype=int)
-    centre = Centre(levels, 1.0, world.slopes(levels))
-    plain = Predictor(centre, world.damage, *none(world)).table()
-    taught = Predictor(centre, world.damage, np.array([far]), np.array([100.0])).table()
+    far = np.array([np.zeros(GROUPS, dtype=int)])
+    plain = Predictor(Centre(levels, 1.0), world.damage, *none(world)).table()
+    taught = Predictor(Centre(levels, 1.0), world.damage, far, np.array([100.0])).table()
     assert np.array_equal(plain, taught)
+
+
+def test_with_slopes_a_bad_surprise_teaches_however_low_the_centre_is() -> None:
+    levels = np.ones(GROUPS, dtype=int)
+    slopes = np.zeros((GROUPS, LEVELS))
+    slopes[:, 0] = -1.0
+    damage = np.full((GROUPS, LEVELS), 0.2)
+    moved = levels.copy()
+    moved[:3] = 0
+    plain = Predictor(Centre(levels, 0.1, slopes), damage, *none(World(0)))
+    taught = Predictor(Centre(levels, 0.1, slopes), damage, np.array([moved]), np.array([2.0]))
+    assert plain.loss_nats(moved) < 0.2
+    assert taught.loss_nats(moved) > 1.0
 
 
 def test_equal_damage_everywhere_leaves_numbers_finite() -> None:

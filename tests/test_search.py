@@ -16,7 +16,10 @@ import optuna
 import pytest
 import torch
 from conftest import tiny_family
+from optuna.trial import TrialState
 
+import mpsearch.scorer
+import mpsearch.stages
 from mpsearch.allocate import greedy, knapsack, uniform
 from mpsearch.assignment import Assignment
 from mpsearch.errors import CheckError, InfeasibleError, MpsearchError, RunError, UsageError
@@ -27,6 +30,7 @@ from mpsearch.models import Model, load_model
 from mpsearch.points import SIMPLE_KINDS, Point
 from mpsearch.recall import RecallProxy
 from mpsearch.run import Run
+from mpsearch.samplers import HOPELESS_LOSS
 from mpsearch.search import search
 from mpsearch.space import ResolvedSpace, SearchSpace
 from mpsearch.wish import Wish, check_wish
@@ -247,6 +251,60 @@ def test_optunas_samplers_search_too_and_are_told_what_is_over_the_budget(
     for trial in study_of(run).trials:
         over_budget = run.space.stored_bytes(trial.params) - run.budget_bytes
         assert list(trial.constraints.values()) == [over_budget]
+
+
+def test_candidates_that_cannot_win_are_stopped_after_half_of_the_relations(
+    ask: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mpsearch.stages, "_LEAST_RELATIONS", 2)
+    monkeypatch.setattr(mpsearch.scorer, "hopeless", lambda losses, best, relations: 0.25)
+    run = ask(tmp_path / "run")
+    trials = [t for t in study_of(run).trials if t.user_attrs["kind"] == "search"]
+    assert len(trials) == TRIALS
+    assert {t.state for t in trials} == {TrialState.PRUNED}
+    told = [t for t in study_of(run).trials if t.state == TrialState.COMPLETE]
+    size = run.space.stored_bytes
+    for trial in trials:
+        fitting = [t.values[0] for t in told if t.values[1] <= size(Assignment.of(trial.params))]
+        assert trial.user_attrs[HOPELESS_LOSS] == min(fitting) + 0.25
+        assert 0 < trial.user_attrs["fact_tokens"] < max(t.user_attrs["fact_tokens"] for t in told)
+    assert {s.kind for s in run.scores() if s.partition == "search"} == {*SIMPLE_KINDS}
+    assert "simple allocations stand" in run.front().verdict
+
+
+def test_facts_asked_in_halves_give_the_losses_of_facts_asked_at_once(
+    whole: Run, ask: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mpsearch.stages, "_LEAST_RELATIONS", 2)
+    monkeypatch.setattr(mpsearch.scorer, "hopeless", lambda losses, best, relations: None)
+    halved = ask(tmp_path / "run", trials=0)
+    at_once = {s.assignment: s for s in whole.scores() if s.partition == "search"}
+    for score in halved.scores():
+        if score.partition == "search":
+            same = at_once[score.assignment]
+            assert score.loss_per_fact == pytest.approx(same.loss_per_fact, abs=0.05)
+            assert score.kl_nats == pytest.approx(same.kl_nats, abs=0.05)
+
+
+def test_a_search_measures_slopes_and_says_how_well_it_foresaw(whole: Run) -> None:
+    slopes = {k: v for k, v in study_of(whole).user_attrs.items() if k.startswith("slopes ")}
+    assert slopes
+    tokens = max(t.user_attrs["fact_tokens"] for t in study_of(whole).trials)
+    assert all(held["fact_tokens"] == 3 * tokens for held in slopes.values())
+    foreseen = whole.content["foresight"]
+    assert foreseen["trials"] >= 3
+    assert foreseen["error_nats"] >= 0
+
+
+def test_a_search_goes_on_without_slopes_that_are_no_numbers(
+    ask: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise CheckError("the slopes at assignment x are NaN or infinite")
+
+    monkeypatch.setattr(mpsearch.scorer, "measure_slopes", broken)
+    assert len(proposals(ask(tmp_path / "run"))) == TRIALS
+    assert "goes on without them" in caplog.text
 
 
 def test_progress_counts_every_stage_to_its_end(ask: Search, tmp_path: Path) -> None:
