@@ -6,18 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import FAMILIES, tiny_family
 from transformers import AutoModelForCausalLM
 
 from mpsearch.allocate import uniform
 from mpsearch.bank import Bank
 from mpsearch.errors import CheckError
+from mpsearch.estimates import relation_mean
 from mpsearch.evaluate import Bench, all_layers
 from mpsearch.facts import FactSet
+from mpsearch.formats import FORMATS
+from mpsearch.layers import LayerGroup
 from mpsearch.models import Model, from_module
 from mpsearch.quantizers.rounding import Rounding
 from mpsearch.recall import RecallProxy
 from mpsearch.slopes import measure_slopes
-from mpsearch.space import ResolvedSpace
+from mpsearch.space import ResolvedSpace, SearchSpace
 
 STEP = 0.02
 
@@ -43,6 +47,20 @@ def proxy(bench: Bench, tiny_facts: FactSet) -> RecallProxy:
     return RecallProxy(bench.bank.model, tiny_facts, tiny_facts.part("search"), contrast=False)
 
 
+def stepped(bench: Bench, proxy: RecallProxy, group: LayerGroup, there: str, here: str) -> float:
+    """The measured derivative of the loss from one format of a group towards another."""
+    losses = []
+    for sign in (-1, 1):
+        for layer in group.layers:
+            at, to = (bench.bank.weight(layer.name, FORMATS[name]) for name in (here, there))
+            bench.bank.model.places[layer.name].put(at + sign * STEP * (to - at))
+        lost = proxy.reference.log_prob - proxy.score().log_prob
+        losses.append(relation_mean(lost, proxy.relations).mean)
+    for layer in group.layers:
+        bench.bank.model.places[layer.name].put(bench.bank.weight(layer.name, FORMATS[here]))
+    return (losses[1] - losses[0]) / (2 * STEP)
+
+
 def test_a_small_step_towards_another_format_changes_the_loss_by_the_slope(
     bench: Bench, proxy: RecallProxy
 ) -> None:
@@ -51,28 +69,40 @@ def test_a_small_step_towards_another_format_changes_the_loss_by_the_slope(
     assert set(slopes) == {
         (group, fmt.name) for group, formats in bench.space.options.items() for fmt in formats
     }
-    model, found = bench.bank.model, []
-    for group in bench.space.groups[:4]:
-        for fmt in bench.space.options[group.name]:
-            losses = []
-            for sign in (-1, 1):
-                bench.restore()
-                bench.put(assignment)
-                for layer in group.layers:
-                    here = bench.bank.weight(layer.name, bench.space.options[group.name][0])
-                    there = bench.bank.weight(layer.name, fmt)
-                    model.places[layer.name].put(here + sign * STEP * (there - here))
-                scores = proxy.score()
-                names = proxy.relations
-                loss = proxy.reference.log_prob - scores.log_prob
-                means = [loss[[n == name for n in names]].mean() for name in dict.fromkeys(names)]
-                losses.append(sum(means) / len(means))
-            measured = (losses[1] - losses[0]) / (2 * STEP)
-            found.append((slopes[group.name, fmt.name], measured))
+    found = [
+        (slopes[group.name, fmt.name], stepped(bench, proxy, group, fmt.name, "int2-g64"))
+        for group in bench.space.groups[:4]
+        for fmt in bench.space.options[group.name]
+    ]
     bench.restore()
     assert max(abs(measured) for _, measured in found) > 0.02
     for slope, measured in found:
         assert slope == pytest.approx(measured, rel=0.05, abs=5e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_slopes_of_every_family_embeddings_and_experts_included(
+    family: str, tiny_facts: FactSet, tmp_path: Path
+) -> None:
+    # All experts for every token: where a step changes the choice, the loss jumps.
+    everywhere = {"num_experts_per_tok": 4} if "moe" in family or family == "mixtral" else {}
+    space = SearchSpace.parse(
+        "version: 1\ntarget: compressed-tensors\nformats: [int2-g64, int8-g64, bf16]\n"
+        "embedding: [fp8, bf16]\n",
+        "test",
+    ).resolve(model := tiny_family(family, **everywhere))
+    bank = Bank(model, Rounding(), root=tmp_path)
+    bank.build(all_layers(space))
+    bench = Bench(space, bank)
+    proxy = RecallProxy(model, tiny_facts, tiny_facts.part("search")[:12], contrast=False)
+    slopes = measure_slopes(bench, space.smallest, [proxy])
+    largest = sorted(slopes, key=lambda pair: -abs(slopes[pair]))[:4]
+    largest += [pair for pair in slopes if "embed" in pair[0] or "wte" in pair[0]]
+    by_name = {group.name: group for group in space.groups}
+    for group, fmt in dict.fromkeys(largest):
+        measured = stepped(bench, proxy, by_name[group], fmt, space.smallest[group])
+        assert slopes[group, fmt] == pytest.approx(measured, rel=0.1, abs=2e-3)
+    assert abs(slopes[largest[0]]) > 0.02
 
 
 def test_formats_in_place_have_no_slope(bench: Bench, proxy: RecallProxy) -> None:
