@@ -31,11 +31,16 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many assignments a search scores: simple allocations, proposals, finalists."""
+    """How many assignments a search scores: simple allocations, proposals, finalists.
+
+    Attributes:
+        trial_cost: evaluations on all search facts that a proposal takes.
+    """
 
     baselines: int
     trials: int
     finalists: int
+    trial_cost: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ def forecast(
     def seconds(of_tokens: float) -> float:
         return of_tokens * seconds_per_token
 
-    trial = seconds(tokens.search)
+    trial = plan.trial_cost * seconds(tokens.search)
     if limit is not None and trials * trial > limit:
         trials = int(limit / trial)
     reference = 1 + _FLOOR

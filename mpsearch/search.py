@@ -40,7 +40,7 @@ from mpsearch.run import Run
 from mpsearch.scorer import Scorer
 from mpsearch.sensitivity import measure_sensitivity
 from mpsearch.space import ResolvedSpace, SearchSpace
-from mpsearch.study import FINALISTS, SPREAD, SearchStudy
+from mpsearch.study import FINALISTS, SPREAD, TRIAL_COST, SearchStudy
 from mpsearch.text import Text
 from mpsearch.wish import TRIALS, Wish, check_wish
 
@@ -188,7 +188,7 @@ class _Search:
         found = forecast(
             pace["seconds"] / pace["tokens"],
             tokens_asked(run, self.model, self.facts, self.text),
-            Plan(len(uniform(self.space)) + 2 + len(SPREAD), self.wish.trials, 2 * FINALISTS),
+            self._plan,
             Counter((score.partition, score.kind == "search") for score in run.scores()),
             bank_seconds,
             self.wish.seconds,
@@ -197,6 +197,12 @@ class _Search:
         run.content["forecast_seconds"] = found.by_stage
         run.save()
         self.estimated(found)
+
+    @property
+    def _plan(self) -> Plan:
+        baselines = len(uniform(self.space)) + 2 + len(SPREAD)
+        cost = TRIAL_COST if self.wish.sampler == "level-switch" else 1.0
+        return Plan(baselines, self.wish.trials, 2 * FINALISTS, cost)
 
     def _took(self, run: Run, stage: str) -> None:
         since, self._since = self._since, time.monotonic()

@@ -44,6 +44,14 @@ def test_a_forecast_by_hand() -> None:
     assert found.after_trials(25.0) == (found.finalists + found.test) / 2
 
 
+def test_a_proposal_may_take_more_than_an_evaluation() -> None:
+    plan = Plan(baselines=10, trials=150, finalists=6, trial_cost=1.2)
+    found = forecast(0.5, TOKENS, plan, {}, 7.0, None)
+    assert found.trial == pytest.approx(60.0)
+    assert found.by_stage["trials"] == pytest.approx(150 * 60.0)
+    assert found.by_stage["baselines"] == foretold().by_stage["baselines"]
+
+
 def test_a_bank_that_is_not_timed_is_left_out_of_the_sum() -> None:
     assert foretold(bank=None).total == foretold(bank=0.0).total
     assert "bank" not in foretold(bank=None).by_stage
