@@ -62,8 +62,8 @@ def free(ask: Search, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, li
     read: list[int] = []
     score = TextGuard.score
 
-    def counted(guard: TextGuard) -> TextScores:
-        scores = score(guard)
+    def counted(guard: TextGuard, *held: Any) -> TextScores:
+        scores = score(guard, *held)
         read.append(len(scores.tokens))
         return scores
 
