@@ -636,6 +636,19 @@ def test_slopes_are_due_at_the_best_trial_and_again_after_eight_at_a_better_one(
     pytest.fail("no better trial in forty")
 
 
+def test_slopes_are_not_measured_twice_at_one_trial() -> None:
+    space = make_space()
+    world = Quadratic(space, 0)
+    sampler = LevelSwitchSampler(space, world.damage, middle(space), 0)
+    study = new_study(sampler)
+    explore(study, space, world.loss, 3)
+    due = sampler.due(study)
+    assert due is not None
+    sampler.record(study, due, world.slopes(due.params))
+    explore(study, space, lambda assignment: 100 + world.loss(assignment), 12)
+    assert sampler.due(study) is None
+
+
 def test_slopes_that_could_not_be_measured_are_not_asked_for_again() -> None:
     space = make_space()
     world = Quadratic(space, 0)
