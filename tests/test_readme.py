@@ -87,7 +87,7 @@ def test_make_targets_of_the_readme_exist() -> None:
 
 def test_the_figures_of_the_readme_are_in_the_repository() -> None:
     figures = re.findall(r"!\[.*?\]\((.*?)\)", README)
-    assert len(figures) == 2
+    assert len(figures) == 3
     assert all((ROOT / figure).stat().st_size > 10_000 for figure in figures)
 
 

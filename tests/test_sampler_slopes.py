@@ -1,0 +1,169 @@
+"""The sampler with slopes, and what it makes of trials that were stopped early."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from optuna.study import Study
+from optuna.trial import TrialState
+
+from mpsearch.samplers import HOPELESS_LOSS, LevelSwitchSampler
+from mpsearch.space import ResolvedSpace
+from tests.test_samplers import Damage, ask, explore, make_space, middle, new_study
+
+
+class Quadratic:
+    """A loss with slopes: `|sum of the groups' errors|^2`, whose damage table sees no sums."""
+
+    def __init__(self, space: ResolvedSpace, seed: int):
+        rng = np.random.default_rng(seed)
+        self.errors = {
+            (name, fmt.name): rng.normal(size=5) * 2.5 ** -(fmt.bits - 2) * scale
+            for name, formats in space.options.items()
+            for scale in [rng.lognormal(0.0, 0.5)]
+            for fmt in formats
+        }
+        self.damage = {pair: float(error @ error) for pair, error in self.errors.items()}
+
+    def loss(self, assignment: Mapping[str, str]) -> float:
+        total = np.sum([self.errors[pair] for pair in assignment.items()], axis=0)
+        return float(total @ total)
+
+    def slopes(self, assignment: Mapping[str, str]) -> Damage:
+        total = np.sum([self.errors[pair] for pair in assignment.items()], axis=0)
+        return {
+            (name, fmt): float(2 * total @ (error - self.errors[name, assignment[name]]))
+            for (name, fmt), error in self.errors.items()
+        }
+
+
+def sloping(space: ResolvedSpace, world: Quadratic, seed: int, trials: int) -> Study:
+    """A study whose slopes are measured whenever they are due."""
+    sampler = LevelSwitchSampler(space, world.damage, middle(space), seed)
+    study = new_study(sampler)
+    for _ in range(trials):
+        if (due := sampler.due(study)) is not None:
+            sampler.record(study, due, world.slopes(due.params), fact_tokens=7)
+        explore(study, space, world.loss, 1)
+    return study
+
+
+def best_within(study: Study, budget: int) -> float:
+    return min(t.values[0] for t in study.trials if t.values[1] <= budget)
+
+
+def test_slopes_find_lower_losses_with_the_same_number_of_trials() -> None:
+    space = make_space(groups=24)
+    plain, sloped = [], []
+    for seed in range(3):
+        world = Quadratic(space, seed)
+        sampler = LevelSwitchSampler(space, world.damage, middle(space), seed)
+        study = new_study(sampler)
+        explore(study, space, world.loss, 30)
+        plain.append(best_within(study, middle(space)))
+        sloped.append(best_within(sloping(space, world, seed, 30), middle(space)))
+    assert np.mean(sloped) < 0.7 * np.mean(plain)
+
+
+def test_slopes_are_due_at_the_best_trial_and_again_after_eight_at_a_better_one() -> None:
+    space = make_space()
+    world = Quadratic(space, 0)
+    sampler = LevelSwitchSampler(space, world.damage, middle(space), 0)
+    study = new_study(sampler)
+    assert sampler.due(study) is None
+    explore(study, space, world.loss, 3)
+    first = sampler.due(study)
+    assert first is not None
+    assert first.values[0] == best_within(study, middle(space))
+    sampler.record(study, first, world.slopes(first.params))
+    assert sampler.due(study) is None
+    for told in range(1, 40):
+        explore(study, space, world.loss, 1)
+        again = sampler.due(study)
+        best = best_within(study, middle(space))
+        if told < 8 or best == first.values[0]:
+            assert again is None
+        else:
+            assert again is not None
+            assert again.values[0] == best < first.values[0]
+            return
+    pytest.fail("no better trial in forty")
+
+
+def test_slopes_are_not_measured_twice_at_one_trial() -> None:
+    space = make_space()
+    world = Quadratic(space, 0)
+    sampler = LevelSwitchSampler(space, world.damage, middle(space), 0)
+    study = new_study(sampler)
+    explore(study, space, world.loss, 3)
+    due = sampler.due(study)
+    assert due is not None
+    sampler.record(study, due, world.slopes(due.params))
+    explore(study, space, lambda assignment: 100 + world.loss(assignment), 12)
+    assert sampler.due(study) is None
+
+
+def test_slopes_that_could_not_be_measured_are_not_asked_for_again() -> None:
+    space = make_space()
+    world = Quadratic(space, 0)
+    sampler = LevelSwitchSampler(space, world.damage, middle(space), 0)
+    study = new_study(sampler)
+    explore(study, space, world.loss, 2)
+    due = sampler.due(study)
+    assert due is not None
+    sampler.record(study, due, {})
+    assert sampler.due(study) is None
+    assert explore(study, space, world.loss, 3)
+
+
+def test_a_fresh_sampler_reads_slopes_from_the_study() -> None:
+    space = make_space()
+    world = Quadratic(space, 1)
+    study = sloping(space, world, 0, 12)
+    proposal = ask(study, space)[1]
+    study.tell(study.trials[-1].number, state=TrialState.FAIL)
+    study.sampler = LevelSwitchSampler(space, world.damage, middle(space), 0)
+    assert ask(study, space)[1] == proposal
+
+
+def test_foresight_is_of_trials_after_the_first_slopes_and_beats_the_table() -> None:
+    space = make_space(groups=24)
+    world = Quadratic(space, 0)
+    study = sloping(space, world, 0, 30)
+    sampler = LevelSwitchSampler(space, world.damage, middle(space), 0)
+    found = sampler.foresight(study)
+    assert found is not None
+    within = [t for t in study.trials[1:] if t.values[1] <= middle(space)]
+    assert found.trials == len(within)
+    assert found.error_nats < found.table_error_nats
+    assert f"{found.error_nats:.3f} nats" in str(found)
+    assert sampler.foresight(new_study(sampler)) is None
+
+
+def test_a_stopped_trial_teaches_is_no_parent_and_is_not_proposed_again() -> None:
+    space = make_space()
+    world = Quadratic(space, 2)
+    study = new_study(LevelSwitchSampler(space, world.damage, middle(space), 0))
+    explore(study, space, world.loss, 4)
+    trial, stopped = ask(study, space)
+    trial.set_user_attr(HOPELESS_LOSS, -5.0)  # as if it were the best by far
+    study.tell(trial, state=TrialState.PRUNED)
+    sampler = LevelSwitchSampler(space, world.damage, middle(space), 0)
+    due = sampler.due(study)
+    assert due is not None
+    assert due.params != dict(stopped)
+    assert len(sampler._finished(study)) == 5
+    assert stopped not in explore(study, space, world.loss, 20)
+
+
+def test_an_attribute_of_a_trial_that_a_kill_failed_does_not_count() -> None:
+    space = make_space()
+    world = Quadratic(space, 2)
+    sampler = LevelSwitchSampler(space, world.damage, middle(space), 0)
+    study = new_study(sampler)
+    trial, _ = ask(study, space)
+    trial.set_user_attr(HOPELESS_LOSS, 1.0)
+    study.tell(trial, state=TrialState.FAIL)
+    assert not sampler._finished(study)
