@@ -29,6 +29,7 @@ from mpsearch.evaluate import Bench
 from mpsearch.facts import FactSet
 from mpsearch.journal import open_study
 from mpsearch.run import Run
+from mpsearch.samplers import SLOPES
 from mpsearch.space import ResolvedSpace
 
 MIDWAY = "midway"
@@ -278,7 +279,7 @@ def fact_tokens(
     which the point is chosen; test facts choose nothing and are left out.
     """
     study = open_study(run, space)
-    slopes = [v for name, v in study.user_attrs.items() if name.startswith("slopes ")]
+    slopes = [v for name, v in study.user_attrs.items() if name.startswith(SLOPES)]
     spent, total, finished = [], 0, 0
     for trial in study.get_trials(deepcopy=False):
         if "fact_tokens" not in trial.user_attrs:

@@ -6,7 +6,7 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mpsearch.assignment import Assignment
 from mpsearch.errors import RunError
@@ -34,7 +34,7 @@ def open_study(run: Run, space: ResolvedSpace) -> Study:
     if len(study.directions) != 2:
         raise RunError(_refusal(run, "is of a study with another number of objectives"))
     for trial in trials:
-        if _counts(trial) and not space.allows(trial.params):
+        if counts(trial) and not space.allows(trial.params):
             raise RunError(_refusal(run, f"holds trial {trial.number} of another search space"))
     for trial in trials:
         if trial.state == TrialState.RUNNING:
@@ -51,14 +51,16 @@ def _refusal(run: Run, fault: str) -> str:
 
 def tried(study: Study, space: ResolvedSpace) -> set[Assignment]:
     """What measured trials had, those that were stopped early or refused as they gave NaN too."""
-    return {
-        Assignment.of({name: params[name] for name in space.options})
-        for trial in study.get_trials(deepcopy=False)
-        if _counts(trial)
-        for params in [trial.params]
-    }
+    trials = study.get_trials(deepcopy=False)
+    return {assignment_of(trial, space) for trial in trials if counts(trial)}
 
 
-def _counts(trial: FrozenTrial) -> bool:
+def assignment_of(trial: FrozenTrial | Trial, space: ResolvedSpace) -> Assignment:
+    """A trial's parameters in the order of the space's groups, whatever their own is."""
+    params = trial.params  # a copy at each access
+    return Assignment.of({name: params[name] for name in space.options})
+
+
+def counts(trial: FrozenTrial) -> bool:
     """Whether it ended by being measured, and not by a kill."""
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or "refused" in trial.user_attrs

@@ -125,7 +125,6 @@ class Moves:
     ) -> NDArray[Any]:
         """Lower groups that have not been raised until it fits; raise those not below `floor`."""
         levels = levels.copy()
-        floor = floor.copy()
         size = self.size(levels)
         while size > limit:
             group = self._pick(rng, levels, -1, ~moved, rates)

@@ -38,7 +38,7 @@ from mpsearch.space import ResolvedSpace
 SAMPLERS = ("level-switch", "nsga2", "tpe")
 OVER_TEXT_KL = "over_text_kl_nats"  # a trial's constraint: its text KL minus the limit
 HOPELESS_LOSS = "hopeless_loss_nats"  # attribute of a trial that was stopped early: its estimate
-_SLOPES = "slopes "  # and a trial's number: the study's attribute that holds them
+SLOPES = "slopes "  # and a trial's number: the study's attribute that holds them
 _LOOSE = 0.1  # share of proposals at another size than the budget, to cover the front
 _CHILDREN = 64  # of which one is proposed
 _ATTEMPTS = 200
@@ -114,10 +114,7 @@ class LevelSwitchSampler(BaseSampler):
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        return {
-            name: CategoricalDistribution(formats)
-            for name, formats in zip(self._moves.names, self._moves.formats, strict=True)
-        }
+        return distributions(self._space)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -136,7 +133,9 @@ class LevelSwitchSampler(BaseSampler):
         refused = [t for t in others if "refused" in t.user_attrs]
         known = self._finished(study)
         rng = np.random.default_rng([self._seed, len(known) + len(refused), len(running)])
-        seen = {t.key for t in known} | {self._levels(t).tobytes() for t in (*running, *refused)}
+        seen = {t.key for t in known} | {
+            self._levels(t.params).tobytes() for t in (*running, *refused)
+        }
         levels = self._propose(rng, known, self._slopes(study), seen)
         return {
             name: formats[level]
@@ -191,16 +190,16 @@ class LevelSwitchSampler(BaseSampler):
         table = self._moves.table(slopes).tolist() if slopes else None
         finished = len(self._finished(study))
         content = {"after": finished, "nats": table, "fact_tokens": fact_tokens}
-        study.set_user_attr(f"{_SLOPES}{trial.number}", content)
+        study.set_user_attr(f"{SLOPES}{trial.number}", content)
 
     def _slopes(self, study: Study) -> dict[int, tuple[int, NDArray[Any] | None]]:
         """By trial number: how many trials had finished, and the table of `_moves`' shape."""
         found = {}
         for name, content in study.user_attrs.items():
-            if name.startswith(_SLOPES):
+            if name.startswith(SLOPES):
                 table = None if content["nats"] is None else np.array(content["nats"])
                 if table is None or table.shape == self._damage.shape:
-                    found[int(name[len(_SLOPES) :])] = (int(content["after"]), table)
+                    found[int(name[len(SLOPES) :])] = (int(content["after"]), table)
         return found
 
     def foresight(self, study: Study) -> Foresight | None:
@@ -230,10 +229,7 @@ class LevelSwitchSampler(BaseSampler):
             for name, formats in zip(self._moves.names, self._moves.formats, strict=True)
         )
 
-    def _levels(self, trial: FrozenTrial) -> NDArray[Any]:
-        return self._levels_of(trial.params)
-
-    def _levels_of(self, assignment: Mapping[str, str]) -> NDArray[Any]:
+    def _levels(self, assignment: Mapping[str, str]) -> NDArray[Any]:
         return np.array(
             [
                 formats.index(assignment[name])
@@ -249,7 +245,7 @@ class LevelSwitchSampler(BaseSampler):
             stopped = trial.state == TrialState.PRUNED and HOPELESS_LOSS in trial.user_attrs
             if not self._ours(trial) or not (whole or stopped):
                 continue
-            levels = self._levels(trial)
+            levels = self._levels(trial.params)
             loss = trial.values[0] if whole else trial.user_attrs[HOPELESS_LOSS]
             if not isfinite(loss):
                 continue
@@ -332,7 +328,7 @@ class LevelSwitchSampler(BaseSampler):
     def _last(self, seen: set[bytes]) -> NDArray[Any]:
         """One of the few that are left; the smallest where none is."""
         for assignment in feasible(self._space, self._budget_bytes):
-            if (levels := self._levels_of(assignment)).tobytes() not in seen:
+            if (levels := self._levels(assignment)).tobytes() not in seen:
                 return levels
         return np.zeros(len(self._moves.names), dtype=int)
 

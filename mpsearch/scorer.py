@@ -7,7 +7,6 @@ run limits its KL, beside test facts none.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -55,8 +54,8 @@ class Scorer:
         Raises:
             CheckError: the candidate gives NaN.
         """
-        score, _ = self._score(assignment, kind, partition, lambda losses, places: None)
-        assert score is not None
+        score = self._score(assignment, kind, partition)
+        assert isinstance(score, Score)  # nothing to lose to
         return score
 
     def compete(self, assignment: Assignment, kind: str, best: Score | None) -> Score | float:
@@ -67,19 +66,7 @@ class Scorer:
         Raises:
             CheckError: the candidate gives NaN.
         """
-
-        def behind(losses: NDArray[Any], places: NDArray[Any]) -> float | None:
-            if best is None:
-                return None
-            relations = self._run.relations("search")
-            there = np.array(best.loss_per_fact)[places]
-            return hopeless(losses, there, [relations[place] for place in places])
-
-        score, expected = self._score(assignment, kind, "search", behind)
-        if score is not None:
-            return score
-        assert best is not None
-        return self.loss(best) + expected
+        return self._score(assignment, kind, "search", best)
 
     def slopes(self, assignment: Assignment) -> dict[tuple[str, str], float]:
         """How answer loss on search facts changes from there, to first order; see `slopes.py`."""
@@ -92,25 +79,22 @@ class Scorer:
         return relation_mean(score.loss_per_fact, self._run.relations(score.partition)).mean
 
     def _score(
-        self,
-        assignment: Assignment,
-        kind: str,
-        partition: str,
-        behind: Callable[[NDArray[Any], NDArray[Any]], float | None],
-    ) -> tuple[Score | None, float]:
-        """The score, or None and what `behind` said of the losses of its first facts."""
+        self, assignment: Assignment, kind: str, partition: str, best: Score | None = None
+    ) -> Score | float:
+        """As `compete`; without a best one to beat it is not stopped."""
         if (found := self._cache.get((partition, assignment))) is not None:
-            return found, 0.0
+            return found
         asked, guard = self._asked(partition), self._guard(partition)
         began = time.perf_counter()
         evaluations: list[Evaluation] = []
         for places, proxy in asked:
             evaluations.append(self._bench.evaluate(assignment, proxy))
             self.fact_tokens += proxy.tokens
-            if len(evaluations) < len(asked):
-                expected = behind(evaluations[-1].loss_per_fact, places)
-                if expected is not None:
-                    return None, expected
+            if best is not None and len(evaluations) < len(asked):
+                there = np.array(best.loss_per_fact)[places]
+                behind = hopeless(evaluations[-1].loss_per_fact, there, proxy.relations)
+                if behind is not None:
+                    return self.loss(best) + behind
         text = None if guard is None else guard.score(self._bench.held)
         order = np.argsort(np.concatenate([places for places, _ in asked]))
         relations = self._run.relations(partition)
@@ -132,7 +116,7 @@ class Scorer:
         )
         self._run.add(score)
         self._cache[partition, assignment] = score
-        return score, 0.0
+        return score
 
     def record_reference(self, partition: str) -> None:
         """Write the reference's own recall, noise floor and perplexity beside the candidates'."""

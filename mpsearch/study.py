@@ -10,14 +10,14 @@ from dataclasses import asdict
 import numpy as np
 import optuna
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from mpsearch.allocate import feasible, greedy, knapsack, uniform
 from mpsearch.assignment import Assignment
 from mpsearch.bank import Report
 from mpsearch.errors import CheckError
 from mpsearch.front import pareto_front
-from mpsearch.journal import open_study, tried
+from mpsearch.journal import assignment_of, counts, open_study, tried
 from mpsearch.points import Score, rivals
 from mpsearch.run import Run
 from mpsearch.samplers import (
@@ -134,7 +134,7 @@ class SearchStudy:
             return
         before = self.scorer.fact_tokens
         try:
-            slopes = self.scorer.slopes(self._assignment(trial))
+            slopes = self.scorer.slopes(assignment_of(trial, self.space))
         except CheckError as error:
             log.warning("%s; the search goes on without them", error)
             slopes = {}
@@ -143,8 +143,7 @@ class SearchStudy:
     def propose(self) -> None:
         """One trial: the sampler's proposal, scored on search facts."""
         trial = self.study.ask(distributions(self.space))
-        params = trial.params  # a copy at each access
-        assignment = Assignment.of({name: params[name] for name in self.space.options})
+        assignment = assignment_of(trial, self.space)
         trial.set_user_attr("kind", "search")
         trial.set_constraint("over_budget_bytes", self._over_budget(assignment))
         before = self.scorer.fact_tokens
@@ -177,19 +176,9 @@ class SearchStudy:
 
     def _proposals(self) -> int:
         return sum(
-            trial.user_attrs.get("kind") == "search"
-            and (
-                trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-                or "refused" in trial.user_attrs
-            )
+            trial.user_attrs.get("kind") == "search" and counts(trial)
             for trial in self.study.get_trials(deepcopy=False)
         )
-
-    def _complete(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-
-    def _assignment(self, trial: FrozenTrial) -> Assignment:
-        return Assignment.of({name: trial.params[name] for name in self.space.options})
 
     def _over_budget(self, assignment: Assignment) -> float:
         """Above zero where Optuna's own samplers must not go."""
@@ -210,8 +199,8 @@ class SearchStudy:
         """Search-fact (loss, bytes, assignment) of all complete trials that break no limit."""
         budget = self.wish.budget_bytes
         ranked = [
-            (trial.values[0], trial.values[1], self._assignment(trial))
-            for trial in self._complete()
+            (trial.values[0], trial.values[1], assignment_of(trial, self.space))
+            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
             if trial.values[1] <= budget and trial.constraints.get(OVER_TEXT_KL, 0.0) <= 0
         ]
         return sorted(ranked, key=lambda entry: entry[:2])

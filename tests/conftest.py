@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import pytest
 import torch
 from cli_cases import BUDGET, TRIALS, Cli, Outcome
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -230,6 +232,17 @@ def wanted(tiny: Model) -> Wanted:
 def mpsearch_home(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Banks and small things of the tests go to a temporary home, unless the caller set one."""
     os.environ.setdefault("MPSEARCH_HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture
+def module_calls() -> Iterator[Counter[nn.Module]]:
+    """How often each module has computed."""
+    seen: Counter[nn.Module] = Counter()
+    handle = nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: seen.update([module] if "forward" not in vars(module) else [])
+    )
+    yield seen
+    handle.remove()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -63,26 +62,15 @@ def plainly(bench: Bench, work: Pass) -> dict[Key, float]:
     return found
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[nn.Module]]:
-    """How often each module has computed."""
-    seen: Counter[nn.Module] = Counter()
-    handle = nn.modules.module.register_module_forward_pre_hook(
-        lambda module, inputs: seen.update([module] if "forward" not in vars(module) else [])
-    )
-    yield seen
-    handle.remove()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_equals_plain_evaluations_to_the_bit_without_running_earlier_blocks(
-    family: str, tmp_path: Path, calls: Counter[nn.Module]
+    family: str, tmp_path: Path, module_calls: Counter[nn.Module]
 ) -> None:
     model = tiny_family(family, **{"n_layer" if family == "gpt2" else "num_hidden_layers": 4})
     bench = bench_of(model, tmp_path)
     work = Pass(model, some_sequences(), max_nodes=32)
     assert len(work.rows) > 1
-    calls.clear()
+    module_calls.clear()
     found = perturb_one(bench, work)
     rows = len(work.rows)
     pairs = Counter(group.depth for group in bench.space.groups for _ in range(2))
@@ -92,7 +80,7 @@ def test_it_equals_plain_evaluations_to_the_bit_without_running_earlier_blocks(
         candidates = sum(pairs[depth] for depth in range(index + 1))
         once = index < 3  # to get what the next block reads, which others have driven out
         tried = 1 + (index > 0)  # whether starting late is exact, on one row
-        assert calls[block] == rows * (1 + candidates + once) + tried
+        assert module_calls[block] == rows * (1 + candidates + once) + tried
     assert found == plainly(bench, work)
 
 

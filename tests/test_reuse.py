@@ -77,20 +77,9 @@ def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
     return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in pairs)
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[nn.Module]]:
-    """How often each module has computed."""
-    seen: Counter[nn.Module] = Counter()
-    handle = nn.modules.module.register_module_forward_pre_hook(
-        lambda module, inputs: seen.update([module] if "forward" not in vars(module) else [])
-    )
-    yield seen
-    handle.remove()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_candidates_say_to_the_bit_what_they_say_plainly(
-    family: str, tmp_path: Path, calls: Counter[nn.Module]
+    family: str, tmp_path: Path, module_calls: Counter[nn.Module]
 ) -> None:
     model = four_blocks(family)
     bench, work = bench_of(model, tmp_path, MORE), some_pass(model)
@@ -99,17 +88,17 @@ def test_candidates_say_to_the_bit_what_they_say_plainly(
     for assignment in assignments:
         bench.put(assignment)
         expected.append(plainly(work))
-    calls.clear()
+    module_calls.clear()
     for assignment, plain in zip(assignments, expected, strict=True):
         bench.put(assignment)
         assert equal(list(runs.logits(bench.held)), plain)
     first, *_, last = find_blocks(model.module, model.places)
     rows = len(work.rows)
-    assert rows < calls[first] < calls[last] <= rows * len(assignments) + 2
+    assert rows < module_calls[first] < module_calls[last] <= rows * len(assignments) + 2
 
 
 def test_only_blocks_from_the_first_change_on_are_run(
-    tmp_path: Path, calls: Counter[nn.Module]
+    tmp_path: Path, module_calls: Counter[nn.Module]
 ) -> None:
     model = four_blocks(tie_word_embeddings=False)
     bench, work = bench_of(model, tmp_path, MORE + "head: [int8-g64, bf16]\n"), some_pass(model)
@@ -129,10 +118,10 @@ def test_only_blocks_from_the_first_change_on_are_run(
         names = {part: next(name for name in base if part in name) for part in changes}
         bench.put({**base, **{names[part]: fmt for part, fmt in changes.items()}})
         plain = plainly(work)
-        calls.clear()
+        module_calls.clear()
         assert equal(list(runs.logits(bench.held)), plain)
         if changes or first:  # the first run also tries whether it can start late
-            ran = [calls[block] // len(work.rows) for block in blocks]
+            ran = [module_calls[block] // len(work.rows) for block in blocks]
             assert ran == [int(index >= first) for index in range(4)], changes
 
 
@@ -196,7 +185,7 @@ def test_a_run_that_is_broken_off_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("reader", [1, 3])
 def test_where_blocks_hand_on_more_than_they_return_all_of_them_run(
-    reader: int, tmp_path: Path, calls: Counter[nn.Module]
+    reader: int, tmp_path: Path, module_calls: Counter[nn.Module]
 ) -> None:
     model = four_blocks()
     blocks = find_blocks(model.module, model.places)
@@ -213,9 +202,9 @@ def test_where_blocks_hand_on_more_than_they_return_all_of_them_run(
     for number, assignment in enumerate(moves(bench, 4)):
         bench.put(assignment)
         plain = plainly(work)
-        calls.clear()
+        module_calls.clear()
         assert equal(list(runs.logits(bench.held)), plain)
-        assert number == 0 or calls[blocks[0]] == len(work.rows)
+        assert number == 0 or module_calls[blocks[0]] == len(work.rows)
 
 
 def test_where_more_than_the_last_block_is_read_all_of_them_run(tmp_path: Path) -> None:
@@ -233,7 +222,7 @@ def test_where_more_than_the_last_block_is_read_all_of_them_run(tmp_path: Path) 
 
 
 def test_what_is_kept_is_bounded_by_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: Counter[nn.Module]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module_calls: Counter[nn.Module]
 ) -> None:
     model = four_blocks()
     bench, work = bench_of(model, tmp_path), some_pass(model)

@@ -39,6 +39,14 @@ class Quadratic:
         }
 
 
+def begun(seed: int) -> tuple[ResolvedSpace, Quadratic, LevelSwitchSampler, Study]:
+    """A study without trials, and the world that it is of."""
+    space = make_space()
+    world = Quadratic(space, seed)
+    sampler = LevelSwitchSampler(space, world.damage, middle(space), 0)
+    return space, world, sampler, new_study(sampler)
+
+
 def sloping(space: ResolvedSpace, world: Quadratic, seed: int, trials: int) -> Study:
     """A study whose slopes are measured whenever they are due."""
     sampler = LevelSwitchSampler(space, world.damage, middle(space), seed)
@@ -68,10 +76,7 @@ def test_slopes_find_lower_losses_with_the_same_number_of_trials() -> None:
 
 
 def test_slopes_are_due_at_the_best_trial_and_again_after_eight_at_a_better_one() -> None:
-    space = make_space()
-    world = Quadratic(space, 0)
-    sampler = LevelSwitchSampler(space, world.damage, middle(space), 0)
-    study = new_study(sampler)
+    space, world, sampler, study = begun(0)
     assert sampler.due(study) is None
     explore(study, space, world.loss, 3)
     first = sampler.due(study)
@@ -93,10 +98,7 @@ def test_slopes_are_due_at_the_best_trial_and_again_after_eight_at_a_better_one(
 
 
 def test_slopes_are_not_measured_twice_at_one_trial() -> None:
-    space = make_space()
-    world = Quadratic(space, 0)
-    sampler = LevelSwitchSampler(space, world.damage, middle(space), 0)
-    study = new_study(sampler)
+    space, world, sampler, study = begun(0)
     explore(study, space, world.loss, 3)
     due = sampler.due(study)
     assert due is not None
@@ -106,10 +108,7 @@ def test_slopes_are_not_measured_twice_at_one_trial() -> None:
 
 
 def test_slopes_that_could_not_be_measured_are_not_asked_for_again() -> None:
-    space = make_space()
-    world = Quadratic(space, 0)
-    sampler = LevelSwitchSampler(space, world.damage, middle(space), 0)
-    study = new_study(sampler)
+    space, world, sampler, study = begun(0)
     explore(study, space, world.loss, 2)
     due = sampler.due(study)
     assert due is not None
@@ -159,10 +158,7 @@ def test_a_stopped_trial_teaches_is_no_parent_and_is_not_proposed_again() -> Non
 
 
 def test_an_attribute_of_a_trial_that_a_kill_failed_does_not_count() -> None:
-    space = make_space()
-    world = Quadratic(space, 2)
-    sampler = LevelSwitchSampler(space, world.damage, middle(space), 0)
-    study = new_study(sampler)
+    space, _, sampler, study = begun(2)
     trial, _ = ask(study, space)
     trial.set_user_attr(HOPELESS_LOSS, 1.0)
     study.tell(trial, state=TrialState.FAIL)
