@@ -12,10 +12,10 @@ from mpsearch.errors import InfeasibleError, RunError, UsageError
 
 
 def search(args: argparse.Namespace) -> None:
-    from mpsearch.budget import format_size, parse_size
     from mpsearch.console import Progress, emit_json, front_json, say, show_front
     from mpsearch.fluency import check_max_text_kl
     from mpsearch.run import Run
+    from mpsearch.sizes import format_size, parse_size
 
     # Whatever can be refused without the model is refused before it is loaded.
     budget_bytes = parse_size(args.budget)
@@ -87,8 +87,8 @@ def layers(args: argparse.Namespace) -> None:
 
 
 def bank(args: argparse.Namespace) -> None:
-    from mpsearch.budget import format_size
     from mpsearch.console import Progress, emit_json, format_seconds, say, show_bank
+    from mpsearch.sizes import format_size
 
     space_file, calibration = _space(args), _calibration(args)
     model = _model(args)

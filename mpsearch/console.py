@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mpsearch.budget import format_size
 from mpsearch.estimates import Estimate
 from mpsearch.facts import PARTITIONS
 from mpsearch.facts.describe import Description
@@ -19,6 +18,7 @@ from mpsearch.outcome import outcome
 from mpsearch.points import ParetoFront, Point
 from mpsearch.predict import Foresight
 from mpsearch.run import Run
+from mpsearch.sizes import format_size
 
 _PLAIN_EVERY_SECONDS = 10.0
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from mpsearch.budget import format_size
 from mpsearch.errors import ResourceError, UsageError
+from mpsearch.sizes import format_size
 
 
 def pick_device() -> torch.device:

@@ -6,9 +6,9 @@ import importlib.metadata
 import platform
 import shutil
 
-from mpsearch.budget import format_size
 from mpsearch.builtin import BUILTIN_NAME, home
 from mpsearch.device import available_memory_bytes, compute_dtype, pick_device
+from mpsearch.sizes import format_size
 
 _LIBRARIES = {
     "torch": "arithmetic",

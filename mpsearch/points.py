@@ -107,7 +107,7 @@ class ParetoFront:
         Raises:
             RunError: none fits.
         """
-        from mpsearch.budget import parse_size
+        from mpsearch.sizes import parse_size
 
         limit = parse_size(max_bytes) if isinstance(max_bytes, str) else max_bytes
         allowed = [point for point in self.points if not point.over_text_kl]

@@ -33,7 +33,6 @@ import torch
 from torch import Tensor
 
 from mpsearch.bank import Bank, Report, silent
-from mpsearch.budget import format_size
 from mpsearch.device import available_memory_bytes
 from mpsearch.errors import CheckError
 from mpsearch.evaluate import Bench
@@ -44,6 +43,7 @@ from mpsearch.measures import Sensitivity
 from mpsearch.perturb import perturb_one
 from mpsearch.quantizers import InputStatistics
 from mpsearch.recall import SHOTS, ask
+from mpsearch.sizes import format_size
 from mpsearch.space import ResolvedSpace
 
 log = logging.getLogger(__name__)

@@ -6,12 +6,12 @@ import logging
 from dataclasses import dataclass
 
 from mpsearch.asked import MOST_FACTS
-from mpsearch.budget import check_reachable, format_size, parse_size
 from mpsearch.calibration import Calibration
 from mpsearch.errors import UsageError
 from mpsearch.fluency import check_max_text_kl
 from mpsearch.formats import nearest
 from mpsearch.samplers import SAMPLERS
+from mpsearch.sizes import check_reachable, format_size, parse_size
 from mpsearch.space import ResolvedSpace
 from mpsearch.text import Text
 

@@ -19,7 +19,7 @@ PACKAGE = Path(mpsearch.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
 # A module imports only what stands above it; the table of CONTRIBUTING.md says the same.
 WITHOUT_TORCH = (
-    *("errors", "layers", "formats", "targets", "budget", "assignment", "space"),
+    *("errors", "layers", "formats", "targets", "sizes", "assignment", "space"),
     *("front", "estimates", "bootstrap", "significance", "scores", "allocate", "files", "facts"),
     *("text", "fluency", "points"),
     *("measures", "predict", "moves", "stages", "compare", "displaced", "depth", "run"),

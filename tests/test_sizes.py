@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpsearch.budget import check_reachable, format_size, parse_size
 from mpsearch.errors import InfeasibleError, UsageError
+from mpsearch.sizes import check_reachable, format_size, parse_size
 
 UNITS = {
     "B": 1,
