@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parents[1]
 WITHOUT_TORCH = (
     *("errors", "layers", "formats", "targets", "sizes", "assignment", "space"),
     *("front", "estimates", "bootstrap", "significance", "scores", "allocate", "files", "facts"),
-    *("text", "fluency", "points"),
+    *("devices", "text", "fluency", "points"),
     *("measures", "predict", "moves", "stages", "compare", "displaced", "depth", "run"),
     *("outcome", "forecast"),
 )
