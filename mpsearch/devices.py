@@ -13,13 +13,13 @@
 
 What a driver reports is its total for one device, as `nvidia-smi` (drivers since 510, ECC as the
 card is delivered), `rocm-smi` or SYCL print it. Where no such figure is known for sure, all of the
-memory counts as usable. A process gets less than the total on any card: NVIDIA's driver keeps 250
-to 700 MiB (`Reserved` in `nvidia-smi -q`), which belongs to a runtime's overhead and is not here.
+memory counts as usable. A process gets less than the total on any card: NVIDIA's driver keeps some
+250 to 700 MiB (`Reserved` in `nvidia-smi -q`), a runtime's overhead, not taken off here.
 
 The share of unified memory is an approximation: two thirds up to 36 GB, three quarters above, the
 `recommendedMaxWorkingSetSize` of Metal in published logs of llama.cpp (10,923 MiB of 16 GB, 21,845
-of 32, 73,728 of 96). Some releases of macOS allow more (107.5 GiB of 128), none is known that
-allows less, and `sysctl iogpu.wired_limit_mb` changes it.
+of 32, 73,728 of 96). Newer releases of macOS allow more (107.5 GiB of 128), and so may
+`sysctl iogpu.wired_limit_mb`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _BRANDS = frozenset(
     )
 )
 _ENDINGS = frozenset(("gpu", "generation"))
-_MEMORY = re.compile(r"(?<![\w.])(\d+) ?gi?b?\b")
+_MEMORY = re.compile(r"\b(\d+) ?gi?b?\b")
 _MOST_NEAR = 4
 _KEYS_TO_SEARCH = 24  # a card has several keys, so more than devices to be named
 

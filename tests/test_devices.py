@@ -364,8 +364,10 @@ def test_the_file_is_part_of_the_wheel() -> None:
     assert parse(file.read_text(encoding="utf-8")) == catalogue()
     assert (resources.files("mpsearch") / "devices.json").is_file()
     wheel = (package.parent / "pyproject.toml").read_text(encoding="utf-8")
-    section = re.findall(r"^\[tool\.hatch\.build[^]]*\]\n[^[]*(?:\[.*\]\n)?", wheel, re.MULTILINE)
-    assert [part.split() for part in section] == [
+    rules = re.findall(
+        r"^\[tool\.hatch\.build(?:\.targets\.wheel)?\]\n.*?(?=^\[)", wheel, re.MULTILINE | re.DOTALL
+    )
+    assert [rule.split() for rule in rules] == [
         ["[tool.hatch.build.targets.wheel]", "packages", "=", '["mpsearch"]']
     ]
     ignored = (package.parent / ".gitignore").read_text(encoding="utf-8").split()
