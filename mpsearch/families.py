@@ -70,13 +70,17 @@ _TIED = {"tie_word_embeddings": True}
 
 _llama = Family(separate("attention_bias"), gated(bias="mlp_bias"), _TWO_NORMS)
 _gemma = Family(
-    separate("attention_bias"), gated(), _TWO_NORMS, defaults={**_TIED, "head_dim": 256}
+    separate("attention_bias"),
+    gated(),
+    _TWO_NORMS,
+    defaults={**_TIED, "head_dim": 256, "num_key_value_heads": 16},
 )
 _gemma2 = replace(
     _gemma,
     norms=_FOUR_NORMS,
     defaults={
         **_gemma.defaults,
+        "num_key_value_heads": 4,
         "sliding_window": 4096,
         "sliding_window_pattern": 2,
     },
@@ -149,7 +153,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "sliding_window_pattern": 6,
                 "vocab_size": 262_208,
                 "num_attention_heads": 8,
-                "num_key_value_heads": 4,
                 "max_position_embeddings": 131_072,
             },
         ),
