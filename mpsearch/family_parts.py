@@ -1,0 +1,141 @@
+"""The words in which a model family is described: matrices, other tensors, experts.
+
+A size is a name that `mpsearch.architecture` gives a number: `hidden`, `queries` (all heads'
+queries together), and so on. A part one of whose sizes is 0 is not there. Blocks are alike but for
+how they attend and whether experts take the feed-forward part's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpsearch import family_rules as rules
+from mpsearch.config_fields import Fields
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight `(rows, columns)` that may be quantized.
+
+    Attributes:
+        name: its module.
+        rows, columns: sizes.
+        bias: whether a bias stands beside it, or the field that says so.
+    """
+
+    name: str
+    rows: str
+    columns: str
+    bias: bool | str = False
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that is no matrix to quantize: a norm, a router, a bias, a table.
+
+    Attributes:
+        name: as in the state dict.
+        shape: sizes.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Gate, up and down of `experts` experts, each `expert_inner` wide.
+
+    Attributes:
+        name: their module.
+        bias: whether every matrix has a bias; they are stored stacked.
+        opaque: whether transformers runs them as one tensor that mpsearch keeps.
+    """
+
+    name: str
+    bias: bool = False
+    opaque: bool = False
+
+
+Part = Matrix | Kept | Experts
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`.
+
+    Attributes:
+        attention, feed_forward, norms: parts of a block.
+        experts: parts in the feed-forward part's place, in the blocks that `sparse` says.
+        state: parts in the attention's place, in blocks of linear attention.
+        trunk, blocks, embedding: modules: the text model without its head, its list of blocks, its
+            input embedding.
+        beside: parts of the trunk outside its blocks.
+        head_bias: whether the output head has one.
+        latent: whether tokens are kept as latents.
+        names, defaults: see `mpsearch.config_fields.Fields`.
+        heads, kinds, sparse, more: see `mpsearch.family_rules`.
+    """
+
+    attention: tuple[Part, ...]
+    feed_forward: tuple[Part, ...]
+    norms: tuple[Part, ...]
+    experts: tuple[Part, ...] = ()
+    state: tuple[Part, ...] = ()
+    trunk: str = "model"
+    blocks: str = "layers"
+    embedding: str = "embed_tokens"
+    beside: tuple[Part, ...] = (Kept("norm.weight", ("hidden",)),)
+    head_bias: bool = False
+    latent: bool = False
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    heads: Callable[[Fields, int, int], tuple[int, int, int]] = rules.grouped
+    kinds: Callable[[Fields, int], list[str]] = rules.all_full
+    sparse: Callable[[Fields, int], list[bool]] = rules.no_block
+    more: Callable[[Fields, rules.Sizes], dict[str, int]] = rules.no_more
+
+
+def norms(*names: str, bias: bool = False, size: str = "hidden") -> tuple[Kept, ...]:
+    leaves = ("weight", "bias") if bias else ("weight",)
+    return tuple(Kept(f"{name}.{leaf}", (size,)) for name in names for leaf in leaves)
+
+
+def separate(
+    bias: bool | str = False,
+    out_bias: bool | str | None = None,
+    out: str = "o_proj",
+    queries: str = "queries",
+) -> tuple[Part, ...]:
+    """Query, key, value and output each by itself."""
+    return (
+        Matrix("self_attn.q_proj", queries, "hidden", bias),
+        Matrix("self_attn.k_proj", "keys", "hidden", bias),
+        Matrix("self_attn.v_proj", "values", "hidden", bias),
+        Matrix(f"self_attn.{out}", "hidden", "attended", bias if out_bias is None else out_bias),
+    )
+
+
+def gated(path: str = "mlp", inner: str = "inner", bias: bool | str = False) -> tuple[Part, ...]:
+    return (
+        Matrix(f"{path}.gate_proj", inner, "hidden", bias),
+        Matrix(f"{path}.up_proj", inner, "hidden", bias),
+        Matrix(f"{path}.down_proj", "hidden", inner, bias),
+    )
+
+
+def plain(up: str, down: str, bias: bool | str = True) -> tuple[Part, ...]:
+    return Matrix(up, "inner", "hidden", bias), Matrix(down, "hidden", "inner", bias)
+
+
+def fused(path: str, qkv: str, out: str, bias: bool | str = True) -> tuple[Part, ...]:
+    return (
+        Matrix(f"{path}.{qkv}", "qkv", "hidden", bias),
+        Matrix(f"{path}.{out}", "hidden", "attended", bias),
+    )
+
+
+def router(name: str) -> Kept:
+    return Kept(f"{name}.weight", ("experts", "hidden"))
