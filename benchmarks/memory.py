@@ -3,13 +3,13 @@
 Protocol: small models of several kinds, built from configs with random weights, in float32 and in
 bfloat16; a whole prompt at once through transformers with its cache, several lengths and batches.
 Measured is the process's largest resident size above that before the forward (the kernel's own
-count, Linux only). Predicted are the activation and KV cache terms of `mpsearch/budget.py`, for
-that dtype. Logits are read at one token.
+count, Linux only). Predicted are the activation, KV cache and mask terms of `mpsearch/budget.py`,
+for that dtype. In a batch one prompt is a token shorter. Logits are read at one token.
 
     python benchmarks/memory.py [--out FILE]
 
 Prints a Markdown table; writes `rows` of model, dtype, length, batch, measured_bytes,
-predicted_bytes, activation_bytes, kv_cache_bytes, ratio, and the largest error.
+predicted_bytes, activation_bytes, kv_cache_bytes, mask_bytes, ratio, and the extreme ratios.
 """
 
 from __future__ import annotations
@@ -41,7 +41,13 @@ from transformers import (
 )
 
 from mpsearch.architecture import read_architecture
-from mpsearch.budget import RUNTIMES, Workload, activation_bytes, kv_cache_bytes
+from mpsearch.budget import (
+    RUNTIMES,
+    Workload,
+    activation_bytes,
+    kv_cache_bytes,
+    mask_bytes,
+)
 from mpsearch.console import quiet_libraries, say
 
 _SIZES = {"num_hidden_layers": 2, "vocab_size": 1000, "max_position_embeddings": 8192}
@@ -114,6 +120,7 @@ def _row(
     predicted = {
         "activation_bytes": length * batch * activation_bytes(architecture, item_bytes),
         "kv_cache_bytes": kv_cache_bytes(architecture, RUNTIMES["transformers"], workload),
+        "mask_bytes": mask_bytes(architecture, workload),
     }
     measured = _peak_bytes(model, length, batch)
     return {
@@ -133,11 +140,16 @@ def _peak_bytes(model: Any, length: int, batch: int) -> int:
     """Resident above what was resident before, at its highest."""
     tokens = torch.randint(0, 1000, (batch, length), generator=torch.Generator().manual_seed(0))
 
+    read = torch.ones_like(tokens)
+    if batch > 1:
+        read[0, 0] = 0  # a shorter prompt than the others
+
     def run(some: torch.Tensor) -> Any:
         cache = DynamicCache(config=model.config)
-        return model(some, past_key_values=cache, logits_to_keep=1)
+        shown = read[: len(some), : some.shape[1]]
+        return model(some, attention_mask=shown, past_key_values=cache, logits_to_keep=1)
 
-    run(tokens[:1, :64])  # what is made once
+    run(tokens[:, :64])  # what is made once
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status_bytes("VmRSS")
     run(tokens)

@@ -76,10 +76,15 @@ class Block:
     Attributes:
         inner: width of the feed-forward part that a token passes: the intermediate size, or the
             experts that a token is sent to and the shared ones together.
+        experts: to which a token is sent; 0 without experts.
+        inner_copies: vectors of that width that are held at once: gate, up and their product; more
+            where the activation is written out in steps.
     """
 
     attention: Attention
     inner: int
+    experts: int = 0
+    inner_copies: int = 3
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ def read_architecture(config: Mapping[str, Any], source: str) -> Architecture:
     # Blocks are alike but for these two: each sort is expanded once.
     sorts = dict.fromkeys(zip(attentions, sparse, strict=True))
     expanded = {sort: _Expanded.of(_block_parts(family, *sort), fields, sizes) for sort in sorts}
-    blocks = {sort: Block(sort[0], _inner(sizes, sort[1])) for sort in sorts}
+    blocks = {sort: _block(fields, sizes, *sort) for sort in sorts}
     order = list(zip(attentions, sparse, strict=True))
 
     beside = _Expanded.of(family.beside, fields, sizes)
@@ -287,10 +292,16 @@ def _block_parts(family: Family, attention: Attention, sparse: bool) -> tuple[Pa
     return (*attends, *(family.experts if sparse else family.feed_forward), *family.norms)
 
 
-def _inner(sizes: Mapping[str, int], sparse: bool) -> int:
+def _block(fields: Fields, sizes: Mapping[str, int], attention: Attention, sparse: bool) -> Block:
+    # transformers' NewGELUActivation: a power, a product, a sum, a tangent, each a tensor.
+    in_steps = "gelu_new" in (
+        fields.config.get(key) for key in ("activation_function", "hidden_act")
+    )
+    copies = 5 if in_steps else 3
     if not sparse:
-        return sizes["inner"]
-    return sizes["chosen"] * sizes["expert_inner"] + sizes["shared_inner"]
+        return Block(attention, sizes["inner"], 0, copies)
+    inner = sizes["chosen"] * sizes["expert_inner"] + sizes["shared_inner"]
+    return Block(attention, inner, sizes["chosen"], copies)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ that this project was not run on: they are on the large side, and every one can 
 
     kv cache     for every token in the cache: keys and values of every block
     activations  of the tokens that run through a block at once, where a block holds most
+    mask         which tokens see which, of runtimes that write it out
     logits       of the tokens that are read
     workspace    one dequantized weight, of runtimes whose kernels want it
     runtime      what the driver keeps, device context, libraries, fragmentation
@@ -50,6 +51,7 @@ class Runtime:
         kv_tokens: it takes cache for so many tokens at a time.
         prefill_tokens: that run through a block at once; None for all prompts of the batch.
         reads_prefill: whether logits have room for each of these tokens, not one a sequence.
+        masks: whether attention wants a mask for windows and padding; see `mask_bytes`.
         workspace: whether kernels dequantize a whole weight to multiply with it.
         overhead_bytes: what the driver keeps of the memory that it reports (about 0.3 GiB of 12),
             device context, libraries, and what an allocator loses.
@@ -64,6 +66,7 @@ class Runtime:
     kv_tokens: int = 1
     prefill_tokens: int | None = None
     reads_prefill: bool = False
+    masks: bool = False
     workspace: bool = False
     share: float = 1.0
 
@@ -89,6 +92,7 @@ RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
                 targets=("compressed-tensors", "bitsandbytes"),
                 unpacks=("compressed-tensors",),
                 kv=("bf16", "fp16", "fp32"),
+                masks=True,
                 workspace=True,
                 overhead_bytes=GIB,
             ),
@@ -96,6 +100,7 @@ RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
                 "gptqmodel",
                 targets=("gptq",),
                 kv=("bf16", "fp16", "fp32"),
+                masks=True,
                 workspace=True,
                 overhead_bytes=GIB,
             ),
@@ -219,6 +224,13 @@ class DeviceBudget:
                 f"{tokens:,} tokens at once through the widest block, bf16",
             ),
             Term(
+                "mask",
+                mask_bytes(architecture, workload) if runtime.masks else 0,
+                f"{workload.context:,} x {workload.context:,} tokens, for windows or padding"
+                if runtime.masks
+                else "its kernels need none",
+            ),
+            Term(
                 "logits",
                 read * logits_bytes(architecture),
                 f"{read:,} tokens x {architecture.vocabulary:,}: bf16, float32, probabilities",
@@ -339,21 +351,34 @@ def _cached_values(attention: Attention, runtime: Runtime, workload: Workload) -
 
 
 def activation_bytes(architecture: Architecture, item_bytes: int) -> int:
-    """Of one token, where a block holds most at once.
+    """Of one token, where a block holds most at once, beside what the KV cache holds.
 
     Four vectors of the hidden width: the embedded tokens, the block's input, the residual and its
-    norm. Beside them either three of the inner width (gate, up, their product), or the queries
-    three times (as projected, rotated, and a temporary or the result), the keys twice and the
-    values once. Checked against the peak of real forwards in `benchmarks/memory.py`.
+    norm. Beside them either the feed-forward part's: three of the inner width (gate, up, their
+    product), and for every expert that a token is sent to three more of the hidden width (what it
+    reads, what it gives, and that weighted). Or attention's: the queries three times (as projected,
+    rotated, and a temporary or the result), and the keys once more. Checked against the peak of
+    real forwards in `benchmarks/memory.py`.
     """
     return item_bytes * max(_values_at_once(architecture.hidden, b) for b in architecture.blocks)
 
 
 def _values_at_once(hidden: int, block: Block) -> int:
     attention = block.attention
-    queries = 3 * attention.heads * attention.key_dim
-    cached = attention.kv_heads * (2 * attention.key_dim + attention.value_dim)
-    return 4 * hidden + max(3 * block.inner, queries + cached)
+    attending = (3 * attention.heads + attention.kv_heads) * attention.key_dim
+    inner = block.inner_copies * block.inner + 3 * block.experts * hidden
+    return 4 * hidden + max(inner, attending)
+
+
+def mask_bytes(architecture: Architecture, workload: Workload) -> int:
+    """Of runtimes that attend under masks of context x context, a byte each.
+
+    Prompts of several lengths are padded under a mask. Models with a sliding window have two
+    masks, at any batch. Source: `masking_utils` of transformers (5.23).
+    """
+    windows = any(block.attention.window is not None for block in architecture.blocks)
+    masks = 2 if windows else int(workload.batch > 1)
+    return masks * workload.batch * workload.context**2
 
 
 def logits_bytes(architecture: Architecture) -> int:

@@ -233,7 +233,14 @@ def export(args: argparse.Namespace) -> None:
             "have changed; search again"
         )
     target = args.to or run.space.target.name
-    out = export(model, point.assignment, to=target, out=args.out, space=run.space)
+    out = export(
+        model,
+        point.assignment,
+        to=target,
+        out=args.out,
+        space=run.space,
+        budget_line=run.budget_line,
+    )
     written = {"folder": str(out), "id": point.id, "stored_bytes": point.stored_bytes}
     if args.json:
         emit_json(written)

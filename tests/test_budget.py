@@ -28,6 +28,7 @@ from mpsearch.budget import (
     activation_bytes,
     find_runtime,
     kv_cache_bytes,
+    mask_bytes,
     terms_line,
 )
 from mpsearch.errors import UsageError
@@ -121,7 +122,26 @@ def test_activations_are_of_the_widest_block() -> None:
     wide = llama(intermediate_size=512)
     assert activation_bytes(wide, 2) == 2 * (4 * 32 + 3 * 512)
     heads = llama(intermediate_size=1, head_dim=64, num_key_value_heads=2)
-    assert activation_bytes(heads, 4) == 4 * (4 * 32 + 3 * 4 * 64 + 2 * 2 * 64 + 2 * 64)
+    assert activation_bytes(heads, 4) == 4 * (4 * 32 + 3 * 4 * 64 + 2 * 64)
+
+
+def test_experts_and_an_activation_in_steps_hold_more() -> None:
+    plain = llama()
+    (block, *_) = plain.blocks
+    sent = replace(plain, blocks=(replace(block, experts=2),))
+    assert activation_bytes(sent, 1) == 4 * 32 + 3 * 64 + 3 * 2 * 32
+    steps = llama(hidden_act="gelu_new")
+    assert activation_bytes(steps, 1) - activation_bytes(plain, 1) == 2 * 64
+
+
+def test_masks_are_of_windows_and_of_padding() -> None:
+    windows = read_architecture(SLIDING.to_dict(), "a test")
+    assert mask_bytes(windows, Workload(100, 3, "bf16")) == 2 * 3 * 100**2
+    assert mask_bytes(llama(), Workload(100, 3, "bf16")) == 3 * 100**2
+    assert mask_bytes(llama(), Workload(100, 1, "bf16")) == 0
+    for name, runtime in RUNTIMES.items():
+        budget = DeviceBudget(windows, "a card", GIB, runtime, Workload(9, 1, runtime.kv[0]))
+        assert (budget["mask"] > 0) == (name in ("transformers", "gptqmodel"))
 
 
 def test_the_terms_of_an_8b_model_on_a_12_gib_card() -> None:

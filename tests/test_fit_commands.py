@@ -221,6 +221,9 @@ def test_a_search_for_a_device_keeps_and_shows_where_its_budget_comes_from(
     assert f"budget: {line}" in mpsearch("show", run, "best").out
     for command in (["front", run], ["show", run, "best"]):
         assert json.loads(mpsearch(*command, "--json").out)["device_budget"] == kept
+    assert mpsearch("export", run, "best", "-o", tmp_path / "export").code == 0
+    card = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
+    assert f"- Made for: {line}." in card
     figure = tmp_path / "figure.svg"
     assert mpsearch("plot", run, "-o", figure).code == 0
     assert "16 tokens x 1" in figure.read_text(encoding="utf-8")

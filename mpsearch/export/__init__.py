@@ -10,6 +10,7 @@ from mpsearch.bank import Bank
 from mpsearch.device import require_disk
 from mpsearch.errors import InfeasibleError, RunError, UsageError
 from mpsearch.evaluate import quantized_layers
+from mpsearch.export.card import model_card
 from mpsearch.export.compressed_tensors import write_compressed_tensors
 from mpsearch.export.gptq import write_gptq
 from mpsearch.files import published
@@ -28,6 +29,7 @@ def export(
     to: str = "compressed-tensors",
     out: str | Path,
     space: ResolvedSpace | None = None,
+    budget_line: str = "",
 ) -> Path:
     """Write an assignment as a checkpoint that other libraries load.
 
@@ -40,6 +42,7 @@ def export(
         to: the target.
         out: must not exist.
         space: the groups that the assignment names; by default those that `to` ties.
+        budget_line: for the model card: what the budget follows from (`Run.budget_line`).
     Returns:
         The folder.
     Raises:
@@ -71,7 +74,7 @@ def export(
     bank.build(quantized_layers(space, assignment))
     with published(out) as unfinished:
         WRITERS[to](model, bank, formats, unfinished)
-        facts = {
+        about = {
             "base_model": model.name,
             "base_fingerprint": model.fingerprint,
             "awq": bool(model.preparation),
@@ -82,5 +85,7 @@ def export(
             "stored_bytes": space.stored_bytes(assignment),
             "bits_per_weight": space.bits_per_weight(assignment),
         }
-        (unfinished / "mpsearch.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        (unfinished / "mpsearch.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        card = model_card(about, space, formats, budget_line)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
     return out
