@@ -25,12 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpsearch.builtin import home
 from mpsearch.calibration import Calibration, calibration_tokens, input_statistics
 from mpsearch.codecs import decode
 from mpsearch.device import available_memory_bytes, require_disk
 from mpsearch.errors import CheckError, ResourceError, RunError, UsageError
-from mpsearch.files import Claims, write_atomically
+from mpsearch.files import Claims, home, write_atomically
 from mpsearch.formats import FORMATS, Format
 from mpsearch.layers import Layer
 from mpsearch.models import Model

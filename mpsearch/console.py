@@ -201,6 +201,8 @@ def show_front(run: Run, front: ParetoFront) -> None:
         title=f"{run.question['model']} on validation facts, budget "
         f"{format_size(run.budget_bytes)}; ± is one standard error",
     )  # fmt: skip
+    if run.budget_line:
+        emit(f"Budget: {run.budget_line}")
     if run.max_text_kl_nats is not None:
         emit(
             f"Text KL is limited to {run.max_text_kl_nats:g} nats a token on search text; the "
@@ -256,6 +258,7 @@ def front_json(run: Run, front: ParetoFront) -> dict[str, Any]:
     return {
         "model": run.question["model"],
         "budget_bytes": run.budget_bytes,
+        "device_budget": run.content.get("device_budget"),
         "max_text_kl_nats": run.max_text_kl_nats,
         "finished": run.finished,
         "points": [
@@ -288,6 +291,8 @@ def show_point(run: Run, point: Point) -> None:
             f"held-out text: KL {plus_minus(point.text.kl)} nats a token, perplexity "
             f"{point.text.perplexity:.2f}"
         )
+    if run.budget_line:
+        emit(f"budget: {run.budget_line}")
     kinds = list(dict.fromkeys(group.kind for group in run.space.groups))
     blocks: dict[str, dict[str, str]] = {}
     for group in run.space.groups:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import torch
 
 from mpsearch.errors import ResourceError, UsageError
 from mpsearch.sizes import format_size
+from mpsearch.this_device import ThisDevice
 
 
 def pick_device() -> torch.device:
@@ -84,6 +86,39 @@ def require_disk(needed_bytes: int, folder: Path, what: str) -> None:
             f"{what} needs about {format_size(needed_bytes)} of disk and {format_size(free)} is "
             f"free at '{existing}'; free some space, or set MPSEARCH_HOME or -o to another disk"
         )
+
+
+def measure_this_device() -> ThisDevice:
+    """What the driver says of an NVIDIA GPU before and after a process has begun to use it.
+
+    Source: `nvidia-smi`, whose count of used memory has what no allocator of ours knows.
+
+    Raises:
+        UsageError: there is no such GPU here, or the driver's tool cannot be run.
+    """
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        raise UsageError("torch finds no NVIDIA GPU here; run it on the machine that has one")
+    name, memory_bytes, before = _ask_driver()
+    square = torch.ones(1024, 1024, dtype=torch.bfloat16, device="cuda")
+    (square @ square).sum().item()  # loads the kernels, and takes their workspace
+    _, _, after = _ask_driver()
+    context_bytes = max(after - before - torch.cuda.memory_reserved(), 0)
+    return ThisDevice(name, memory_bytes, before, context_bytes)
+
+
+def _ask_driver() -> tuple[str, int, int]:
+    """Name, memory in all and memory in use, in bytes, of the first visible GPU."""
+    index = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    asked = ["nvidia-smi", f"--id={index}", "--query-gpu=name,memory.total,memory.used"]
+    try:
+        done = subprocess.run(
+            [*asked, "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, check=True, timeout=60,
+        )  # fmt: skip
+        name, total, used = done.stdout.splitlines()[0].rsplit(",", 2)
+        return name.strip(), int(total) * 2**20, int(used) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        raise UsageError(f"nvidia-smi does not say how much memory there is: {error}") from None
 
 
 def peak_memory_bytes() -> int:

@@ -6,8 +6,8 @@ import importlib.metadata
 import platform
 import shutil
 
-from mpsearch.builtin import home
 from mpsearch.device import available_memory_bytes, compute_dtype, pick_device
+from mpsearch.files import home
 from mpsearch.hub import BUILTIN_NAME
 from mpsearch.sizes import format_size
 

@@ -14,6 +14,11 @@ from pathlib import Path
 from mpsearch.errors import ResourceError
 
 
+def home() -> Path:
+    """Where prepared models and the weight bank live: `MPSEARCH_HOME`, or the user's cache."""
+    return Path(os.environ.get("MPSEARCH_HOME") or Path.home() / ".cache" / "mpsearch")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file in one step. Raises `ResourceError` when it cannot be written."""
     # Named after the process: several may write the same file.

@@ -106,9 +106,12 @@ def _trade_off(axes: Any, run: Run, front: ParetoFront) -> None:
             label=f"pick {front.pick.id}",
             zorder=4,
         )
+    device = run.content.get("device_budget")
     axes.axvline(
-        run.budget_bytes / 2**20, color="black", linestyle="--", linewidth=1, label="budget"
-    )
+        run.budget_bytes / 2**20, color="black", linestyle="--", linewidth=1,
+        label="budget" if device is None else
+        f"budget: {device['device']},\n{device['context']:,} tokens x {device['batch']:,}",
+    )  # fmt: skip
     reference = run.content.get("reference_validation")
     if reference:
         axes.axhline(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mpsearch.assignment import Assignment
+from mpsearch.budget import terms_line
 from mpsearch.errors import ResourceError, RunError
 from mpsearch.estimates import paired_difference, relation_mean
 from mpsearch.files import published, write_atomically
@@ -131,6 +132,12 @@ class Run:
     @property
     def budget_bytes(self) -> int:
         return int(self.question["budget_bytes"])
+
+    @property
+    def budget_line(self) -> str:
+        """What the budget follows from, in one line; empty where it was stated in bytes."""
+        device = self.content.get("device_budget")
+        return "" if device is None else terms_line(device)
 
     @property
     def max_text_kl_nats(self) -> float | None:

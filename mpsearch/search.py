@@ -25,6 +25,7 @@ from mpsearch.asked import (
     tokens_asked,
 )
 from mpsearch.bank import Bank, Report, check_formats, silent
+from mpsearch.budget import DeviceBudget
 from mpsearch.calibration import Calibration
 from mpsearch.device import require_disk, require_memory
 from mpsearch.errors import CheckError, RunError
@@ -63,6 +64,7 @@ def search(
     facts: FactSet | None = None,
     text: Text | None = None,
     max_text_kl_nats: float | None = None,
+    device_budget: DeviceBudget | None = None,
     resume: bool = False,
     report: Report = silent,
     estimated: Estimated = unsaid,
@@ -72,6 +74,7 @@ def search(
     Args:
         out: the run folder; must not exist unless `resume`.
         facts: the built-in ones by default.
+        device_budget: what the budget follows from, kept in the run.
         resume: continue the run in `out`, which must have been asked the same question.
         report: called with (stage, done, total).
         estimated: called with the time that it takes, at once and when the bank has been timed.
@@ -91,7 +94,8 @@ def search(
     if isinstance(space, SearchSpace):
         space = space.resolve(model)
     facts = facts or FactSet.builtin()
-    return _Search(model, space, wish, facts, report, estimated).run(Path(out), resume)
+    work = _Search(model, space, wish, facts, report, estimated)
+    return work.run(Path(out), resume, device_budget)
 
 
 class _Search:
@@ -144,7 +148,7 @@ class _Search:
             "dtype": str(self.model.dtype),
         }
 
-    def run(self, out: Path, resume: bool) -> Run:
+    def run(self, out: Path, resume: bool, device_budget: DeviceBudget | None) -> Run:
         if resume:
             run = Run.open(out)
             run.check_question(self.question)
@@ -154,6 +158,8 @@ class _Search:
         with run.locked():
             run.mend()
             run.content["finished"] = False
+            if device_budget is not None:
+                run.content["device_budget"] = device_budget.to_json()
             run.save()
             self.report("asking the reference", 0, 1)
             freeze_facts(run, self.model, self.facts, self.wish.search_facts)

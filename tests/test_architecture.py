@@ -19,9 +19,12 @@ PACKAGE = Path(mpsearch.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
 # A module imports only what stands above it; the table of CONTRIBUTING.md says the same.
 WITHOUT_TORCH = (
-    *("errors", "layers", "formats", "targets", "sizes", "assignment", "space"),
+    *("errors", "layers", "formats", "targets", "sizes"),
     *("hub", "config_fields", "family_rules", "family_parts", "families", "architecture"),
-    *("front", "estimates", "bootstrap", "significance", "scores", "allocate", "files", "facts"),
+    *("devices", "budget", "assignment", "space"),
+    *("front", "estimates", "bootstrap", "significance", "scores", "allocate", "fit", "files"),
+    "this_device",
+    "facts",
     *("text", "fluency", "points"),
     *("measures", "predict", "moves", "stages", "compare", "displaced", "depth", "run"),
     *("outcome", "forecast"),
@@ -58,11 +61,15 @@ WITH_TORCH = (
         "doctor",
         "console",
     ),
-    *("recall_tables", "recall_commands", "commands"),
+    *("recall_tables", "recall_commands", "fit_tables", "fit_commands", "commands"),
     "cli",
 )
 ORDER = (*WITHOUT_TORCH, *WITH_TORCH)
-LIGHT = (*WITHOUT_TORCH, "plot", "console", "recall_tables", "recall_commands", "commands", "cli")
+LIGHT = (
+    *WITHOUT_TORCH,
+    *("plot", "console", "recall_tables", "recall_commands", "fit_tables", "fit_commands"),
+    *("commands", "cli"),
+)
 HEAVY = {"torch", "transformers", "optuna"}
 MOST_LINES = 450
 

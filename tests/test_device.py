@@ -178,3 +178,45 @@ def test_unknown_device_name_is_a_usage_error(monkeypatch: pytest.MonkeyPatch, n
     monkeypatch.setenv("MPSEARCH_DEVICE", name)
     with pytest.raises(UsageError, match=name):
         device.pick_device()
+
+
+# --------------------------------------------------------------------------- the GPU here
+
+
+def fake_driver(monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[list[str]]:
+    """Let `nvidia-smi` answer these lines in turn, and torch use a GPU that is the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 20 * 2**20)
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, dtype, device: ones(*size, dtype=dtype))
+    asked, left = [], iter(answers)
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        asked.append(command)
+        return SimpleNamespace(stdout=next(left) + "\n")
+
+    monkeypatch.setattr(device.subprocess, "run", run)
+    return asked
+
+
+def test_a_context_is_what_the_driver_counts_beside_the_allocator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
+    asked = fake_driver(monkeypatch, "NVIDIA X, 12288, 300", "NVIDIA X, 12288, 750")
+    found = device.measure_this_device()
+    assert found.name == "NVIDIA X"
+    assert found.memory_bytes == 12288 * 2**20
+    assert found.other_bytes == 300 * 2**20
+    assert found.context_bytes == (750 - 300 - 20) * 2**20
+    assert "--id=2" in asked[0]
+
+
+@pytest.mark.parametrize("answer", ["", "NVIDIA X", "NVIDIA X, [N/A], 300"])
+def test_a_driver_that_says_something_else_is_one_line(
+    answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_driver(monkeypatch, answer)
+    with pytest.raises(UsageError, match="nvidia-smi does not say how much memory"):
+        device.measure_this_device()

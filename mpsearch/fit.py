@@ -1,0 +1,190 @@
+"""Does it fit? The uniform formats on a device, the longest contexts, the cards, the ways out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from mpsearch.allocate import uniform
+from mpsearch.budget import KV_BITS, DeviceBudget, Runtime
+from mpsearch.devices import Device, catalogue
+from mpsearch.errors import InfeasibleError
+from mpsearch.sizes import format_size
+from mpsearch.space import ResolvedSpace
+
+_WAYS = 3  # that are named where nothing fits
+
+
+@dataclass(frozen=True)
+class UniformFit:
+    """All layers in one format, on a device.
+
+    Attributes:
+        weights_bytes: resident, kept weights included.
+        spare_bytes: what is left then; negative where it does not fit.
+        context: the longest at the same batch; 0 where none fits.
+    """
+
+    format: str
+    bits_per_weight: float
+    weights_bytes: int
+    spare_bytes: int
+    context: int
+
+    @property
+    def fits(self) -> bool:
+        return self.spare_bytes >= 0
+
+
+def resident_bytes(space: ResolvedSpace, stored_bytes: int, runtime: Runtime) -> int:
+    """What weights that store so many bytes take in a runtime's memory.
+
+    Runtimes keep codes and scales as they are stored, but for those that unpack a container:
+    there every searched weight takes two bytes, in any format.
+    """
+    unpacked = space.target.name in runtime.unpacks
+    return space.kept_bytes + 2 * space.weights if unpacked else stored_bytes
+
+
+def uniform_fits(space: ResolvedSpace, budget: DeviceBudget) -> list[UniformFit]:
+    """Of every format that all groups allow, the smallest first."""
+    found = []
+    for name, assignment in uniform(space).items():
+        weights_bytes = resident_bytes(space, space.stored_bytes(assignment), budget.runtime)
+        found.append(
+            UniformFit(
+                name,
+                space.bits_per_weight(assignment),
+                weights_bytes,
+                budget.left_bytes - weights_bytes,
+                budget.largest_context(weights_bytes),
+            )
+        )
+    return found
+
+
+def bits_allowed(space: ResolvedSpace, budget: DeviceBudget) -> float:
+    """Stored bits a searched weight, scales included, for which there is room; at least 0."""
+    return max(0.0, 8 * (budget.left_bytes - space.kept_bytes) / space.weights)
+
+
+def smallest_devices(budget: DeviceBudget, weights_bytes: int, most: int = 5) -> list[Device]:
+    """The smallest of the catalogue that hold the weights and the workload, in its order."""
+    return [device for device in catalogue() if weights_bytes <= _on(budget, device).left_bytes][
+        :most
+    ]
+
+
+def search_budget_bytes(space: ResolvedSpace, budget: DeviceBudget) -> int:
+    """Stored bytes that a search may spend on a device.
+
+    Raises:
+        InfeasibleError: the smallest assignment does not fit, with the ways out; or the runtime
+            unpacks all weights, so that no choice of formats makes it fit.
+    """
+    smallest = resident_bytes(space, space.stored_bytes(space.smallest), budget.runtime)
+    if smallest > budget.left_bytes:
+        raise InfeasibleError(shortfall(space, budget))
+    if space.target.name in budget.runtime.unpacks:
+        return space.stored_bytes(space.largest)
+    return budget.left_bytes
+
+
+def shortfall(space: ResolvedSpace, budget: DeviceBudget) -> str:
+    """One line: what is missing, which terms take how much, and the cheapest ways out."""
+    smallest = resident_bytes(space, space.stored_bytes(space.smallest), budget.runtime)
+    missing = smallest - budget.left_bytes
+    sizes = [("weights", smallest)] + [(term.name, term.size_bytes) for term in budget.terms]
+    largest = sorted((part for part in sizes if part[1]), key=lambda part: -part[1])
+    named = ", ".join(f"{name.replace('_', ' ')} {format_size(size)}" for name, size in largest)
+    ways = list(_ways(space, budget, smallest))[:_WAYS]
+    return (
+        f"{budget.device} has {format_size(budget.memory_bytes)} and the smallest assignment needs "
+        f"{format_size(missing)} more: {named}. Ways out: "
+        + ("; ".join(ways) if ways else "none in the catalogue; use a smaller model")
+    )
+
+
+def _ways(space: ResolvedSpace, budget: DeviceBudget, smallest: int) -> Iterator[str]:
+    """What would make it fit, alone, from what costs least to what costs most."""
+    workload, left = budget.workload, budget.left_bytes
+    for kv in sorted(budget.runtime.kv, key=lambda name: -KV_BITS[name]):
+        other = replace(budget, workload=replace(workload, kv=kv))
+        if KV_BITS[kv] < KV_BITS[workload.kv] and smallest <= other.left_bytes:
+            yield f"--kv {kv} (saves {format_size(other.left_bytes - left)})"
+            break
+    if (context := budget.largest_context(smallest)) >= 1:
+        yield f"--context {context}"
+    if workload.batch > 1 and (batch := budget.largest_batch(smallest)) >= 1:
+        yield f"--batch {batch}"
+    if space.target.name not in budget.runtime.unpacks:
+        if saved := _embedding_saves(space, budget):
+            name, size = saved
+            if smallest - size <= left:
+                yield f"quantize the embedding to {name} (saves {format_size(size)})"
+        if smaller := _smaller_format(space, smallest - left):
+            name, size = smaller
+            yield f"allow {name} in the space (saves {format_size(size)})"
+    for device in smallest_devices(budget, smallest, most=1):
+        yield f"the next card: {device.name}, {format_size(device.usable_bytes)}"
+
+
+def _embedding_saves(space: ResolvedSpace, budget: DeviceBudget) -> tuple[str, int] | None:
+    """The smallest format that the target takes for an embedding that the space keeps."""
+    layer = budget.architecture.embedding
+    if layer is None or layer.name in space.options:
+        return None
+    formats = space.target.embedding_formats
+    quantized = [fmt for fmt in formats if fmt.quantized and fmt.fits(layer)]
+    best = min(quantized, key=lambda fmt: fmt.layer_bytes(layer), default=None)
+    return None if best is None else (best.name, 2 * layer.weights - best.layer_bytes(layer))
+
+
+def _smaller_format(space: ResolvedSpace, missing_bytes: int) -> tuple[str, int] | None:
+    """The largest uniform format of the target, not in the space, that frees enough bytes."""
+    listed = {fmt.name for formats in space.options.values() for fmt in formats}
+    sizes = {}
+    for fmt in space.target.formats:
+        layers = [layer for group in space.groups for layer in group.layers]
+        if fmt.quantized and fmt.name not in listed and all(map(fmt.fits, layers)):
+            size = space.kept_bytes + sum(map(fmt.stored_bytes, space.groups))
+            sizes[fmt.name] = space.stored_bytes(space.smallest) - size
+    enough = {name: saved for name, saved in sizes.items() if saved >= missing_bytes}
+    return min(enough.items(), key=lambda item: item[1], default=None)
+
+
+def _on(budget: DeviceBudget, device: Device) -> DeviceBudget:
+    return replace(budget, device=device.name, memory_bytes=device.usable_bytes)
+
+
+def fit_json(space: ResolvedSpace, budget: DeviceBudget, pick_bytes: int | None) -> dict[str, Any]:
+    """Everything that `mpsearch fit` says, bytes by name.
+
+    Args:
+        pick_bytes: stored bytes of a run's pick, if it is about a run.
+    """
+    architecture = budget.architecture
+    has_device = budget.memory_bytes > 0
+    content: dict[str, Any] = {
+        "family": architecture.family,
+        "parameters": architecture.parameters,
+        "active_parameters": architecture.active_parameters,
+        **budget.to_json(),
+        "kept_bytes": space.kept_bytes,
+        "searched_weights": space.weights,
+        "bits_per_weight": bits_allowed(space, budget) if has_device else None,
+        "formats": [
+            {**asdict(row), "fits": row.fits} if has_device else
+            {key: asdict(row)[key] for key in ("format", "bits_per_weight", "weights_bytes")}
+            for row in uniform_fits(space, budget)
+        ],
+    }  # fmt: skip
+    if pick_bytes is not None:
+        weights_bytes = resident_bytes(space, pick_bytes, budget.runtime)
+        content["pick"] = {
+            "weights_bytes": weights_bytes,
+            "context": budget.largest_context(weights_bytes) if has_device else None,
+            "devices": [device.name for device in smallest_devices(budget, weights_bytes)],
+        }
+    return content

@@ -1,0 +1,189 @@
+"""What fits on a device: uniform formats, contexts, cards, and the ways out where nothing does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from mpsearch.architecture import Architecture, load_config, read_architecture
+from mpsearch.budget import GIB, RUNTIMES, DeviceBudget, Workload
+from mpsearch.devices import catalogue
+from mpsearch.errors import InfeasibleError
+from mpsearch.fit import (
+    bits_allowed,
+    fit_json,
+    resident_bytes,
+    search_budget_bytes,
+    shortfall,
+    smallest_devices,
+    uniform_fits,
+)
+from mpsearch.space import ResolvedSpace, SearchSpace
+
+EIGHT_B = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "max_position_embeddings": 131072, "tie_word_embeddings": False,
+}  # fmt: skip
+TIGHT = """
+version: 1
+target: compressed-tensors
+formats: [int4-g128, int8-g128]
+"""
+
+
+def architecture(**changes: Any) -> Architecture:
+    return read_architecture({**EIGHT_B, **changes}, "Llama 3.1 8B")
+
+
+def budget(
+    memory_bytes: int, context: int = 8192, batch: int = 1, runtime: str = "vllm"
+) -> DeviceBudget:
+    found = RUNTIMES[runtime]
+    return DeviceBudget(
+        architecture(), "a card", memory_bytes, found, Workload(context, batch, found.kv[0])
+    )
+
+
+def space(text: str = TIGHT) -> ResolvedSpace:
+    return SearchSpace.parse(text, "a test").resolve(architecture())
+
+
+def test_uniform_formats_fit_up_to_what_is_left() -> None:
+    eleven = budget(11 * GIB)
+    rows = {row.format: row for row in uniform_fits(space(), eleven)}
+    # 6.979e9 weights at 4 bits and a scale of 16 for 128, and two tables of 525e6 in bf16.
+    assert rows["int4-g128"].weights_bytes == pytest.approx(6.979e9 * 4.125 / 8 + 2.101e9, rel=1e-3)
+    assert rows["int4-g128"].bits_per_weight == pytest.approx(4.125, rel=1e-5)
+    assert rows["int4-g128"].fits
+    assert not rows["int8-g128"].fits
+    for row in rows.values():
+        assert row.spare_bytes == eleven.left_bytes - row.weights_bytes
+    assert rows["int4-g128"].context > 8192
+    assert 0 < rows["int8-g128"].context < 8192
+    assert not any(row.context for row in uniform_fits(space(), budget(5 * GIB)))
+
+
+def test_the_bits_that_there_is_room_for_are_those_of_what_is_left() -> None:
+    eleven, resolved = budget(11 * GIB), space()
+    bits = bits_allowed(resolved, eleven)
+    assert 4.125 < bits < 8.125
+    room = resolved.kept_bytes + bits * resolved.weights / 8
+    assert room == pytest.approx(eleven.left_bytes)
+    assert bits_allowed(resolved, budget(2 * GIB)) == 0
+
+
+def test_transformers_unpacks_so_that_every_format_takes_bf16() -> None:
+    resolved = space()
+    rows = uniform_fits(resolved, budget(24 * GIB, runtime="transformers"))
+    assert {row.weights_bytes for row in rows} == {architecture().parameters * 2}
+    stored = resolved.stored_bytes(resolved.smallest)
+    assert resident_bytes(resolved, stored, RUNTIMES["vllm"]) == stored
+
+
+def test_the_smallest_cards_hold_the_weights_and_smaller_ones_do_not() -> None:
+    weights_bytes = 5 * GIB
+    found = smallest_devices(budget(0), weights_bytes, most=2)
+    assert len(found) == 2
+    held = [
+        replace(budget(0), memory_bytes=device.usable_bytes).left_bytes >= weights_bytes
+        for device in catalogue()
+    ]
+    assert held == sorted(held)  # the catalogue is in the order of usable memory
+    assert found[0] == catalogue()[held.index(True)]
+    assert smallest_devices(budget(0), 10**13) == []
+
+
+def test_a_search_may_spend_what_is_left() -> None:
+    assert search_budget_bytes(space(), budget(12 * GIB)) == budget(12 * GIB).left_bytes
+
+
+def test_a_search_may_spend_anything_where_weights_are_unpacked_and_fit() -> None:
+    resolved = space()
+    roomy = budget(40 * GIB, runtime="transformers")
+    assert search_budget_bytes(resolved, roomy) == resolved.stored_bytes(resolved.largest)
+    with pytest.raises(InfeasibleError, match=r"needs .* more: weights 14\.96 GiB"):
+        search_budget_bytes(resolved, budget(12 * GIB, runtime="transformers"))
+
+
+def test_a_shortfall_names_the_terms_and_the_three_cheapest_ways_out() -> None:
+    resolved = space()
+    with pytest.raises(InfeasibleError) as caught:
+        search_budget_bytes(resolved, budget(8 * GIB, context=16384, batch=1))
+    message = str(caught.value)
+    assert message == shortfall(resolved, budget(8 * GIB, context=16384, batch=1))
+    assert message.startswith("a card has 8.00 GiB and the smallest assignment needs ")
+    named = message.partition(" more: ")[2].partition(". Ways out: ")[0].split(", ")
+    assert [part.rsplit(" ", 2)[0] for part in named] == [
+        "weights", "kv cache", "runtime", "unused", "activation", "logits",
+    ]  # fmt: skip
+    ways = message.partition("Ways out: ")[2].split("; ")
+    assert len(ways) == 3
+
+
+def missing(message: str) -> list[str]:
+    return message.partition("Ways out: ")[2].split("; ")
+
+
+def test_every_way_out_is_one() -> None:
+    """Each is applied, and the smallest assignment fits then."""
+    resolved = space()
+    asked = budget(8 * GIB, context=5000, batch=2)
+    ways = missing(shortfall(resolved, asked))
+    smallest = resolved.stored_bytes(resolved.smallest)
+    assert smallest > asked.left_bytes
+    assert [way.split(" ")[0] for way in ways] == ["--kv", "--context", "--batch"]
+    for way in ways:
+        flag, value = way.split(" ")[:2]
+        key = flag.removeprefix("--")
+        changed: Any = {key: value if key == "kv" else int(value)}
+        eased = replace(asked, workload=replace(asked.workload, **changed))
+        assert smallest <= eased.left_bytes, way
+
+
+def test_a_smaller_format_the_embedding_and_the_next_card_are_ways_out() -> None:
+    resolved = space()
+    asked = budget(6 * GIB, context=64)  # not even without context
+    ways = missing(shortfall(resolved, asked))
+    assert asked.largest_context(resolved.stored_bytes(resolved.smallest)) == 0
+    kinds = {way.partition(" (")[0].split(" ")[0] for way in ways}
+    assert kinds <= {"quantize", "allow", "the"}
+    card = next(way for way in ways if way.startswith("the next card: "))
+    name = card.removeprefix("the next card: ").rpartition(", ")[0]
+    device = next(device for device in catalogue() if device.name == name)
+    on_it = replace(asked, memory_bytes=device.usable_bytes)
+    assert resolved.stored_bytes(resolved.smallest) <= on_it.left_bytes
+    allowed = [way for way in ways if way.startswith("allow ")]
+    for way in allowed:
+        fmt = way.split(" ")[1]
+        text = TIGHT.replace("[int4-g128", f"[{fmt}, int4-g128")
+        assert space(text).stored_bytes(space(text).smallest) <= asked.left_bytes
+
+
+def test_json_holds_every_term_and_the_formats() -> None:
+    content = fit_json(space(), budget(12 * GIB), None)
+    assert content["parameters"] == 8_030_261_248
+    assert content["kv_cache_bytes"] == GIB
+    for term in ("activation", "logits", "workspace", "runtime", "unused", "left"):
+        assert isinstance(content[f"{term}_bytes"], int)
+    assert [row["format"] for row in content["formats"]] == ["int4-g128", "int8-g128"]
+    assert "pick" not in content
+    without = fit_json(space(), budget(0), 5 * GIB)
+    assert without["bits_per_weight"] is None
+    assert set(without["formats"][0]) == {"format", "bits_per_weight", "weights_bytes"}
+    assert without["pick"]["context"] is None
+    names = [device.name for device in smallest_devices(budget(0), 5 * GIB)]
+    assert without["pick"]["devices"] == names
+
+
+def test_the_pick_of_a_run_has_its_longest_context() -> None:
+    content = fit_json(space(), budget(12 * GIB), 6 * GIB)
+    assert content["pick"]["weights_bytes"] == 6 * GIB
+    assert content["pick"]["context"] == budget(12 * GIB).largest_context(6 * GIB) > 0
+
+
+def test_the_built_in_model_is_sized_by_its_config_alone() -> None:
+    found = read_architecture(load_config("builtin:smollm2-135m"), "builtin")
+    assert found.parameters == 134_515_008
