@@ -9,7 +9,7 @@ model counts; what lies beside it (vision towers, projectors) is not in any of t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from mpsearch.config_fields import Fields
 from mpsearch.errors import ModelError
 from mpsearch.families import FAMILIES
-from mpsearch.family_parts import Experts, Family, Kept, Matrix, Part
+from mpsearch.family_parts import Expanded, Family, Part
 from mpsearch.family_rules import CHUNKED, FULL, LINEAR, SLIDING
 from mpsearch.formats import ITEM_BYTES
 from mpsearch.hub import BUILTIN_NAME, from_hub
@@ -37,7 +37,7 @@ _BUILTIN_CONFIG: Mapping[str, Any] = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
-# Ten times what the largest models have; a config beyond is no model but a slip.
+# Experts in all blocks: ten times what the largest models have; beyond it is no model but a slip.
 _MOST_LAYERS = 1_000_000
 
 
@@ -95,7 +95,8 @@ class Architecture:
         family: the `model_type` of the language model.
         hidden: width of the stream between blocks.
         vocabulary: rows of the embedding.
-        context: the longest sequence, in tokens, that the config states; None if it states none.
+        context: the longest sequence, in tokens, that the config or else its family's default
+            states; None if neither does.
         blocks: in order.
         layers: the weight matrices that may be quantized, as `mpsearch.models.Model.layers`.
         embedding: the input embedding.
@@ -148,34 +149,24 @@ def read_architecture(config: Mapping[str, Any], source: str) -> Architecture:
         *(("intermediate_size",) if family.feed_forward else ()),
     )
     sizes = _sizes(family, fields)
-    count = sizes["blocks"]
-    if count * sizes.get("experts", 1) > _MOST_LAYERS:
-        raise fields.fault(
-            f"{fields.spelled('num_hidden_layers')} is {count} in its config.json, of "
-            f"{sizes.get('experts', 1)} experts each; no model has {_MOST_LAYERS:,} of them"
-        )
+    _refuse_absurd(fields, sizes)
     attentions = _attentions(family, fields, sizes)
-    sparse = family.sparse(fields, count)
-
-    # Blocks are alike but for these two: each sort is expanded once.
-    sorts = dict.fromkeys(zip(attentions, sparse, strict=True))
-    expanded = {sort: _Expanded.of(_block_parts(family, *sort), fields, sizes) for sort in sorts}
-    blocks = {sort: _block(fields, sizes, *sort) for sort in sorts}
-    order = list(zip(attentions, sparse, strict=True))
-
-    beside = _Expanded.of(family.beside, fields, sizes)
-    layers = list(beside.layers_under(f"{trunk}."))
-    for number, sort in enumerate(order):
-        layers += expanded[sort].layers_under(f"{trunk}.{family.blocks}.{number}.")
+    sorts = list(zip(attentions, family.sparse(fields, sizes["blocks"]), strict=True))
+    # Blocks are alike but for these two, so each sort is expanded once.
+    blocks = {sort: _block(fields, sizes, *sort) for sort in dict.fromkeys(sorts)}
+    parts = {sort: Expanded.of(_block_parts(family, *sort), fields, sizes) for sort in blocks}
+    placed = [
+        (f"{trunk}.", Expanded.of(family.beside, fields, sizes)),
+        *((f"{trunk}.{family.blocks}.{i}.", parts[sort]) for i, sort in enumerate(sorts)),
+    ]
 
     tied = fields.flag("tie_word_embeddings")
     table = (sizes["vocabulary"], sizes["word"])
     embedding = Layer(f"{trunk}.{family.embedding}", *table, tied=head_name if tied else "")
     head = None if tied else Layer(head_name, *table)
     kept: dict[str, tuple[int, ...]] = {f"{embedding.name}.weight": table}
-    kept.update(beside.kept_under(f"{trunk}."))
-    for number, sort in enumerate(order):
-        kept.update(expanded[sort].kept_under(f"{trunk}.{family.blocks}.{number}."))
+    for prefix, expanded in placed:
+        kept.update(expanded.kept_under(prefix))
     if head:
         kept[f"{head_name}.weight"] = table
     if family.head_bias:
@@ -185,13 +176,25 @@ def read_architecture(config: Mapping[str, Any], source: str) -> Architecture:
         hidden=sizes["hidden"],
         vocabulary=sizes["vocabulary"],
         context=fields.size_or_none("max_position_embeddings"),
-        blocks=tuple(blocks[sort] for sort in order),
-        layers=tuple(layers),
+        blocks=tuple(blocks[sort] for sort in sorts),
+        layers=tuple(
+            layer for prefix, expanded in placed for layer in expanded.layers_under(prefix)
+        ),
         embedding=embedding,
         head=head,
         kept=kept,
-        idle_parameters=sum(expanded[sort].idle for sort in order),
+        idle_parameters=sum(expanded.idle for _, expanded in placed),
     )
+
+
+def _refuse_absurd(fields: Fields, sizes: Mapping[str, int]) -> None:
+    count, experts = sizes["blocks"], sizes.get("experts")
+    if count * (experts or 1) > _MOST_LAYERS:
+        of_experts = f" and {fields.spelled('num_experts')} {experts}" if experts else ""
+        raise fields.fault(
+            f"{fields.spelled('num_hidden_layers')} is {count}{of_experts} in its config.json; "
+            f"they may make {_MOST_LAYERS:,} at most"
+        )
 
 
 def _open(config: Mapping[str, Any], source: str) -> tuple[Fields, str, str]:
@@ -302,72 +305,6 @@ def _block(fields: Fields, sizes: Mapping[str, int], attention: Attention, spars
         return Block(attention, sizes["inner"], 0, copies)
     inner = sizes["chosen"] * sizes["expert_inner"] + sizes["shared_inner"]
     return Block(attention, inner, sizes["chosen"], copies)
-
-
-@dataclass(frozen=True)
-class _Expanded:
-    """Parts with their numbers.
-
-    Attributes:
-        layers: name, rows and columns.
-        kept: name and shape.
-        idle: parameters among them that one token does not pass.
-    """
-
-    layers: Sequence[tuple[str, int, int]]
-    kept: Sequence[tuple[str, tuple[int, ...]]]
-    idle: int
-
-    @classmethod
-    def of(cls, parts: Sequence[Part], fields: Fields, sizes: Mapping[str, int]) -> _Expanded:
-        layers: list[tuple[str, int, int]] = []
-        kept: list[tuple[str, tuple[int, ...]]] = []
-        idle = 0
-        for part in parts:
-            if isinstance(part, Matrix):
-                rows, columns = sizes[part.rows], sizes[part.columns]
-                if rows and columns:
-                    layers.append((part.name, rows, columns))
-                    bias = fields.flag(part.bias) if isinstance(part.bias, str) else part.bias
-                    kept += [(f"{part.name}.bias", (rows,))] if bias else []
-            elif isinstance(part, Kept):
-                shape = tuple(sizes[size] for size in part.shape)
-                kept += [(part.name, shape)] if all(shape) else []
-            else:
-                of_experts, beside = _expand_experts(part, sizes)
-                layers += of_experts
-                kept += beside
-                stored = sum(rows * columns for _, rows, columns in of_experts)
-                stored += sum(prod(shape) for _, shape in beside)
-                idle += stored // sizes["experts"] * (sizes["experts"] - sizes["chosen"])
-        return cls(layers, kept, idle)
-
-    def layers_under(self, prefix: str) -> Iterator[Layer]:
-        return (Layer(prefix + name, rows, columns) for name, rows, columns in self.layers)
-
-    def kept_under(self, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-        return ((prefix + name, shape) for name, shape in self.kept)
-
-
-def _expand_experts(
-    part: Experts, sizes: Mapping[str, int]
-) -> tuple[list[tuple[str, int, int]], list[tuple[str, tuple[int, ...]]]]:
-    """The layers of experts, and what is kept of them; all of one block's."""
-    experts, hidden, inner = sizes["experts"], sizes["hidden"], sizes["expert_inner"]
-    if part.opaque:
-        stacks = [("gate_up_proj", hidden, 2 * inner), ("down_proj", inner, hidden)]
-        return [], [(f"{part.name}.{name}", (experts, *shape)) for name, *shape in stacks]
-    matrices = (("gate_proj", inner, hidden), ("up_proj", inner, hidden))
-    layers = [
-        (f"{part.name}.{expert}.{name}", rows, columns)
-        for expert in range(experts)
-        for name, rows, columns in (*matrices, ("down_proj", hidden, inner))
-    ]
-    biases: list[tuple[str, tuple[int, ...]]] = [
-        (f"{part.name}.gate_up_proj_bias", (experts, 2 * inner)),
-        (f"{part.name}.down_proj_bias", (experts, hidden)),
-    ]
-    return layers, biases if part.bias else []
 
 
 def load_config(name: str) -> dict[str, Any]:

@@ -66,6 +66,7 @@ _EXPERT_NAMES = {"num_experts": ("num_experts", "num_local_experts")}
 _LOCAL_EXPERT_NAMES = {"num_experts": ("num_local_experts", "num_experts")}
 _ROUTED_NAMES = {"num_experts": ("n_routed_experts", "num_local_experts", "num_experts")}
 _SPARSE_STEPS = {"decoder_sparse_step": 1, "mlp_only_layers": None}
+_ALTERNATE = {"sliding_window_pattern": 2}
 _TIED = {"tie_word_embeddings": True}
 
 _llama = Family(separate("attention_bias"), gated(bias="mlp_bias"), _TWO_NORMS)
@@ -78,13 +79,9 @@ _gemma = Family(
 _gemma2 = replace(
     _gemma,
     norms=_FOUR_NORMS,
-    defaults={
-        **_gemma.defaults,
-        "num_key_value_heads": 4,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 2,
-    },
+    # Not a field of its config, but what its pattern always is.
     names={"sliding_window_pattern": ()},
+    defaults={**_gemma.defaults, "num_key_value_heads": 4, **_ALTERNATE, "sliding_window": 4096},
     kinds=rules.last_of("sliding_window_pattern", rules.SLIDING),
 )
 _qwen2 = Family(
@@ -215,10 +212,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             (
                 *separate(True, out="dense"),
                 *norms(
-                    "self_attn.q_layernorm",
-                    "self_attn.k_layernorm",
-                    bias=True,
-                    size="qk_layernorm",
+                    "self_attn.q_layernorm", "self_attn.k_layernorm", bias=True, size="qk_layernorm"
                 ),
             ),
             plain("mlp.fc1", "mlp.fc2"),
@@ -244,12 +238,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _TWO_NORMS,
             experts=_SHARED_EXPERT,
             names=_EXPERT_NAMES,
-            defaults={
-                **_WINDOWS_OFF,
-                **_SPARSE_STEPS,
-                "qkv_bias": True,
-                "num_key_value_heads": 16,
-            },
+            defaults={**_WINDOWS_OFF, **_SPARSE_STEPS, "qkv_bias": True, "num_key_value_heads": 16},
             kinds=rules.every_other_window_below,
             sparse=rules.sparse_steps,
             more=rules.mixture("moe_intermediate_size", "shared_expert_intermediate_size"),
@@ -291,8 +280,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "head_dim": 64,
                 "num_key_value_heads": 8,
                 "num_experts_per_tok": 4,
+                **_ALTERNATE,
                 "sliding_window": 128,
-                "sliding_window_pattern": 2,
             },
             kinds=rules.last_of("sliding_window_pattern", rules.SLIDING),
             sparse=rules.every_block,

@@ -7,12 +7,14 @@ how they attend and whether experts take the feed-forward part's place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from mpsearch import family_rules as rules
 from mpsearch.config_fields import Fields
+from mpsearch.layers import Layer
 
 
 @dataclass(frozen=True)
@@ -139,3 +141,69 @@ def fused(path: str, qkv: str, out: str, bias: bool | str = True) -> tuple[Part,
 
 def router(name: str) -> Kept:
     return Kept(f"{name}.weight", ("experts", "hidden"))
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """Parts with the numbers of one config.
+
+    Attributes:
+        layers: name, rows and columns.
+        kept: name and shape.
+        idle: parameters among them that one token does not pass.
+    """
+
+    layers: Sequence[tuple[str, int, int]]
+    kept: Sequence[tuple[str, tuple[int, ...]]]
+    idle: int
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], fields: Fields, sizes: Mapping[str, int]) -> Expanded:
+        layers: list[tuple[str, int, int]] = []
+        kept: list[tuple[str, tuple[int, ...]]] = []
+        idle = 0
+        for part in parts:
+            if isinstance(part, Matrix):
+                rows, columns = sizes[part.rows], sizes[part.columns]
+                if rows and columns:
+                    layers.append((part.name, rows, columns))
+                    bias = fields.flag(part.bias) if isinstance(part.bias, str) else part.bias
+                    kept += [(f"{part.name}.bias", (rows,))] if bias else []
+            elif isinstance(part, Kept):
+                shape = tuple(sizes[size] for size in part.shape)
+                kept += [(part.name, shape)] if all(shape) else []
+            else:
+                of_experts, beside = _expand_experts(part, sizes)
+                layers += of_experts
+                kept += beside
+                stored = sum(rows * columns for _, rows, columns in of_experts)
+                stored += sum(prod(shape) for _, shape in beside)
+                idle += stored // sizes["experts"] * (sizes["experts"] - sizes["chosen"])
+        return cls(layers, kept, idle)
+
+    def layers_under(self, prefix: str) -> Iterator[Layer]:
+        return (Layer(prefix + name, rows, columns) for name, rows, columns in self.layers)
+
+    def kept_under(self, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        return ((prefix + name, shape) for name, shape in self.kept)
+
+
+def _expand_experts(
+    part: Experts, sizes: Mapping[str, int]
+) -> tuple[list[tuple[str, int, int]], list[tuple[str, tuple[int, ...]]]]:
+    """The layers of experts, and what is kept of them; all of one block's."""
+    experts, hidden, inner = sizes["experts"], sizes["hidden"], sizes["expert_inner"]
+    if part.opaque:
+        stacks = [("gate_up_proj", hidden, 2 * inner), ("down_proj", inner, hidden)]
+        return [], [(f"{part.name}.{name}", (experts, *shape)) for name, *shape in stacks]
+    matrices = (("gate_proj", inner, hidden), ("up_proj", inner, hidden))
+    layers = [
+        (f"{part.name}.{expert}.{name}", rows, columns)
+        for expert in range(experts)
+        for name, rows, columns in (*matrices, ("down_proj", hidden, inner))
+    ]
+    biases: list[tuple[str, tuple[int, ...]]] = [
+        (f"{part.name}.gate_up_proj_bias", (experts, 2 * inner)),
+        (f"{part.name}.down_proj_bias", (experts, hidden)),
+    ]
+    return layers, biases if part.bias else []
