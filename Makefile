@@ -66,6 +66,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/recall_speed.py
 	$(BIN)/python benchmarks/evaluation_cost.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/memory.py
 
 # Resumes; on two cores it takes days, so give it parts: PEERS='--sizes midway --seeds 0 --minutes 60'
 bench-peers: .venv/installed

@@ -22,11 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# Freed blocks go back to the system at once, so that a peak is one of what is in use.
-if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-    changed = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    os.execve(sys.executable, [sys.executable, *sys.argv], changed)
-
 import torch
 from result_file import commit, load, save
 from transformers import (
@@ -86,6 +81,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/memory.json"))
     args = parser.parse_args()
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        # Freed blocks go back to the system at once, so that a peak is one of what is in use.
+        changed = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], changed)
     quiet_libraries()
     result: dict[str, Any] = load(args.out)
     result["conditions"] = {

@@ -56,6 +56,7 @@ class Runtime:
         overhead_bytes: what the driver keeps of the memory that it reports (about 0.3 GiB of 12),
             device context, libraries, and what an allocator loses.
         share: of the device's memory that it uses at most.
+        unified: whether it also runs on devices that share their memory with the system.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Runtime:
     masks: bool = False
     workspace: bool = False
     share: float = 1.0
+    unified: bool = True
 
 
 RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
@@ -85,6 +87,7 @@ RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
                 prefill_tokens=2048,
                 overhead_bytes=GIB,
                 share=0.9,
+                unified=False,
             ),
             # compressed-tensors' weights are decompressed at the first forward.
             Runtime(

@@ -43,8 +43,11 @@ def resident_bytes(space: ResolvedSpace, stored_bytes: int, runtime: Runtime) ->
     Runtimes keep codes and scales as they are stored, but for those that unpack a container:
     there every searched weight takes two bytes, in any format.
     """
-    unpacked = space.target.name in runtime.unpacks
-    return space.kept_bytes + 2 * space.weights if unpacked else stored_bytes
+    return space.kept_bytes + 2 * space.weights if _unpacks(space, runtime) else stored_bytes
+
+
+def _unpacks(space: ResolvedSpace, runtime: Runtime) -> bool:
+    return space.target.name in runtime.unpacks
 
 
 def uniform_fits(space: ResolvedSpace, budget: DeviceBudget) -> list[UniformFit]:
@@ -70,10 +73,9 @@ def bits_allowed(space: ResolvedSpace, budget: DeviceBudget) -> float:
 
 
 def smallest_devices(budget: DeviceBudget, weights_bytes: int, most: int = 5) -> list[Device]:
-    """The smallest of the catalogue that hold the weights and the workload, in its order."""
-    return [device for device in catalogue() if weights_bytes <= _on(budget, device).left_bytes][
-        :most
-    ]
+    """The smallest of the catalogue that run it and hold weights and workload, in its order."""
+    able = (d for d in catalogue() if budget.runtime.unified or not d.unified)
+    return [d for d in able if weights_bytes <= _on(budget, d).left_bytes][:most]
 
 
 def search_budget_bytes(space: ResolvedSpace, budget: DeviceBudget) -> int:
@@ -86,7 +88,7 @@ def search_budget_bytes(space: ResolvedSpace, budget: DeviceBudget) -> int:
     smallest = resident_bytes(space, space.stored_bytes(space.smallest), budget.runtime)
     if smallest > budget.left_bytes:
         raise InfeasibleError(shortfall(space, budget))
-    if space.target.name in budget.runtime.unpacks:
+    if _unpacks(space, budget.runtime):
         return space.stored_bytes(space.largest)
     return budget.left_bytes
 
@@ -107,33 +109,40 @@ def shortfall(space: ResolvedSpace, budget: DeviceBudget) -> str:
 
 
 def _ways(space: ResolvedSpace, budget: DeviceBudget, smallest: int) -> Iterator[str]:
-    """What would make it fit, alone, from what costs least to what costs most."""
-    workload, left = budget.workload, budget.left_bytes
-    for kv in sorted(budget.runtime.kv, key=lambda name: -KV_BITS[name]):
-        other = replace(budget, workload=replace(workload, kv=kv))
-        if KV_BITS[kv] < KV_BITS[workload.kv] and smallest <= other.left_bytes:
-            yield f"--kv {kv} (saves {format_size(other.left_bytes - left)})"
-            break
+    """What makes it fit, from what costs least to what costs most; then what helps."""
+    workload, missing = budget.workload, smallest - budget.left_bytes
+    savings = list(_savings(space, budget))
+    enough = {way for way, saved in savings if saved >= missing}
+    yield from (f"{way} (saves {format_size(s)})" for way, s in savings if way in enough)
     if (context := budget.largest_context(smallest)) >= 1:
         yield f"--context {context}"
     if workload.batch > 1 and (batch := budget.largest_batch(smallest)) >= 1:
         yield f"--batch {batch}"
-    if space.target.name not in budget.runtime.unpacks:
-        if saved := _embedding_saves(space, budget):
-            name, size = saved
-            if smallest - size <= left:
-                yield f"quantize the embedding to {name} (saves {format_size(size)})"
-        if smaller := _smaller_format(space, smallest - left):
-            name, size = smaller
-            yield f"allow {name} in the space (saves {format_size(size)})"
+    if smaller := _smaller_format(space, budget, missing):
+        name, saved = smaller
+        yield f"allow {name} in the space (saves {format_size(saved)})"
     for device in smallest_devices(budget, smallest, most=1):
         yield f"the next card: {device.name}, {format_size(device.usable_bytes)}"
+    for way, saved in savings:
+        if way not in enough:
+            yield f"{way} helps (saves {format_size(saved)})"
+
+
+def _savings(space: ResolvedSpace, budget: DeviceBudget) -> Iterator[tuple[str, int]]:
+    """What costs little, and the bytes that it saves."""
+    asked = KV_BITS[budget.workload.kv]
+    for kv in sorted(budget.runtime.kv, key=lambda name: -KV_BITS[name]):
+        if KV_BITS[kv] < asked:
+            other = replace(budget, workload=replace(budget.workload, kv=kv))
+            yield f"--kv {kv}", other.left_bytes - budget.left_bytes
+    if saved := _embedding_saves(space, budget):
+        yield f"quantize the embedding to {saved[0]}", saved[1]
 
 
 def _embedding_saves(space: ResolvedSpace, budget: DeviceBudget) -> tuple[str, int] | None:
     """The smallest format that the target takes for an embedding that the space keeps."""
     layer = budget.architecture.embedding
-    if layer is None or layer.name in space.options:
+    if layer is None or layer.name in space.options or _unpacks(space, budget.runtime):
         return None
     formats = space.target.embedding_formats
     quantized = [fmt for fmt in formats if fmt.quantized and fmt.fits(layer)]
@@ -141,8 +150,12 @@ def _embedding_saves(space: ResolvedSpace, budget: DeviceBudget) -> tuple[str, i
     return None if best is None else (best.name, 2 * layer.weights - best.layer_bytes(layer))
 
 
-def _smaller_format(space: ResolvedSpace, missing_bytes: int) -> tuple[str, int] | None:
+def _smaller_format(
+    space: ResolvedSpace, budget: DeviceBudget, missing_bytes: int
+) -> tuple[str, int] | None:
     """The largest uniform format of the target, not in the space, that frees enough bytes."""
+    if _unpacks(space, budget.runtime):
+        return None
     listed = {fmt.name for formats in space.options.values() for fmt in formats}
     sizes = {}
     for fmt in space.target.formats:

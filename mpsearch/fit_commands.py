@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -88,12 +89,11 @@ def fit(args: argparse.Namespace) -> None:
         show_fit(space, budget, pick_bytes)
     else:
         show_devices(space, budget, pick_bytes)
-    size = (
-        "--memory SIZE"
-        if not (args.device or args.memory)
-        else (f"--device {args.device}" if args.device else f"--memory {args.memory}")
-    )
-    say(f"next: mpsearch search {name} {size} --context {budget.workload.context} -o runs/NAME")
+    model = "MODEL" if name.endswith(".json") else shlex.quote(name)
+    size = f"--memory {args.memory or 'SIZE'}"
+    if args.device:
+        size = f"--device {shlex.quote(args.device)}"
+    say(f"next: mpsearch search {model} {size} --context {budget.workload.context} -o runs/NAME")
 
 
 def device_budget_of(args: argparse.Namespace, space_file: SearchSpace) -> tuple[DeviceBudget, int]:

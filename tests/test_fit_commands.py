@@ -45,7 +45,7 @@ def test_a_config_and_a_card_give_the_terms_the_formats_and_the_room(
     shown, content = mpsearch(*asked), json.loads(mpsearch(*asked, "--json").out)
     assert shown.code == 0
     assert shown.talk[-1].startswith(
-        f"next: mpsearch search {eight_b} --device rtx-3060-12gb --context 8192 "
+        "next: mpsearch search MODEL --device rtx-3060-12gb --context 8192 "
     )
     assert content["device"] == "NVIDIA GeForce RTX 3060 12GB"
     assert content["parameters"] == 8_030_261_248

@@ -37,6 +37,7 @@ def test_every_command_of_the_readme_runs_in_its_order(
 ) -> None:
     pytest.importorskip("gptqmodel", reason="the README's search uses the gptq extra")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     found = commands()
     assert len(found) >= 8
     for command in found:
