@@ -47,6 +47,7 @@ class Runtime:
         name: on the command line.
         targets: containers that it loads.
         unpacks: of these, the ones whose weights it keeps in bf16 once they are loaded.
+        bits: widths that its usual GPU kernels take.
         kv: dtypes of its KV cache, the default first.
         kv_tokens: it takes cache for so many tokens at a time.
         prefill_tokens: that run through a block at once; None for all prompts of the batch.
@@ -63,6 +64,7 @@ class Runtime:
     targets: tuple[str, ...]
     kv: tuple[str, ...]
     overhead_bytes: int
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8, 16)
     unpacks: tuple[str, ...] = ()
     kv_tokens: int = 1
     prefill_tokens: int | None = None
@@ -82,6 +84,7 @@ RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
             Runtime(
                 "vllm",
                 targets=("compressed-tensors",),
+                bits=(4, 8, 16),
                 kv=("bf16", "fp16", "fp8"),
                 kv_tokens=16,
                 prefill_tokens=2048,

@@ -13,12 +13,13 @@ from mpsearch.errors import InfeasibleError, RunError, UsageError
 
 def search(args: argparse.Namespace) -> None:
     from mpsearch.console import Progress, emit_json, front_json, say, show_front
-    from mpsearch.fit_commands import device_budget_of
+    from mpsearch.fit_commands import check_device_flags, device_budget_of
     from mpsearch.fluency import check_max_text_kl
     from mpsearch.run import Run
     from mpsearch.sizes import format_size, parse_size
 
     # Whatever can be refused without the model is refused before it is loaded.
+    check_device_flags(args)
     stated_bytes = None if args.budget is None else parse_size(args.budget)
     seconds = None if args.time is None else _parse_seconds(args.time)
     check_max_text_kl(args.max_text_kl)

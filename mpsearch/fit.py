@@ -10,6 +10,7 @@ from mpsearch.allocate import uniform
 from mpsearch.budget import KV_BITS, DeviceBudget, Runtime
 from mpsearch.devices import Device, catalogue
 from mpsearch.errors import InfeasibleError
+from mpsearch.formats import FORMATS
 from mpsearch.sizes import format_size
 from mpsearch.space import ResolvedSpace
 
@@ -24,6 +25,7 @@ class UniformFit:
         weights_bytes: resident, kept weights included.
         spare_bytes: what is left then; negative where it does not fit.
         context: the longest at the same batch; 0 where none fits.
+        served: whether the runtime's usual kernels take the format.
     """
 
     format: str
@@ -31,6 +33,7 @@ class UniformFit:
     weights_bytes: int
     spare_bytes: int
     context: int
+    served: bool
 
     @property
     def fits(self) -> bool:
@@ -43,10 +46,11 @@ def resident_bytes(space: ResolvedSpace, stored_bytes: int, runtime: Runtime) ->
     Runtimes keep codes and scales as they are stored, but for those that unpack a container:
     there every searched weight takes two bytes, in any format.
     """
-    return space.kept_bytes + 2 * space.weights if _unpacks(space, runtime) else stored_bytes
+    return space.kept_bytes + 2 * space.weights if unpacks(space, runtime) else stored_bytes
 
 
-def _unpacks(space: ResolvedSpace, runtime: Runtime) -> bool:
+def unpacks(space: ResolvedSpace, runtime: Runtime) -> bool:
+    """Whether the runtime keeps the space's weights in bf16, in whatever format they are stored."""
     return space.target.name in runtime.unpacks
 
 
@@ -62,6 +66,7 @@ def uniform_fits(space: ResolvedSpace, budget: DeviceBudget) -> list[UniformFit]
                 weights_bytes,
                 budget.left_bytes - weights_bytes,
                 budget.largest_context(weights_bytes),
+                FORMATS[name].bits in budget.runtime.bits,
             )
         )
     return found
@@ -88,7 +93,7 @@ def search_budget_bytes(space: ResolvedSpace, budget: DeviceBudget) -> int:
     smallest = resident_bytes(space, space.stored_bytes(space.smallest), budget.runtime)
     if smallest > budget.left_bytes:
         raise InfeasibleError(shortfall(space, budget))
-    if _unpacks(space, budget.runtime):
+    if unpacks(space, budget.runtime):
         return space.stored_bytes(space.largest)
     return budget.left_bytes
 
@@ -142,7 +147,7 @@ def _savings(space: ResolvedSpace, budget: DeviceBudget) -> Iterator[tuple[str, 
 def _embedding_saves(space: ResolvedSpace, budget: DeviceBudget) -> tuple[str, int] | None:
     """The smallest format that the target takes for an embedding that the space keeps."""
     layer = budget.architecture.embedding
-    if layer is None or layer.name in space.options or _unpacks(space, budget.runtime):
+    if layer is None or layer.name in space.options or unpacks(space, budget.runtime):
         return None
     formats = space.target.embedding_formats
     quantized = [fmt for fmt in formats if fmt.quantized and fmt.fits(layer)]
@@ -154,7 +159,7 @@ def _smaller_format(
     space: ResolvedSpace, budget: DeviceBudget, missing_bytes: int
 ) -> tuple[str, int] | None:
     """The largest uniform format of the target, not in the space, that frees enough bytes."""
-    if _unpacks(space, budget.runtime):
+    if unpacks(space, budget.runtime):
         return None
     listed = {fmt.name for formats in space.options.values() for fmt in formats}
     sizes = {}
@@ -187,12 +192,8 @@ def fit_json(space: ResolvedSpace, budget: DeviceBudget, pick_bytes: int | None)
         "kept_bytes": space.kept_bytes,
         "searched_weights": space.weights,
         "bits_per_weight": bits_allowed(space, budget) if has_device else None,
-        "formats": [
-            {**asdict(row), "fits": row.fits} if has_device else
-            {key: asdict(row)[key] for key in ("format", "bits_per_weight", "weights_bytes")}
-            for row in uniform_fits(space, budget)
-        ],
-    }  # fmt: skip
+        "formats": [{**asdict(row), "fits": row.fits} for row in uniform_fits(space, budget)],
+    }
     if pick_bytes is not None:
         weights_bytes = resident_bytes(space, pick_bytes, budget.runtime)
         content["pick"] = {

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mpsearch.space import ResolvedSpace, SearchSpace
 
 _CONTEXT = 4096
+_FLAGS = ("context", "batch", "kv", "runtime", "utilization", "prefill", "overhead", "reserve")
 
 
 def add_device_flags(command: argparse.ArgumentParser, memory_from: Any) -> None:
@@ -94,6 +95,16 @@ def fit(args: argparse.Namespace) -> None:
     if args.device:
         size = f"--device {shlex.quote(args.device)}"
     say(f"next: mpsearch search {model} {size} --context {budget.workload.context} -o runs/NAME")
+
+
+def check_device_flags(args: argparse.Namespace) -> None:
+    """Raise `UsageError` where a flag describes a device and none is given."""
+    given = [flag for flag in _FLAGS if getattr(args, flag) is not None]
+    if given and not (args.device or args.memory):
+        raise UsageError(
+            f"--{given[0]} says what runs on a device, and --budget is of stored weights alone; "
+            "give --device or --memory instead"
+        )
 
 
 def device_budget_of(args: argparse.Namespace, space_file: SearchSpace) -> tuple[DeviceBudget, int]:

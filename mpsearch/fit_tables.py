@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from mpsearch.budget import DeviceBudget, Term
 from mpsearch.console import emit, table
-from mpsearch.fit import bits_allowed, resident_bytes, shortfall, smallest_devices, uniform_fits
+from mpsearch.fit import (
+    bits_allowed,
+    resident_bytes,
+    shortfall,
+    smallest_devices,
+    uniform_fits,
+    unpacks,
+)
 from mpsearch.sizes import format_size
 from mpsearch.space import ResolvedSpace
 
@@ -24,7 +31,9 @@ def show_fit(space: ResolvedSpace, budget: DeviceBudget, pick_bytes: int | None)
     )
     show_terms(budget)
     _show_formats(space, budget)
-    if budget.left_bytes > space.kept_bytes:
+    if unpacks(space, budget.runtime):
+        emit(f"{budget.runtime.name} unpacks {space.target.name}: in memory every weight is bf16")
+    elif budget.left_bytes > space.kept_bytes:
         bits = bits_allowed(space, budget)
         room = f"{bits:.2f} bits a weight, scales included" if bits < 16 else "bf16 throughout"
         emit(
@@ -69,6 +78,7 @@ def _bar(size_bytes: int, of_bytes: int) -> str:
 
 def _show_formats(space: ResolvedSpace, budget: DeviceBudget) -> None:
     """Every uniform format: whether it fits, what is left over, and the longest context."""
+    found = uniform_fits(space, budget)
     rows = [
         [
             row.format,
@@ -78,9 +88,14 @@ def _show_formats(space: ResolvedSpace, budget: DeviceBudget) -> None:
             format_size(row.spare_bytes),
             f"{row.context:,}" if row.context else "none",
         ]
-        for row in uniform_fits(space, budget)
+        for row in found
     ]
     table(["uniform", "bits", "weights", "fits", "to spare", "longest context"], rows)
+    if unserved := [row.format for row in found if not row.served]:
+        emit(
+            f"{budget.runtime.name}'s usual kernels do not take {', '.join(unserved)}: try before "
+            "you rely on them"
+        )
 
 
 def show_devices(space: ResolvedSpace, budget: DeviceBudget, pick_bytes: int | None) -> None:

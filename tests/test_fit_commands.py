@@ -61,6 +61,11 @@ def test_a_config_and_a_card_give_the_terms_the_formats_and_the_room(
         assert ("yes" if row["fits"] else "no") in line.split()
         assert format_size(row["weights_bytes"]) in line
     assert f"room for {content['bits_per_weight']:.2f} bits a weight" in shown.out
+    assert "vllm's usual kernels do not take int2-g64, int3-g64: try" in shown.out
+    assert [row["served"] for row in content["formats"]] == [False, False, True, True]
+    plain = mpsearch(*asked, "--runtime", "transformers")
+    assert "transformers unpacks compressed-tensors: in memory every weight is bf16" in plain.out
+    assert "room for" not in plain.out
 
 
 def test_every_flag_changes_its_term(eight_b: Path, mpsearch: Cli) -> None:
@@ -240,6 +245,11 @@ def test_a_device_that_cannot_hold_the_model_is_refused_before_it_is_loaded(
     one_line(outcome, 3, "the smallest assignment needs", "weights", "kv cache", "Ways out")
     assert not any(line.startswith("loading") for line in outcome.talk)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_flag_of_a_device_wants_one(question: list[str], mpsearch: Cli, tmp_path: Path) -> None:
+    outcome = mpsearch(*question, "--kv", "fp8", "-o", tmp_path / "run")
+    one_line(outcome, 2, "--kv says what runs on a device", "--device or --memory")
 
 
 @pytest.mark.parametrize("flags", [[], ["--budget", "1MiB", "--memory", "1GiB"]])
