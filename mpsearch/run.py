@@ -35,6 +35,10 @@ from mpsearch.space import ResolvedSpace, Rule, SearchSpace
 from mpsearch.targets import TARGETS
 
 VERSION = 1
+# Of a line of evaluations.jsonl; `text` is missing in those of older runs.
+_SCORE_KEYS = {
+    *("assignment", "kind", "partition", "loss_per_fact", "kl_nats", "top1", "correct", "seconds"),
+}
 
 
 class Run:
@@ -178,9 +182,28 @@ class Run:
             ) from None
 
     def scores(self) -> list[Score]:
-        """All finished evaluations, in order; a line that a kill cut short is left out."""
+        """All finished evaluations, in order; a line that a kill cut short is left out.
+
+        Raises:
+            RunError: another line is damaged.
+        """
         bank = json.dumps(self.question["bank"], sort_keys=True)
-        return [_score(line, bank) for line in _whole_lines(self._evaluations)]
+        return [_score(line, bank) for line in self._lines()]
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        path = self._evaluations
+        whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        for number, line in enumerate(whole, start=1):
+            try:
+                content = json.loads(line)
+                if not isinstance(content, dict) or not set(content) >= _SCORE_KEYS:
+                    raise ValueError
+            except ValueError:
+                raise RunError(
+                    f"'{path}', line {number}: no evaluation, the file is damaged; remove that "
+                    "line, and go on with 'mpsearch search --resume'"
+                ) from None
+            yield content
 
     def mend(self) -> None:
         """Drop the torn ends that a kill left in the journal and in the evaluations."""
@@ -304,13 +327,6 @@ class Run:
             fault = "is ambiguous" if found else "is not in this run"
             raise RunError(f"point '{wanted}' {fault}; there are: best, {known}")
         return found[0]
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
 
 
 def _score(line: dict[str, Any], bank: str) -> Score:

@@ -311,6 +311,18 @@ def test_mend_empties_a_file_that_holds_only_a_torn_line(run: Run) -> None:
     assert run.scores() == []
 
 
+@pytest.mark.parametrize("damage", [b"{", b"\xff\xfe", b"[1]", b'{"kind": "search"}', b""])
+def test_a_damaged_line_in_the_middle_is_named(damage: bytes, run: Run) -> None:
+    evaluations = run.folder / "evaluations.jsonl"
+    first, second, *rest = evaluations.read_bytes().split(b"\n")
+    evaluations.write_bytes(b"\n".join([first, damage, second, *rest]))
+    with pytest.raises(RunError, match=r"evaluations\.jsonl', line 2: no evaluation") as caught:
+        run.scores()
+    assert "--resume" in str(caught.value)
+    evaluations.write_bytes(b"\n".join([first, second, *rest]))
+    assert len(run.scores()) == len(ROWS)
+
+
 def a_score(row: Row) -> Score:
     assignment = Assignment.of({FIRST: row[1], SECOND: row[2]})
     return Score(assignment, row[0], "search", tuple(row[3]), 0.5, 0.75, None, 0.01)
