@@ -72,6 +72,19 @@ def uniform_fits(space: ResolvedSpace, budget: DeviceBudget) -> list[UniformFit]
     return found
 
 
+def kept_parts(space: ResolvedSpace, budget: DeviceBudget) -> dict[str, int]:
+    """Bytes of what the space keeps in bf16: the embedding, the head, and all else.
+
+    A head that is tied to the embedding is counted with it.
+    """
+    architecture = budget.architecture
+    parts = {
+        what: 0 if layer is None or layer.name in space.options else 2 * layer.weights
+        for what, layer in (("embedding", architecture.embedding), ("head", architecture.head))
+    }
+    return {**parts, "other": space.kept_bytes - sum(parts.values())}
+
+
 def bits_allowed(space: ResolvedSpace, budget: DeviceBudget) -> float:
     """Stored bits a searched weight, scales included, for which there is room; at least 0."""
     return max(0.0, 8 * (budget.left_bytes - space.kept_bytes) / space.weights)
@@ -190,6 +203,7 @@ def fit_json(space: ResolvedSpace, budget: DeviceBudget, pick_bytes: int | None)
         "active_parameters": architecture.active_parameters,
         **budget.to_json(),
         "kept_bytes": space.kept_bytes,
+        **{f"kept_{what}_bytes": size for what, size in kept_parts(space, budget).items()},
         "searched_weights": space.weights,
         "bits_per_weight": bits_allowed(space, budget) if has_device else None,
         "formats": [{**asdict(row), "fits": row.fits} for row in uniform_fits(space, budget)],

@@ -6,6 +6,7 @@ from mpsearch.budget import DeviceBudget, Term
 from mpsearch.console import emit, table
 from mpsearch.fit import (
     bits_allowed,
+    kept_parts,
     resident_bytes,
     shortfall,
     smallest_devices,
@@ -36,9 +37,14 @@ def show_fit(space: ResolvedSpace, budget: DeviceBudget, pick_bytes: int | None)
     elif budget.left_bytes > space.kept_bytes:
         bits = bits_allowed(space, budget)
         room = f"{bits:.2f} bits a weight, scales included" if bits < 16 else "bf16 throughout"
+        parts = ", ".join(
+            f"{what} {format_size(size)}"
+            for what, size in kept_parts(space, budget).items()
+            if size
+        )
         emit(
-            f"{format_size(space.kept_bytes)} of weights stay in bf16; for the others there is "
-            f"room for {room}"
+            f"{format_size(space.kept_bytes)} of weights stay in bf16 ({parts}); for the others "
+            f"there is room for {room}"
         )
     if budget.left_bytes < resident_bytes(
         space, space.stored_bytes(space.smallest), budget.runtime

@@ -18,6 +18,7 @@ from mpsearch.export import export
 from mpsearch.fit import (
     bits_allowed,
     fit_json,
+    kept_parts,
     resident_bytes,
     search_budget_bytes,
     shortfall,
@@ -78,6 +79,17 @@ def test_the_bits_that_there_is_room_for_are_those_of_what_is_left() -> None:
     room = resolved.kept_bytes + bits * resolved.weights / 8
     assert room == pytest.approx(eleven.left_bytes)
     assert bits_allowed(resolved, budget(2 * GIB)) == 0
+
+
+def test_kept_weights_are_the_embedding_the_head_and_the_rest() -> None:
+    twelve = budget(12 * GIB)
+    table_bytes = 128256 * 4096 * 2
+    norms_bytes = 65 * 4096 * 2
+    assert kept_parts(space(), twelve) == {
+        "embedding": table_bytes, "head": table_bytes, "other": norms_bytes,
+    }  # fmt: skip
+    given = space(TIGHT + "embedding: [int8-channel-unpacked]\nhead: [int8-g128]\n")
+    assert kept_parts(given, twelve) == {"embedding": 0, "head": 0, "other": norms_bytes}
 
 
 def test_transformers_unpacks_so_that_every_format_takes_bf16() -> None:
