@@ -38,16 +38,17 @@ def check_damage(space: ResolvedSpace, damage: Damage) -> None:
 def uniform(space: ResolvedSpace) -> dict[str, Assignment]:
     """One assignment for each format of the space, by its name.
 
-    A group whose rules exclude the format gets its largest allowed one below it in size, or else
-    its smallest.
+    A group whose rules exclude the format gets its largest allowed one of no more bits and bytes,
+    or else its smallest.
     """
     assignments = {}
     for name in space.space.formats:
         chosen = {}
         for group in space.groups:
             options = space.options[group.name]
-            size = FORMATS[name].stored_bytes(group)
-            below = [fmt for fmt in options if fmt.stored_bytes(group) <= size]
+            most = FORMATS[name].bits, FORMATS[name].stored_bytes(group)
+            # Bits first: packed codes of a tied embedding would be stored twice, above bf16.
+            below = [fmt for fmt in options if (fmt.bits, fmt.stored_bytes(group)) <= most]
             chosen[group.name] = (below[-1] if below else options[0]).name
         assignments[name] = Assignment.of(chosen)
     return assignments

@@ -39,6 +39,8 @@ _BUILTIN_CONFIG: Mapping[str, Any] = {
 }
 # Experts in all blocks: ten times what the largest models have; beyond it is no model but a slip.
 _MOST_LAYERS = 1_000_000
+# `_supports_sdpa` is False in transformers (5.23): a softcap, and attention sinks.
+_EAGER = ("gemma2", "gpt_oss")
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Architecture:
         head: the output head; None where it is the embedding.
         kept: every stored tensor that is none of `layers`, by name, to its shape.
         idle_parameters: those of the experts that a token is not sent to.
+        eager: whether transformers' only attention for it writes out all scores.
     """
 
     family: str
@@ -115,6 +118,7 @@ class Architecture:
     head: Layer | None
     kept: Mapping[str, tuple[int, ...]]
     idle_parameters: int = 0
+    eager: bool = False
 
     @property
     def parameters(self) -> int:
@@ -184,6 +188,7 @@ def read_architecture(config: Mapping[str, Any], source: str) -> Architecture:
         head=head,
         kept=kept,
         idle_parameters=sum(expanded.idle for _, expanded in placed),
+        eager=fields.family in _EAGER,
     )
 
 

@@ -6,6 +6,7 @@ that this project was not run on: they are on the large side, and every one can 
 
     kv cache     for every token in the cache: keys and values of every block
     activations  of the tokens that run through a block at once, where a block holds most
+    scores       of attention, of families for which transformers has no fused kernel
     mask         which tokens see which, of runtimes that write it out
     logits       of the tokens that are read
     workspace    one dequantized weight, of runtimes whose kernels want it
@@ -52,6 +53,7 @@ class Runtime:
         kv_tokens: it takes cache for so many tokens at a time.
         prefill_tokens: that run through a block at once; None for all prompts of the batch.
         reads_prefill: whether logits have room for each of these tokens, not one a sequence.
+        sequences: for which it has room for logits at least, whatever the batch.
         masks: whether attention wants a mask for windows and padding; see `mask_bytes`.
         workspace: whether kernels dequantize a whole weight to multiply with it.
         overhead_bytes: what the driver keeps of the memory that it reports (about 0.3 GiB of 12),
@@ -69,6 +71,7 @@ class Runtime:
     kv_tokens: int = 1
     prefill_tokens: int | None = None
     reads_prefill: bool = False
+    sequences: int = 1
     masks: bool = False
     workspace: bool = False
     share: float = 1.0
@@ -79,7 +82,8 @@ RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
     {
         runtime.name: runtime
         for runtime in (
-            # Defaults of `vllm serve`: blocks of 16 tokens, 2,048 tokens a step, 0.9 of the memory.
+            # Defaults of `vllm serve` below 70 GiB: blocks of 16 tokens, 2,048 tokens a step, 256
+            # sequences whose logits it measures before it sizes the cache, 0.9 of the memory.
             # Its CUDA graphs are captured in the tenth that it leaves alone.
             Runtime(
                 "vllm",
@@ -88,6 +92,7 @@ RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
                 kv=("bf16", "fp16", "fp8"),
                 kv_tokens=16,
                 prefill_tokens=2048,
+                sequences=256,
                 overhead_bytes=GIB,
                 share=0.9,
                 unified=False,
@@ -215,7 +220,9 @@ class DeviceBudget:
         """All that is not weights."""
         architecture, runtime, workload = self.architecture, self.runtime, self.workload
         tokens = prefill_tokens(runtime, workload)
-        read = tokens if runtime.reads_prefill else workload.batch
+        read = tokens if runtime.reads_prefill else max(workload.batch, runtime.sequences)
+        masks = mask_bytes(architecture, workload) if runtime.masks else 0
+        scores = scores_bytes(architecture, workload) if runtime.masks else 0
         unused = max(ceil(self.memory_bytes * (1 - runtime.share)), self.reserve_bytes)
         return (
             Term(
@@ -231,10 +238,17 @@ class DeviceBudget:
             ),
             Term(
                 "mask",
-                mask_bytes(architecture, workload) if runtime.masks else 0,
+                masks,
                 f"{workload.context:,} x {workload.context:,} tokens, for windows or padding"
-                if runtime.masks
-                else "its kernels need none",
+                if masks
+                else "not written out",
+            ),
+            Term(
+                "scores",
+                scores,
+                f"of all heads, {workload.context:,} x {workload.context:,} tokens"
+                if scores
+                else "not written out",
             ),
             Term(
                 "logits",
@@ -385,6 +399,18 @@ def mask_bytes(architecture: Architecture, workload: Workload) -> int:
     windows = any(block.attention.window is not None for block in architecture.blocks)
     masks = 2 if windows else int(workload.batch > 1)
     return masks * workload.batch * workload.context**2
+
+
+def scores_bytes(architecture: Architecture, workload: Workload) -> int:
+    """Of runtimes that run attention as transformers does, for families without a fused kernel.
+
+    Every head's scores of context x context: in bf16 before and after the mask, and in float32
+    for the softmax.
+    """
+    if not architecture.eager:
+        return 0
+    heads = max(block.attention.heads for block in architecture.blocks)
+    return (2 + 2 + 4) * heads * workload.batch * workload.context**2
 
 
 def logits_bytes(architecture: Architecture) -> int:

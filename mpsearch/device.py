@@ -109,14 +109,15 @@ def measure_this_device() -> ThisDevice:
 def _ask_driver() -> tuple[str, int, int]:
     """Name, memory in all and memory in use, in bytes, of the first visible GPU."""
     index = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    asked = ["nvidia-smi", f"--id={index}", "--query-gpu=name,memory.total,memory.used"]
+    asked = ["nvidia-smi", f"--id={index}", "--query-gpu=name,memory.total,memory.free"]
     try:
         done = subprocess.run(
             [*asked, "--format=csv,noheader,nounits"],
             capture_output=True, text=True, check=True, timeout=60,
         )  # fmt: skip
-        name, total, used = done.stdout.splitlines()[0].rsplit(",", 2)
-        return name.strip(), int(total) * 2**20, int(used) * 2**20
+        name, total, free = done.stdout.splitlines()[0].rsplit(",", 2)
+        # Not `memory.used`, which leaves out what the driver keeps for itself.
+        return name.strip(), int(total) * 2**20, (int(total) - int(free)) * 2**20
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         raise UsageError(f"nvidia-smi does not say how much memory there is: {error}") from None
 

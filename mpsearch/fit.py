@@ -9,7 +9,7 @@ from typing import Any
 from mpsearch.allocate import uniform
 from mpsearch.budget import KV_BITS, DeviceBudget, Runtime
 from mpsearch.devices import Device, catalogue
-from mpsearch.errors import InfeasibleError
+from mpsearch.errors import InfeasibleError, UsageError
 from mpsearch.formats import FORMATS
 from mpsearch.sizes import format_size
 from mpsearch.space import ResolvedSpace
@@ -85,6 +85,11 @@ def kept_parts(space: ResolvedSpace, budget: DeviceBudget) -> dict[str, int]:
     return {**parts, "other": space.kept_bytes - sum(parts.values())}
 
 
+def unserved(space: ResolvedSpace, runtime: Runtime) -> list[str]:
+    """Formats of the space that the runtime's usual kernels do not take."""
+    return [name for name in space.space.formats if FORMATS[name].bits not in runtime.bits]
+
+
 def bits_allowed(space: ResolvedSpace, budget: DeviceBudget) -> float:
     """Stored bits a searched weight, scales included, for which there is room; at least 0."""
     return max(0.0, 8 * (budget.left_bytes - space.kept_bytes) / space.weights)
@@ -100,14 +105,17 @@ def search_budget_bytes(space: ResolvedSpace, budget: DeviceBudget) -> int:
     """Stored bytes that a search may spend on a device.
 
     Raises:
-        InfeasibleError: the smallest assignment does not fit, with the ways out; or the runtime
-            unpacks all weights, so that no choice of formats makes it fit.
+        InfeasibleError: the smallest assignment does not fit, with the ways out.
+        UsageError: the runtime unpacks all weights, so that every assignment takes the same.
     """
+    if unpacks(space, budget.runtime):
+        raise UsageError(
+            f"{budget.runtime.name} unpacks {space.target.name}, so that all assignments take the "
+            "same memory and none is worth a search; give --budget, or another --runtime"
+        )
     smallest = resident_bytes(space, space.stored_bytes(space.smallest), budget.runtime)
     if smallest > budget.left_bytes:
         raise InfeasibleError(shortfall(space, budget))
-    if unpacks(space, budget.runtime):
-        return space.stored_bytes(space.largest)
     return budget.left_bytes
 
 
@@ -163,7 +171,8 @@ def _embedding_saves(space: ResolvedSpace, budget: DeviceBudget) -> tuple[str, i
     if layer is None or layer.name in space.options or unpacks(space, budget.runtime):
         return None
     formats = space.target.embedding_formats
-    quantized = [fmt for fmt in formats if fmt.quantized and fmt.fits(layer)]
+    served = budget.runtime.bits
+    quantized = [f for f in formats if f.quantized and f.fits(layer) and f.bits in served]
     best = min(quantized, key=lambda fmt: fmt.layer_bytes(layer), default=None)
     return None if best is None else (best.name, 2 * layer.weights - best.layer_bytes(layer))
 
@@ -178,7 +187,8 @@ def _smaller_format(
     sizes = {}
     for fmt in space.target.formats:
         layers = [layer for group in space.groups for layer in group.layers]
-        if fmt.quantized and fmt.name not in listed and all(map(fmt.fits, layers)):
+        known = fmt.name in listed or fmt.bits not in budget.runtime.bits
+        if fmt.quantized and not known and all(map(fmt.fits, layers)):
             size = space.kept_bytes + sum(map(fmt.stored_bytes, space.groups))
             sizes[fmt.name] = space.stored_bytes(space.smallest) - size
     enough = {name: saved for name, saved in sizes.items() if saved >= missing_bytes}
@@ -196,7 +206,7 @@ def fit_json(space: ResolvedSpace, budget: DeviceBudget, pick_bytes: int | None)
         pick_bytes: stored bytes of a run's pick, if it is about a run.
     """
     architecture = budget.architecture
-    has_device = budget.memory_bytes > 0
+    has_device, flat = budget.memory_bytes > 0, unpacks(space, budget.runtime)
     content: dict[str, Any] = {
         "family": architecture.family,
         "parameters": architecture.parameters,
@@ -205,7 +215,7 @@ def fit_json(space: ResolvedSpace, budget: DeviceBudget, pick_bytes: int | None)
         "kept_bytes": space.kept_bytes,
         **{f"kept_{what}_bytes": size for what, size in kept_parts(space, budget).items()},
         "searched_weights": space.weights,
-        "bits_per_weight": bits_allowed(space, budget) if has_device else None,
+        "bits_per_weight": bits_allowed(space, budget) if has_device and not flat else None,
         "formats": [{**asdict(row), "fits": row.fits} for row in uniform_fits(space, budget)],
     }
     if pick_bytes is not None:

@@ -9,11 +9,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpsearch.errors import UsageError
+from mpsearch.errors import InfeasibleError, UsageError
 
 if TYPE_CHECKING:
     from mpsearch.architecture import Architecture
     from mpsearch.budget import DeviceBudget
+    from mpsearch.run import Run
     from mpsearch.space import ResolvedSpace, SearchSpace
 
 _CONTEXT = 4096
@@ -67,7 +68,7 @@ def fit(args: argparse.Namespace) -> None:
         raise UsageError("no model given; name one, a folder with its config, or a run")
     from mpsearch.architecture import load_config, read_architecture
     from mpsearch.console import emit_json, say
-    from mpsearch.fit import fit_json
+    from mpsearch.fit import fit_json, resident_bytes, shortfall, unpacks
     from mpsearch.fit_tables import show_devices, show_fit
     from mpsearch.run import Run
     from mpsearch.space import SearchSpace
@@ -80,27 +81,52 @@ def fit(args: argparse.Namespace) -> None:
     architecture = read_architecture(load_config(name), name)
     if run is not None:
         space = run.space
+        _as_the_run(args, run)
     else:
         file = SearchSpace.load(args.space) if args.space else SearchSpace.default()
         space = file.resolve(architecture)
     budget = device_budget(args, architecture, space)
+    has_device = budget.memory_bytes > 0
     if args.json:
         emit_json({"model": name, **fit_json(space, budget, pick_bytes)})
-    elif args.device or args.memory:
+    elif has_device:
         show_fit(space, budget, pick_bytes)
     else:
         show_devices(space, budget, pick_bytes)
-    model = "MODEL" if name.endswith(".json") else shlex.quote(name)
-    size = f"--memory {args.memory or 'SIZE'}"
-    if args.device:
-        size = f"--device {shlex.quote(args.device)}"
-    say(f"next: mpsearch search {model} {size} --context {budget.workload.context} -o runs/NAME")
+    smallest = resident_bytes(space, space.stored_bytes(space.smallest), budget.runtime)
+    if has_device and budget.left_bytes < smallest:
+        raise InfeasibleError(shortfall(space, budget))
+    if run is not None:
+        say(f"next: mpsearch export {shlex.quote(args.model)} best -o exports/{run.folder.name}")
+    elif not unpacks(space, budget.runtime):
+        say(f"next: mpsearch search {_again(args, name)} -o runs/NAME")
+
+
+def _as_the_run(args: argparse.Namespace, run: Run) -> None:
+    """What is not asked is as the run was asked for."""
+    if args.space:
+        raise UsageError(f"'{args.model}' is a run, which has its own space; leave --space out")
+    asked = run.content.get("device_budget")
+    if asked is not None:
+        for flag in ("context", "batch", "kv", "runtime"):
+            if getattr(args, flag) is None:
+                setattr(args, flag, asked[flag])
+
+
+def _again(args: argparse.Namespace, name: str) -> str:
+    """The model and the flags of a search that asks the same."""
+    words = ["MODEL" if name.endswith(".json") else shlex.quote(name)]
+    given = {flag: getattr(args, flag) for flag in ("space", "device", "memory", *_FLAGS)}
+    words += [f"--{flag} {shlex.quote(str(v))}" for flag, v in given.items() if v is not None]
+    if args.device is None and args.memory is None:
+        words.append("--memory SIZE")
+    return " ".join(words)
 
 
 def check_device_flags(args: argparse.Namespace) -> None:
     """Raise `UsageError` where a flag describes a device and none is given."""
     given = [flag for flag in _FLAGS if getattr(args, flag) is not None]
-    if given and not (args.device or args.memory):
+    if given and args.device is None and args.memory is None:
         raise UsageError(
             f"--{given[0]} says what runs on a device, and --budget is of stored weights alone; "
             "give --device or --memory instead"
@@ -115,13 +141,18 @@ def device_budget_of(args: argparse.Namespace, space_file: SearchSpace) -> tuple
     from mpsearch.architecture import load_config, read_architecture
     from mpsearch.budget import terms_line
     from mpsearch.console import say
-    from mpsearch.fit import search_budget_bytes
+    from mpsearch.fit import search_budget_bytes, unserved
 
     architecture = read_architecture(load_config(args.model), args.model)
     space = space_file.resolve(architecture)
     budget = device_budget(args, architecture, space)
     size_bytes = search_budget_bytes(space, budget)
     say(terms_line(budget.to_json()))
+    if strange := unserved(space, budget.runtime):
+        say(
+            f"{budget.runtime.name}'s usual kernels do not take {', '.join(strange)}, which this "
+            "space allows; give a --space without them, or try before you rely on them"
+        )
     return budget, size_bytes
 
 
@@ -148,26 +179,34 @@ def device_budget(
     device, memory_bytes = "no device", 0
     runtime = find_runtime(space.target.name, args.runtime)
     reserve_bytes = RESERVE_BYTES
-    if args.device == THIS:
+    if args.device is not None and args.device.casefold() == THIS:
         this = ThisDevice.load()
         device, memory_bytes, reserve_bytes = this.name, this.memory_bytes, this.other_bytes
         runtime = replace(runtime, overhead_bytes=this.context_bytes + FRAGMENTATION_BYTES)
-    elif args.device:
+    elif args.device is not None:
         found = find_device(args.device)
+        if found.unified and not runtime.unified:
+            raise UsageError(
+                f"{runtime.name} does not run on {found.name}; use another --runtime, or a space "
+                "of another target"
+            )
         device, memory_bytes = found.name, found.usable_bytes
-    elif args.memory:
+    elif args.memory is not None:
         device, memory_bytes = args.memory, parse_size(args.memory)
     if args.utilization is not None:
         if not 0 < args.utilization <= 1:
-            raise UsageError(f"--utilization {args.utilization:g} is no share; give 0.5 to 1")
+            raise UsageError(
+                f"--utilization {args.utilization:g} is no share; give more than 0 and up to 1, "
+                "such as 0.9"
+            )
         runtime = replace(runtime, share=args.utilization)
     if args.prefill is not None:
         if args.prefill < 1:
             raise UsageError(f"--prefill {args.prefill} makes no sense; give at least 1 token")
         runtime = replace(runtime, prefill_tokens=args.prefill)
-    if args.overhead:
+    if args.overhead is not None:
         runtime = replace(runtime, overhead_bytes=_size(args.overhead))
-    if args.reserve:
+    if args.reserve is not None:
         reserve_bytes = _size(args.reserve)
     context = _CONTEXT if args.context is None else args.context
     most = architecture.context

@@ -8,10 +8,10 @@ from mpsearch.fit import (
     bits_allowed,
     kept_parts,
     resident_bytes,
-    shortfall,
     smallest_devices,
     uniform_fits,
     unpacks,
+    unserved,
 )
 from mpsearch.sizes import format_size
 from mpsearch.space import ResolvedSpace
@@ -46,10 +46,6 @@ def show_fit(space: ResolvedSpace, budget: DeviceBudget, pick_bytes: int | None)
             f"{format_size(space.kept_bytes)} of weights stay in bf16 ({parts}); for the others "
             f"there is room for {room}"
         )
-    if budget.left_bytes < resident_bytes(
-        space, space.stored_bytes(space.smallest), budget.runtime
-    ):
-        emit(shortfall(space, budget))
     if pick_bytes is not None:
         weights_bytes = resident_bytes(space, pick_bytes, budget.runtime)
         context = budget.largest_context(weights_bytes)
@@ -97,9 +93,9 @@ def _show_formats(space: ResolvedSpace, budget: DeviceBudget) -> None:
         for row in found
     ]
     table(["uniform", "bits", "weights", "fits", "to spare", "longest context"], rows)
-    if unserved := [row.format for row in found if not row.served]:
+    if strange := unserved(space, budget.runtime):
         emit(
-            f"{budget.runtime.name}'s usual kernels do not take {', '.join(unserved)}: try before "
+            f"{budget.runtime.name}'s usual kernels do not take {', '.join(strange)}: try before "
             "you rely on them"
         )
 

@@ -18,7 +18,7 @@ class ThisDevice:
 
     Attributes:
         memory_bytes: that the driver offers in all.
-        other_bytes: that other programs had taken, such as a desktop.
+        other_bytes: that others had taken: a desktop, and what the driver keeps for itself.
         context_bytes: that a process takes before it allocates anything: device context, kernels
             and workspaces of the libraries.
     """
@@ -51,7 +51,7 @@ class ThisDevice:
                 "this machine's GPU has not been measured; run 'mpsearch fit --calibrate' on it, "
                 "or name a card"
             ) from None
-        except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError):
             raise UsageError(
                 f"'{_path()}' is damaged; run 'mpsearch fit --calibrate' again"
             ) from None

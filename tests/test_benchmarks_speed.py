@@ -27,5 +27,7 @@ def test_a_loop_says_what_the_pass_says(
     sequences = [sequence for group in groups for sequence in group]
     ours = Pass(tiny, sequences)
     said, tokens = loop(tiny.module, groups, 4)
-    torch.testing.assert_close(said, ours.run(), atol=1e-5, rtol=1e-4)
+    # Batches of other shapes round bf16 arithmetic otherwise, where the machine has it.
+    atol, rtol = (1e-5, 1e-4) if tiny.dtype == torch.float32 else (0.05, 0.02)
+    torch.testing.assert_close(said, ours.run(), atol=atol, rtol=rtol)
     assert tokens >= ours.tokens

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DeepseekV3Config,
     DynamicCache,
@@ -29,6 +30,7 @@ from mpsearch.budget import (
     find_runtime,
     kv_cache_bytes,
     mask_bytes,
+    scores_bytes,
     terms_line,
 )
 from mpsearch.errors import UsageError
@@ -144,6 +146,28 @@ def test_masks_are_of_windows_and_of_padding() -> None:
         assert (budget["mask"] > 0) == (name in ("transformers", "gptqmodel"))
 
 
+def test_scores_are_of_families_without_a_fused_kernel() -> None:
+    eager = replace(llama(), eager=True)
+    assert scores_bytes(llama(), Workload(100, 3, "bf16")) == 0
+    assert scores_bytes(eager, Workload(100, 3, "bf16")) == 8 * 4 * 3 * 100**2
+    for name, runtime in RUNTIMES.items():
+        budget = DeviceBudget(eager, "a card", GIB, runtime, Workload(9, 1, runtime.kv[0]))
+        assert (budget["scores"] > 0) == (name in ("transformers", "gptqmodel"))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "gemma3_text", "llama", "deepseek_v3"])
+def test_a_family_is_eager_where_transformers_has_no_other_attention(name: str) -> None:
+    config = AutoConfig.for_model(name)
+    with torch.device("meta"):
+        for key, value in (("num_hidden_layers", 2), ("vocab_size", 50)):
+            setattr(config, key, value)
+        config.layer_types = None if not hasattr(config, "layer_types") else config.layer_types[:2]
+        model = AutoModelForCausalLM.from_config(config)
+    eager = model.config._attn_implementation == "eager"
+    published = {"model_type": name, **config.to_dict()}
+    assert read_architecture(published, name).eager == eager
+
+
 def test_the_terms_of_an_8b_model_on_a_12_gib_card() -> None:
     architecture = read_architecture(
         {
@@ -159,7 +183,7 @@ def test_the_terms_of_an_8b_model_on_a_12_gib_card() -> None:
     )
     assert budget["kv_cache"] == GIB  # 128 KiB a token
     assert budget["activation"] == 2048 * 2 * (4 * 4096 + 3 * 14336)
-    assert budget["logits"] == 128256 * 10
+    assert budget["logits"] == 256 * 128256 * 10  # sequences that vLLM makes room for
     assert budget["workspace"] == 0
     assert budget["runtime"] == GIB
     assert budget["unused"] == pytest.approx(0.1 * 12 * GIB, abs=1)

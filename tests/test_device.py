@@ -204,7 +204,7 @@ def test_a_context_is_what_the_driver_counts_beside_the_allocator(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
-    asked = fake_driver(monkeypatch, "NVIDIA X, 12288, 300", "NVIDIA X, 12288, 750")
+    asked = fake_driver(monkeypatch, "NVIDIA X, 12288, 11988", "NVIDIA X, 12288, 11538")
     found = device.measure_this_device()
     assert found.name == "NVIDIA X"
     assert found.memory_bytes == 12288 * 2**20

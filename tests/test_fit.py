@@ -13,7 +13,7 @@ from mpsearch.allocate import uniform
 from mpsearch.architecture import Architecture, load_config, read_architecture
 from mpsearch.budget import GIB, RUNTIMES, DeviceBudget, Workload
 from mpsearch.devices import catalogue
-from mpsearch.errors import InfeasibleError
+from mpsearch.errors import InfeasibleError, UsageError
 from mpsearch.export import export
 from mpsearch.fit import (
     bits_allowed,
@@ -131,12 +131,19 @@ def test_a_search_may_spend_what_is_left() -> None:
     assert search_budget_bytes(space(), budget(12 * GIB)) == budget(12 * GIB).left_bytes
 
 
-def test_a_search_may_spend_anything_where_weights_are_unpacked_and_fit() -> None:
-    resolved = space()
-    roomy = budget(40 * GIB, runtime="transformers")
-    assert search_budget_bytes(resolved, roomy) == resolved.stored_bytes(resolved.largest)
-    with pytest.raises(InfeasibleError, match=r"needs .* more: weights 14\.96 GiB"):
-        search_budget_bytes(resolved, budget(12 * GIB, runtime="transformers"))
+def test_no_search_is_worth_it_where_weights_are_unpacked() -> None:
+    with pytest.raises(UsageError, match="all assignments take the same memory"):
+        search_budget_bytes(space(), budget(40 * GIB, runtime="transformers"))
+    message = shortfall(space(), budget(12 * GIB, runtime="transformers"))
+    assert "more: weights 14.96 GiB" in message
+    assert "quantize the embedding" not in message and "allow " not in message
+
+
+def test_a_smaller_format_is_one_that_the_runtime_takes() -> None:
+    asked = budget(6 * GIB, context=64)
+    assert "allow int" not in shortfall(space(), asked)  # 3 bits and fewer would be enough
+    able = replace(asked, runtime=replace(asked.runtime, bits=(2, 3, 4, 8)))
+    assert "allow int2" in shortfall(space(), able)
 
 
 def test_a_shortfall_names_the_terms_and_the_three_cheapest_ways_out() -> None:
@@ -148,7 +155,7 @@ def test_a_shortfall_names_the_terms_and_the_three_cheapest_ways_out() -> None:
     assert message.startswith("a card has 8.00 GiB and the smallest assignment needs ")
     named = message.partition(" more: ")[2].partition(". Ways out: ")[0].split(", ")
     assert [part.rsplit(" ", 2)[0] for part in named] == [
-        "weights", "kv cache", "runtime", "unused", "activation", "logits",
+        "weights", "kv cache", "runtime", "unused", "logits", "activation",
     ]  # fmt: skip
     ways = message.partition("Ways out: ")[2].split("; ")
     assert len(ways) == 3
@@ -176,12 +183,14 @@ def missing(message: str) -> list[str]:
 def test_every_way_out_is_one() -> None:
     """Each is applied, and the smallest assignment fits then."""
     resolved = space()
-    asked = budget(8 * GIB, context=5000, batch=2)
+    asked = budget(8 * GIB, context=2700, batch=2)
     ways = missing(shortfall(resolved, asked))
     smallest = resolved.stored_bytes(resolved.smallest)
     assert smallest > asked.left_bytes
-    assert [way.split(" ")[0] for way in ways] == ["--kv", "--context", "--batch"]
-    for way in ways:
+    assert [way.split(" ")[0] for way in ways] == ["--kv", "quantize", "--context"]
+    given = space(TIGHT + f"embedding: [{ways[1].split(' ')[4]}]\n")
+    assert given.stored_bytes(given.smallest) <= asked.left_bytes
+    for way in (ways[0], ways[2], f"--batch {asked.largest_batch(smallest)} "):
         flag, value = way.split(" ")[:2]
         key = flag.removeprefix("--")
         changed: Any = {key: value if key == "kv" else int(value)}

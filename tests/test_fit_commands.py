@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def test_a_config_and_a_card_give_the_terms_the_formats_and_the_room(
     shown, content = mpsearch(*asked), json.loads(mpsearch(*asked, "--json").out)
     assert shown.code == 0
     assert shown.talk[-1].startswith(
-        "next: mpsearch search MODEL --device rtx-3060-12gb --context 8192 "
+        "next: mpsearch search MODEL --device rtx-3060-12gb --context 8192 -o"
     )
     assert content["device"] == "NVIDIA GeForce RTX 3060 12GB"
     assert content["parameters"] == 8_030_261_248
@@ -117,10 +118,43 @@ def test_a_context_beyond_the_model_is_said_and_goes_on(eight_b: Path, mpsearch:
     )
 
 
-def test_nothing_that_fits_is_an_answer_with_ways_out(eight_b: Path, mpsearch: Cli) -> None:
-    outcome = mpsearch("fit", eight_b, "--device", "rtx 2060 6gb", "--context", 32768)
-    assert outcome.code == 0
-    assert "Ways out: " in outcome.out
+def test_nothing_that_fits_is_exit_code_3_with_ways_out(eight_b: Path, mpsearch: Cli) -> None:
+    asked = ["fit", eight_b, "--device", "rtx 2060 6gb", "--context", 32768]
+    for flags in ([], ["--json"]):
+        outcome = mpsearch(*asked, *flags)
+        assert outcome.code == 3
+        assert outcome.out  # the terms all the same
+        assert len(outcome.said) == 1 and "Ways out: " in outcome.said[0]
+
+
+def test_a_runtime_is_not_asked_about_a_card_that_it_does_not_run_on(
+    eight_b: Path, mpsearch: Cli
+) -> None:
+    one_line(
+        mpsearch("fit", eight_b, "--device", "m3 max 64gb"), 2, "vllm does not run on Apple M3 Max"
+    )
+
+
+def test_the_next_command_asks_the_same(eight_b: Path, mpsearch: Cli) -> None:
+    flags = ["--memory", "24GiB", "--context", "9000", "--batch", "2", "--kv", "fp8"]
+    said = mpsearch("fit", eight_b, *flags).talk[-1]
+    assert said == f"next: mpsearch search MODEL {' '.join(flags)} -o runs/NAME"
+
+
+def test_a_run_has_a_space_and_a_workload_of_its_own(
+    whole: Path, mpsearch: Cli, tmp_path: Path
+) -> None:
+    space = Path(__file__).parents[1] / "search_spaces" / "gptq.yaml"
+    one_line(mpsearch("fit", whole, "--space", space), 2, "its own space")
+    run = shutil.copytree(whole, tmp_path / "run")
+    content = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    content["device_budget"] = {"context": 24, "batch": 3, "kv": "fp8", "runtime": "vllm"}
+    (run / "run.json").write_text(json.dumps(content), encoding="utf-8")
+    told = json.loads(mpsearch("fit", run, "--memory", "8GiB", "--json").out)
+    assert (told["context"], told["batch"], told["kv"]) == (24, 3, "fp8")
+    told = json.loads(mpsearch("fit", run, "--memory", "8GiB", "--batch", 1, "--json").out)
+    assert (told["context"], told["batch"]) == (24, 1)
+    assert mpsearch("fit", run, "--memory", "8GiB").talk[-1].startswith("next: mpsearch export ")
 
 
 def test_it_answers_within_seconds_and_without_torch(eight_b: Path) -> None:
@@ -150,6 +184,8 @@ def test_it_answers_within_seconds_and_without_torch(eight_b: Path) -> None:
         (["--memory", "12GiB", "--runtime", "vlm"], ["no runtime 'vlm'", "vllm"]),
         (["--memory", "12GiB", "--runtime", "gptqmodel"], ["loads no compressed-tensors"]),
         (["--memory", "12GiB", "--utilization", "90"], ["90 is no share"]),
+        (["--memory", ""], ["''", "96MiB"]),
+        (["--device", ""], ["no device ''"]),
         (["--memory", "12GiB", "--prefill", "0"], ["--prefill 0"]),
         (["--memory", "12GiB", "--overhead", "much"], ["much", "unit"]),
     ],

@@ -215,12 +215,13 @@ def test_fluency_is_that_of_a_plain_pass_of_the_held_out_paragraphs(
     ]
     kl = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(before, after, strict=True))
     assert (told["source"], told["paragraphs"], told["tokens"]) == (str(path), 4, tokens)
-    # Packed or not, bf16 weights in float32: the sums differ in their last digits.
-    assert told["reference_perplexity"] == pytest.approx(perplexity[0], rel=1e-3)
-    assert told["perplexity"] == pytest.approx(perplexity[1], rel=1e-3)
-    assert told["kl_nats"]["mean"] == pytest.approx(kl / tokens, rel=1e-3)
+    # Packed or not, sums differ in their last digits; perplexity is an exponential, and where the
+    # machine has bf16 arithmetic those digits are few.
+    assert told["reference_perplexity"] == pytest.approx(perplexity[0], rel=5e-3)
+    assert told["perplexity"] == pytest.approx(perplexity[1], rel=5e-3)
+    assert told["kl_nats"]["mean"] == pytest.approx(kl / tokens, rel=5e-3)
     change = told["log_perplexity_change_nats"]
-    assert change["mean"] == pytest.approx(log(perplexity[1] / perplexity[0]), abs=1e-3)
+    assert change["mean"] == pytest.approx(log(perplexity[1] / perplexity[0]), abs=5e-3)
     assert change["stderr"] > 0
 
     alone = call_json(capsys, "recall", int2, *question)["text"]
