@@ -3,13 +3,14 @@
 Protocol: small models of several kinds, built from configs with random weights, in float32 and in
 bfloat16; a whole prompt at once through transformers with its cache, several lengths and batches.
 Measured is the process's largest resident size above that before the forward (the kernel's own
-count, Linux only). Predicted are the activation, KV cache and mask terms of `mpsearch/budget.py`,
-for that dtype. In a batch one prompt is a token shorter. Logits are read at one token.
+count, Linux only). Predicted are the activation, KV cache, mask and scores terms of
+`mpsearch/budget.py`, for that dtype. In a batch one prompt is a token shorter. Logits are read at
+one token.
 
     python benchmarks/memory.py [--out FILE]
 
 Prints a Markdown table; writes `rows` of model, dtype, length, batch, measured_bytes,
-predicted_bytes, activation_bytes, kv_cache_bytes, mask_bytes, ratio, and the extreme ratios.
+predicted_bytes, each term's bytes, ratio, and the extreme ratios.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from result_file import commit, load, save
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -42,6 +44,7 @@ from mpsearch.budget import (
     activation_bytes,
     kv_cache_bytes,
     mask_bytes,
+    scores_bytes,
 )
 from mpsearch.console import quiet_libraries, say
 
@@ -64,6 +67,11 @@ MODELS: dict[str, PretrainedConfig] = {
         head_dim=128, **_SIZES,
     ),
     "sliding window of 512": Gemma3TextConfig(
+        hidden_size=1024, intermediate_size=3072, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=128, sliding_window=512, layer_types=["sliding_attention", "full_attention"],
+        **_SIZES,
+    ),
+    "softcapped scores": Gemma2Config(
         hidden_size=1024, intermediate_size=3072, num_attention_heads=8, num_key_value_heads=4,
         head_dim=128, sliding_window=512, layer_types=["sliding_attention", "full_attention"],
         **_SIZES,
@@ -94,9 +102,7 @@ def main() -> None:
     result["rows"] = []
     for name, config in MODELS.items():
         for dtype in (torch.float32, torch.bfloat16):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa"
-            ).eval()  # fmt: skip
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
             for length, batch in SHAPES:
                 row = _row(name, config, model, length, batch)
                 say(f"{name}, {row['dtype']}, {length} x {batch}: {row['ratio']:.3f}")
@@ -120,6 +126,7 @@ def _row(
         "activation_bytes": length * batch * activation_bytes(architecture, item_bytes),
         "kv_cache_bytes": kv_cache_bytes(architecture, RUNTIMES["transformers"], workload),
         "mask_bytes": mask_bytes(architecture, workload),
+        "scores_bytes": scores_bytes(architecture, workload),
     }
     measured = _peak_bytes(model, length, batch)
     return {

@@ -30,7 +30,7 @@ def test_a_row_predicts_the_terms_and_measures_a_peak(monkeypatch: pytest.Monkey
     assert row["kv_cache_bytes"] == 80 * 2 * 2 * 2 * 2 * 8 * 2
     assert row["mask_bytes"] == 2 * 80**2
     assert row["predicted_bytes"] == sum(
-        row[f"{term}_bytes"] for term in ("activation", "kv_cache", "mask")
+        row[f"{term}_bytes"] for term in ("activation", "kv_cache", "mask", "scores")
     )
     assert row["ratio"] == 40_000 / row["predicted_bytes"]
 
