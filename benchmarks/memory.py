@@ -126,7 +126,7 @@ def _row(
         "activation_bytes": length * batch * activation_bytes(architecture, item_bytes),
         "kv_cache_bytes": kv_cache_bytes(architecture, RUNTIMES["transformers"], workload),
         "mask_bytes": mask_bytes(architecture, workload),
-        "scores_bytes": scores_bytes(architecture, workload),
+        "scores_bytes": scores_bytes(architecture, workload, item_bytes),
     }
     measured = _peak_bytes(model, length, batch)
     return {

@@ -222,7 +222,7 @@ class DeviceBudget:
         tokens = prefill_tokens(runtime, workload)
         read = tokens if runtime.reads_prefill else max(workload.batch, runtime.sequences)
         masks = mask_bytes(architecture, workload) if runtime.masks else 0
-        scores = scores_bytes(architecture, workload) if runtime.masks else 0
+        scores = scores_bytes(architecture, workload, _COMPUTE_BYTES) if runtime.masks else 0
         unused = max(ceil(self.memory_bytes * (1 - runtime.share)), self.reserve_bytes)
         return (
             Term(
@@ -401,16 +401,17 @@ def mask_bytes(architecture: Architecture, workload: Workload) -> int:
     return masks * workload.batch * workload.context**2
 
 
-def scores_bytes(architecture: Architecture, workload: Workload) -> int:
+def scores_bytes(architecture: Architecture, workload: Workload, item_bytes: int) -> int:
     """Of runtimes that run attention as transformers does, for families without a fused kernel.
 
-    Every head's scores of context x context: in bf16 before and after the mask, and in float32
-    for the softmax.
+    Every head's scores of context x context: as computed, and what the softmax reads and gives in
+    float32; computed in float32, it reads them in place. Checked in `benchmarks/memory.py`.
     """
     if not architecture.eager:
         return 0
     heads = max(block.attention.heads for block in architecture.blocks)
-    return (2 + 2 + 4) * heads * workload.batch * workload.context**2
+    each_bytes = item_bytes + 4 + (0 if item_bytes == 4 else 4)
+    return each_bytes * heads * workload.batch * workload.context**2
 
 
 def logits_bytes(architecture: Architecture) -> int:
