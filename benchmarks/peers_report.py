@@ -134,16 +134,18 @@ def draw(rows: Rows, curves: Rows, sizes: Sequence[str], out: Path) -> None:
         upper.set_ylim(-0.6, len(names) - 0.4)
         upper.set_title(size, fontsize=10)
         upper.set_xlabel("answer loss on final facts (nats)")
+        named: set[str] = set()
         for curve in curves:
             if curve["size"] == size and curve["rival"] in (OURS, EVOLUTION):
                 tokens, losses = zip(*curve["points"], strict=True)
                 ours = curve["rival"] == OURS
-                label = curve["rival"] if curve["seed"] == 0 else None
+                label = None if curve["rival"] in named else curve["rival"]
+                named.add(curve["rival"])
                 lower.step(
                     [*tokens, curve["fact_tokens"]], [*losses, losses[-1]], where="post",
                     color="tab:red" if ours else "tab:blue", linewidth=1.2, label=label,
                 )  # fmt: skip
-        if lower.lines:
+        if named:
             lower.set_xscale("log")
             lower.xaxis.set_minor_formatter("")
             lower.legend(fontsize=8)
