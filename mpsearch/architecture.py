@@ -334,6 +334,17 @@ def load_config(name: str) -> dict[str, Any]:
                 "(owner/name); check the path"
             )
         path = from_hub(name, _fetch_config)
+    return read_config(path, name)
+
+
+def read_config(path: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a model's config file.
+
+    Args:
+        name: what the user calls the model, for messages.
+    Raises:
+        ModelError: it is missing, cannot be read, or holds something else.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from mpsearch.architecture import read_config
 from mpsearch.builtin import builtin_folder
 from mpsearch.device import compute_dtype, pick_device, require_memory
 from mpsearch.errors import CheckError, ModelError
@@ -352,17 +353,7 @@ def check_folder(folder: Path, name: str) -> int:
         ModelError: no config, weights only as pickle, none at all, a missing shard, or a
             checkpoint that is already quantized.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(
-            f"model '{name}': '{folder}' has no config.json; pass the folder that "
-            "save_pretrained or the hub wrote"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model '{name}': config.json cannot be read ({error})") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"model '{name}': config.json holds no object; get it again")
+    config = read_config(folder / "config.json", name)
     if quantization := config.get("quantization_config"):
         method = (
             quantization.get("quant_method", "unknown method")
