@@ -113,15 +113,23 @@ def search_budget_bytes(space: ResolvedSpace, budget: DeviceBudget) -> int:
             f"{budget.runtime.name} unpacks {space.target.name}, so that all assignments take the "
             "same memory and none is worth a search; give --budget, or another --runtime"
         )
-    smallest = resident_bytes(space, space.stored_bytes(space.smallest), budget.runtime)
-    if smallest > budget.left_bytes:
-        raise InfeasibleError(shortfall(space, budget))
+    check_fits(space, budget)
     return budget.left_bytes
+
+
+def check_fits(space: ResolvedSpace, budget: DeviceBudget) -> None:
+    """Raise `InfeasibleError`, with the ways out, where the smallest assignment does not fit."""
+    if _smallest_bytes(space, budget) > budget.left_bytes:
+        raise InfeasibleError(shortfall(space, budget))
+
+
+def _smallest_bytes(space: ResolvedSpace, budget: DeviceBudget) -> int:
+    return resident_bytes(space, space.stored_bytes(space.smallest), budget.runtime)
 
 
 def shortfall(space: ResolvedSpace, budget: DeviceBudget) -> str:
     """One line: what is missing, which terms take how much, and the cheapest ways out."""
-    smallest = resident_bytes(space, space.stored_bytes(space.smallest), budget.runtime)
+    smallest = _smallest_bytes(space, budget)
     missing = smallest - budget.left_bytes
     sizes = [("weights", smallest)] + [(term.name, term.size_bytes) for term in budget.terms]
     largest = sorted((part for part in sizes if part[1]), key=lambda part: -part[1])
@@ -184,13 +192,14 @@ def _smaller_format(
     if unpacks(space, budget.runtime):
         return None
     listed = {fmt.name for formats in space.options.values() for fmt in formats}
+    layers = [layer for group in space.groups for layer in group.layers]
+    smallest_bytes = space.stored_bytes(space.smallest)
     sizes = {}
     for fmt in space.target.formats:
-        layers = [layer for group in space.groups for layer in group.layers]
         known = fmt.name in listed or fmt.bits not in budget.runtime.bits
         if fmt.quantized and not known and all(map(fmt.fits, layers)):
             size = space.kept_bytes + sum(map(fmt.stored_bytes, space.groups))
-            sizes[fmt.name] = space.stored_bytes(space.smallest) - size
+            sizes[fmt.name] = smallest_bytes - size
     enough = {name: saved for name, saved in sizes.items() if saved >= missing_bytes}
     return min(enough.items(), key=lambda item: item[1], default=None)
 

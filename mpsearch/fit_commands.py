@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpsearch.errors import InfeasibleError, UsageError
+from mpsearch.errors import UsageError
 
 if TYPE_CHECKING:
     from mpsearch.architecture import Architecture
@@ -68,7 +68,7 @@ def fit(args: argparse.Namespace) -> None:
         raise UsageError("no model given; name one, a folder with its config, or a run")
     from mpsearch.architecture import load_config, read_architecture
     from mpsearch.console import emit_json, say
-    from mpsearch.fit import fit_json, resident_bytes, shortfall, unpacks
+    from mpsearch.fit import check_fits, fit_json, unpacks
     from mpsearch.fit_tables import show_devices, show_fit
     from mpsearch.run import Run
     from mpsearch.space import SearchSpace
@@ -93,9 +93,8 @@ def fit(args: argparse.Namespace) -> None:
         show_fit(space, budget, pick_bytes)
     else:
         show_devices(space, budget, pick_bytes)
-    smallest = resident_bytes(space, space.stored_bytes(space.smallest), budget.runtime)
-    if has_device and budget.left_bytes < smallest:
-        raise InfeasibleError(shortfall(space, budget))
+    if has_device:
+        check_fits(space, budget)
     if run is not None:
         say(f"next: mpsearch export {shlex.quote(args.model)} best -o exports/{run.folder.name}")
     elif not unpacks(space, budget.runtime):
