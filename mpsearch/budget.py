@@ -26,7 +26,7 @@ from typing import Any
 
 from mpsearch.architecture import Architecture, Attention, Block
 from mpsearch.errors import UsageError
-from mpsearch.formats import nearest
+from mpsearch.formats import Format, nearest
 from mpsearch.sizes import format_size
 
 GIB = 2**30
@@ -76,6 +76,10 @@ class Runtime:
     workspace: bool = False
     share: float = 1.0
     unified: bool = True
+
+    def serves(self, fmt: Format) -> bool:
+        """Whether its usual GPU kernels take the format's width."""
+        return fmt.bits in self.bits
 
 
 RUNTIMES: Mapping[str, Runtime] = MappingProxyType(

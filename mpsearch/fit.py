@@ -66,7 +66,7 @@ def uniform_fits(space: ResolvedSpace, budget: DeviceBudget) -> list[UniformFit]
                 weights_bytes,
                 budget.left_bytes - weights_bytes,
                 budget.largest_context(weights_bytes),
-                FORMATS[name].bits in budget.runtime.bits,
+                budget.runtime.serves(FORMATS[name]),
             )
         )
     return found
@@ -87,7 +87,7 @@ def kept_parts(space: ResolvedSpace, budget: DeviceBudget) -> dict[str, int]:
 
 def unserved(space: ResolvedSpace, runtime: Runtime) -> list[str]:
     """Formats of the space that the runtime's usual kernels do not take."""
-    return [name for name in space.space.formats if FORMATS[name].bits not in runtime.bits]
+    return [name for name in space.space.formats if not runtime.serves(FORMATS[name])]
 
 
 def bits_allowed(space: ResolvedSpace, budget: DeviceBudget) -> float:
@@ -179,8 +179,8 @@ def _embedding_saves(space: ResolvedSpace, budget: DeviceBudget) -> tuple[str, i
     if layer is None or layer.name in space.options or unpacks(space, budget.runtime):
         return None
     formats = space.target.embedding_formats
-    served = budget.runtime.bits
-    quantized = [f for f in formats if f.quantized and f.fits(layer) and f.bits in served]
+    serves = budget.runtime.serves
+    quantized = [f for f in formats if f.quantized and f.fits(layer) and serves(f)]
     best = min(quantized, key=lambda fmt: fmt.layer_bytes(layer), default=None)
     return None if best is None else (best.name, 2 * layer.weights - best.layer_bytes(layer))
 
@@ -196,7 +196,7 @@ def _smaller_format(
     smallest_bytes = space.stored_bytes(space.smallest)
     sizes = {}
     for fmt in space.target.formats:
-        known = fmt.name in listed or fmt.bits not in budget.runtime.bits
+        known = fmt.name in listed or not budget.runtime.serves(fmt)
         if fmt.quantized and not known and all(map(fmt.fits, layers)):
             size = space.kept_bytes + sum(map(fmt.stored_bytes, space.groups))
             sizes[fmt.name] = smallest_bytes - size
