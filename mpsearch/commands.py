@@ -69,9 +69,9 @@ def search(args: argparse.Namespace) -> None:
         show_front(run, front)
     if front.pick is None:
         raise InfeasibleError(front.verdict)
-    from mpsearch.export import WRITERS
+    from mpsearch.export import EXPORT_TARGETS
 
-    if run.space.target.name in WRITERS:
+    if run.space.target.name in EXPORT_TARGETS:
         say(f"next: mpsearch export {out} best -o exports/{out.name}")
     else:
         say(f"next: mpsearch plot {out} -o tradeoff.png")
@@ -103,7 +103,7 @@ def bank(args: argparse.Namespace) -> None:
     from mpsearch.quantizers import get_quantizer
 
     space = space_file.resolve(model)
-    bank = Bank(model, get_quantizer(args.quantizer, space.target.name), calibration)
+    bank = Bank(model, get_quantizer(args.quantizer, space.target.container), calibration)
     wanted = all_layers(space)
     missing = bank.missing(wanted)
     if not args.list:

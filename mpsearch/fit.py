@@ -51,7 +51,7 @@ def resident_bytes(space: ResolvedSpace, stored_bytes: int, runtime: Runtime) ->
 
 def unpacks(space: ResolvedSpace, runtime: Runtime) -> bool:
     """Whether the runtime keeps the space's weights in bf16, in whatever format they are stored."""
-    return space.target.name in runtime.unpacks
+    return space.target.container in runtime.unpacks
 
 
 def uniform_fits(space: ResolvedSpace, budget: DeviceBudget) -> list[UniformFit]:
@@ -110,8 +110,8 @@ def search_budget_bytes(space: ResolvedSpace, budget: DeviceBudget) -> int:
     """
     if unpacks(space, budget.runtime):
         raise UsageError(
-            f"{budget.runtime.name} unpacks {space.target.name}, so that all assignments take the "
-            "same memory and none is worth a search; give --budget, or another --runtime"
+            f"{budget.runtime.name} unpacks {space.target.container}, so that all assignments take "
+            "the same memory and none is worth a search; give --budget, or another --runtime"
         )
     check_fits(space, budget)
     return budget.left_bytes

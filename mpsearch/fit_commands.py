@@ -176,7 +176,7 @@ def device_budget(
     from mpsearch.this_device import THIS, ThisDevice
 
     device, memory_bytes = "no device", 0
-    runtime = find_runtime(space.target.name, args.runtime)
+    runtime = find_runtime(space.target.container, args.runtime)
     reserve_bytes = RESERVE_BYTES
     if args.device is not None and args.device.casefold() == THIS:
         this = ThisDevice.load()

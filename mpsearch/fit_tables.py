@@ -33,7 +33,8 @@ def show_fit(space: ResolvedSpace, budget: DeviceBudget, pick_bytes: int | None)
     show_terms(budget)
     _show_formats(space, budget)
     if unpacks(space, budget.runtime):
-        emit(f"{budget.runtime.name} unpacks {space.target.name}: in memory every weight is bf16")
+        container = space.target.container
+        emit(f"{budget.runtime.name} unpacks {container}: in memory every weight is bf16")
     elif budget.left_bytes > space.kept_bytes:
         bits = bits_allowed(space, budget)
         room = f"{bits:.2f} bits a weight, scales included" if bits < 16 else "bf16 throughout"

@@ -108,7 +108,7 @@ class _Search:
         check_wish(space, wish)
         self.model, self.space, self.wish, self.facts = model, space, wish, facts
         self.report, self.estimated = report, estimated
-        quantizer = get_quantizer(wish.quantizer, space.target.name)
+        quantizer = get_quantizer(wish.quantizer, space.target.container)
         check_formats(quantizer, all_layers(space))
         self.text = wish.text or Text.builtin()
         for half in (self.text.search, self.text.held_out):
@@ -253,7 +253,7 @@ def sensitivity_of(
     report: Report = silent,
 ) -> Sensitivity:
     """The table on its own: builds the bank, asks the reference, measures."""
-    bank = Bank(model, get_quantizer(quantizer, space.target.name), calibration)
+    bank = Bank(model, get_quantizer(quantizer, space.target.container), calibration)
     bank.build(all_layers(space), report)
     known = balanced(known_facts(model, facts, MOST_FACTS["search"])[1], MOST_FACTS["sensitivity"])
     return measure_sensitivity(

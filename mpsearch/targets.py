@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,28 +12,34 @@ from mpsearch.formats import FORMATS, Format
 
 @dataclass(frozen=True)
 class Target:
-    """A container that serving runtimes load.
+    """What a checkpoint is made for: a container, and the runtimes that load it.
 
     Attributes:
         name: as in a space file's `target:`.
+        container: the checkpoint format.
         mixes: whether one checkpoint may hold several quantized formats.
         fused: siblings that its runtimes run as one matrix, and that so share a format.
         fuses_experts: whether they run a block's experts as one, and want one format for them.
         head: whether an output head with a weight of its own may be quantized.
         embedding: whether the input embedding may be, and with it a head that is tied to it, in
             formats that store codes in the weight's place.
+        only: names of the formats that its runtime takes; empty for all of the container.
     """
 
     name: str
+    container: str
     mixes: bool
     fused: tuple[tuple[str, ...], ...]
     fuses_experts: bool
     head: bool
     embedding: bool
+    only: tuple[str, ...] = ()
 
     @property
     def formats(self) -> tuple[Format, ...]:
-        return tuple(fmt for fmt in FORMATS.values() if fmt.container in (self.name, "any"))
+        if self.only:
+            return tuple(FORMATS[name] for name in self.only)
+        return tuple(fmt for fmt in FORMATS.values() if fmt.container in (self.container, "any"))
 
     @property
     def head_formats(self) -> tuple[Format, ...]:
@@ -44,6 +51,31 @@ class Target:
         """What an input embedding may get; nothing where it has to stay as it is."""
         return tuple(fmt for fmt in self.formats if not fmt.packed) if self.embedding else ()
 
+    def misfits(
+        self, formats: Mapping[str, Format], embedding: str = "", head: str = ""
+    ) -> dict[str, str]:
+        """Why it cannot hold an assignment: layer to what is wrong there; empty if it can.
+
+        Args:
+            formats: of every searched layer.
+            embedding, head: the names of these layers, of which fewer formats are held.
+        """
+        beside = {embedding: self.embedding_formats, head: self.head_formats}
+        wrong = {
+            name: f"is {fmt.name}"
+            for name, fmt in formats.items()
+            if fmt not in beside.get(name, self.formats) and (fmt.quantized or name not in beside)
+        }
+        used = Counter(fmt.name for fmt in formats.values() if fmt.quantized)
+        if not wrong and len(used) > 1 and not self.mixes:
+            usual = used.most_common(1)[0][0]
+            wrong = {
+                name: f"is {fmt.name} where others are {usual}"
+                for name, fmt in formats.items()
+                if fmt.quantized and fmt.name != usual
+            }
+        return wrong
+
 
 # Phi-3's qkv_proj and gate_up_proj, GPT-2's c_attn and GPT-NeoX's query_key_value are one matrix
 # in the checkpoint already.
@@ -51,6 +83,11 @@ _FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa"),  # latent attention of DeepSeek
+)
+
+_VLLM = (
+    *(f"int{bits}-{groups}" for bits in (4, 8) for groups in ("g32", "g64", "g128", "channel")),
+    "bf16",
 )
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
@@ -63,26 +100,52 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             # tensors of that name only: codes are shared, each module's scales stand beside it.
             Target(
                 "compressed-tensors",
+                container="compressed-tensors",
                 mixes=True,
                 fused=_FUSED,
                 fuses_experts=True,
                 head=True,
                 embedding=True,
             ),
+            # What vLLM's kernels for packed integers take on common GPUs; its CPU build takes
+            # 4 bits alone (0.32). Embeddings and heads stay as they are.
+            Target(
+                "vllm",
+                container="compressed-tensors",
+                mixes=True,
+                fused=_FUSED,
+                fuses_experts=True,
+                head=False,
+                embedding=False,
+                only=_VLLM,
+            ),
             # Several widths load in gptqmodel (7.6); other loaders read one beside bf16. It reads
             # heads too, but embeddings with groups that run down the vocabulary.
             Target(
                 "gptq",
+                container="gptq",
                 mixes=True,
                 fused=_FUSED,
                 fuses_experts=True,
                 head=True,
                 embedding=False,
             ),
+            # It quantizes every linear of a block in one width (0.7.1).
+            Target(
+                "auto-gptq",
+                container="gptq",
+                mixes=False,
+                fused=_FUSED,
+                fuses_experts=True,
+                head=False,
+                embedding=False,
+                only=tuple(f"gptq4-g{size}" for size in (32, 64, 128)),
+            ),
             # nf4 beside int8 in one checkpoint does not load in transformers (5.23), which puts
             # bitsandbytes' modules in the place of linears only. No head was exported yet.
             Target(
                 "bitsandbytes",
+                container="bitsandbytes",
                 mixes=False,
                 fused=_FUSED,
                 fuses_experts=True,

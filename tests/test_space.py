@@ -111,8 +111,8 @@ def test_every_shipped_file_resolves_against_a_llama() -> None:
     files = sorted(SHIPPED.glob("*.yaml"))
     groups = {path.stem: len(SearchSpace.load(path).resolve(TWO_BLOCKS).groups) for path in files}
     assert groups == {
-        "bitsandbytes": 8, "compressed_tensors": 8, "compressed_tensors_embedding": 9,
-        "compressed_tensors_groups": 8, "gptq": 8,
+        "auto_gptq": 8, "bitsandbytes": 8, "compressed_tensors": 8,
+        "compressed_tensors_embedding": 9, "compressed_tensors_groups": 8, "gptq": 8, "vllm": 8,
     }  # fmt: skip
 
 

@@ -31,36 +31,76 @@ from mpsearch.targets import TARGETS
             {f"gptq{bits}-g{size}" for bits in (2, 3, 4, 8) for size in (32, 64, 128)} | {"bf16"},
         ),
         ("bitsandbytes", {"nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "bf16"}),
+        (
+            "vllm",
+            {f"int{bits}-{groups}" for bits in (4, 8) for groups in ("g32", "g64", "g128")}
+            | {"int4-channel", "int8-channel", "bf16"},
+        ),
+        ("auto-gptq", {"gptq4-g32", "gptq4-g64", "gptq4-g128"}),
     ],
 )
 def test_each_target_holds_its_formats(target: str, formats: set[str]) -> None:
     assert {fmt.name for fmt in TARGETS[target].formats} == formats
 
 
-def test_there_are_three_targets_by_their_names() -> None:
-    assert {name: target.name for name, target in TARGETS.items()} == {
-        "compressed-tensors": "compressed-tensors",
-        "gptq": "gptq",
-        "bitsandbytes": "bitsandbytes",
+def test_targets_by_their_names_and_containers() -> None:
+    assert {name: (target.name, target.container) for name, target in TARGETS.items()} == {
+        "compressed-tensors": ("compressed-tensors", "compressed-tensors"),
+        "vllm": ("vllm", "compressed-tensors"),
+        "gptq": ("gptq", "gptq"),
+        "auto-gptq": ("auto-gptq", "gptq"),
+        "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
     }
 
 
 @pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.quantized])
-def test_a_quantized_format_belongs_to_the_one_target_it_names(name: str) -> None:
-    holders = [target.name for target in TARGETS.values() if FORMATS[name] in target.formats]
-    assert holders == [FORMATS[name].container]
+def test_a_quantized_format_is_held_by_targets_of_its_container_alone(name: str) -> None:
+    holders = {target.container for target in TARGETS.values() if FORMATS[name] in target.formats}
+    assert holders == {FORMATS[name].container}
 
 
-def test_every_target_holds_unquantized_weights() -> None:
-    assert all(BF16 in target.formats for target in TARGETS.values())
+def test_all_but_auto_gptq_hold_unquantized_weights_beside_others() -> None:
+    assert [n for n, target in TARGETS.items() if BF16 not in target.formats] == ["auto-gptq"]
 
 
-def test_all_but_bitsandbytes_mix_quantized_formats() -> None:
-    assert {name: target.mixes for name, target in TARGETS.items()} == {
-        "compressed-tensors": True,
-        "gptq": True,
-        "bitsandbytes": False,
-    }
+def test_which_mix_quantized_formats() -> None:
+    assert [name for name, target in TARGETS.items() if target.mixes] == [
+        *("compressed-tensors", "vllm", "gptq"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("target", "formats", "wrong"),
+    [
+        ("vllm", ["int4-g64", "int8-g64", "bf16"], {}),
+        ("vllm", ["int4-g64", "int3-g64", "int2-g64"], {"b": "is int3-g64", "c": "is int2-g64"}),
+        ("compressed-tensors", ["int4-g64", "int3-g64", "bf16"], {}),
+        ("compressed-tensors", ["nf4", "int3-g64", "bf16"], {"a": "is nf4"}),
+        ("auto-gptq", ["gptq4-g64", "gptq4-g64", "gptq4-g64"], {}),
+        ("auto-gptq", ["gptq4-g64", "bf16", "gptq4-g64"], {"b": "is bf16"}),
+        (
+            "auto-gptq",
+            ["gptq4-g64", "gptq4-g32", "gptq4-g64"],
+            {"b": "is gptq4-g32 where others are gptq4-g64"},
+        ),
+        ("bitsandbytes", ["nf4", "int8", "nf4"], {"b": "is int8 where others are nf4"}),
+        ("bitsandbytes", ["nf4", "bf16", "nf4"], {}),
+    ],
+)
+def test_what_a_target_cannot_hold_is_named(
+    target: str, formats: list[str], wrong: dict[str, str]
+) -> None:
+    layers = dict(zip("abc", map(FORMATS.__getitem__, formats), strict=True))
+    assert TARGETS[target].misfits(layers) == wrong
+
+
+def test_an_embedding_and_a_head_are_held_in_fewer_formats() -> None:
+    layers = {"a": FORMATS["int4-g64"], "e": FORMATS["int8-g64-unpacked"], "h": BF16}
+    assert not TARGETS["compressed-tensors"].misfits(layers, embedding="e", head="h")
+    assert TARGETS["vllm"].misfits(layers, embedding="e", head="h") == {"e": "is int8-g64-unpacked"}
+    quantized = {"a": FORMATS["int4-g64"], "h": FORMATS["int4-g64"]}
+    assert not TARGETS["vllm"].misfits(quantized)
+    assert TARGETS["vllm"].misfits(quantized, head="h") == {"h": "is int4-g64"}
 
 
 def test_heads_and_embeddings_get_what_a_loader_was_seen_to_take() -> None:
@@ -79,6 +119,8 @@ def test_heads_and_embeddings_get_what_a_loader_was_seen_to_take() -> None:
             unpacked,
         ),
         "gptq": ({fmt.name for fmt in TARGETS["gptq"].formats}, set()),
+        "vllm": (set(), set()),
+        "auto-gptq": (set(), set()),
         "bitsandbytes": (set(), set()),
     }
 

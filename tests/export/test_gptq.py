@@ -175,8 +175,12 @@ def test_layers_that_differ_from_the_commonest_format_are_named_one_by_one() -> 
     }
 
 
-def test_formats_of_another_container_are_refused(
+def test_what_a_target_cannot_hold_is_said_with_a_layer_and_a_way_out(
     tiny: Model, tiny_space: ResolvedSpace, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="a gptq checkpoint cannot hold int2-g64"):
+    with pytest.raises(
+        UsageError,
+        match=r"a checkpoint for gptq cannot hold this point: 'model\.layers\.0\.\S+' is int2-g64 "
+        r"and \d+ more layers do not fit; it holds gptq2-g32.*, or export to compressed-tensors",
+    ):
         mps.export(tiny, tiny_space.smallest, to="gptq", out=tmp_path / "out", space=tiny_space)
