@@ -13,13 +13,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mpsearch import __version__, commands, fit_commands, recall_commands
+from mpsearch import __version__, commands, export_commands, fit_commands, recall_commands
 from mpsearch.errors import EXIT_INTERRUPTED, MpsearchError, ResourceError, UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every expected failure is one line."""
     args = _parser().parse_args(arguments)
+    args.given = sys.argv[1:] if arguments is None else list(arguments)
     # Threads that spin while they wait make each other several times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     signal.signal(signal.SIGINT, _on_interrupt)
@@ -182,11 +183,9 @@ def _parser() -> argparse.ArgumentParser:
     add("front", commands.front, "print the validated points of a run").add_argument("run")
     show = add("show", commands.show, "print one point, block by block")
     plot = add("plot", commands.plot, "draw recall against size, and the bits by layer")
-    export = add("export", commands.export, "write a point as a checkpoint")
-    for command in (show, plot, export):
+    for command in (show, plot):
         command.add_argument("run", metavar="RUN")
-    for command in (show, export):
-        command.add_argument("point", metavar="POINT", help="an id, its beginning, or best")
+    show.add_argument("point", metavar="POINT", help="an id, its beginning, or best")
     plot.add_argument("-o", "--out", required=True, metavar="FILE", help=".png, .svg or .pdf")
     plot.add_argument(
         "--beside",
@@ -196,8 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument(
         "--sensitivity", metavar="FILE", help="the table that holds it (the run's own)"
     )
-    export.add_argument("-o", "--out", required=True, metavar="DIR")
-    export.add_argument("--to", metavar="TARGET", help="the run's own target")
+    export_commands.add_commands(add)
     recall_commands.add_commands(add)
     fit_commands.add_commands(add)
     add("doctor", commands.doctor, "say what this machine has and what mpsearch can use of it")

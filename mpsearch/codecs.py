@@ -6,7 +6,10 @@ weights that its checkpoint will have.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
@@ -164,3 +167,22 @@ def import_bitsandbytes() -> Any:
             "nf4, fp4 and int8 formats need bitsandbytes; pip install 'mpsearch[bitsandbytes]'"
         ) from None
     return bitsandbytes
+
+
+def import_gptqmodel() -> Any:
+    """The library, which prints nothing meanwhile, or a `UsageError` that says how to get it."""
+    # On two cores its worker pool crashes unless told its size.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    # Its first forward otherwise compiles for minutes.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    try:
+        # It prints a banner; standard output is for data.
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            import gptqmodel
+            from gptqmodel.utils.logger import setup_logger
+        setup_logger().setLevel("ERROR")
+    except ImportError as error:
+        raise UsageError(
+            f"GPTQ needs gptqmodel ({error}); pip install --no-build-isolation gptqmodel==7.6.0"
+        ) from None
+    return gptqmodel

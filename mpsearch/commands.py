@@ -62,6 +62,8 @@ def search(args: argparse.Namespace) -> None:
             report=report,
             estimated=report.expect,
         )
+    run.content["command"] = shlex.join(["mpsearch", *args.given])
+    run.save()
     front = run.front()
     if args.json:
         emit_json(front_json(run, front))
@@ -211,43 +213,6 @@ def plot(args: argparse.Namespace) -> None:
     out = plot(Run.open(args.run), args.out, args.beside, args.sensitivity)
     say(f"wrote {out}")
     say(f"next: mpsearch export {args.run} best -o exports/{Path(args.run).name}")
-
-
-def export(args: argparse.Namespace) -> None:
-    from mpsearch.console import emit, emit_json, say
-    from mpsearch.run import Run
-
-    run = Run.open(args.run)
-    point = run.find(args.point)
-    if Path(args.out).exists():
-        raise RunError(f"'{args.out}' exists; choose another -o")
-    from mpsearch.awq import fold
-    from mpsearch.export import export
-    from mpsearch.models import load_model
-
-    model = load_model(run.question["model"])
-    if run.preparation:
-        model = fold(model, run.preparation)
-    if model.fingerprint != run.question["fingerprint"]:
-        raise RunError(
-            f"'{run.question['model']}' is not the model that '{args.run}' searched: its weights "
-            "have changed; search again"
-        )
-    target = args.to or run.space.target.name
-    out = export(
-        model,
-        point.assignment,
-        to=target,
-        out=args.out,
-        space=run.space,
-        budget_line=run.budget_line,
-    )
-    written = {"folder": str(out), "id": point.id, "stored_bytes": point.stored_bytes}
-    if args.json:
-        emit_json(written)
-    else:
-        emit(f"{out}: point {point.id}, {point.stored_bytes:,} bytes of tensors")
-    say(f'next: AutoModelForCausalLM.from_pretrained("{out}", dtype="bfloat16")')
 
 
 def doctor(args: argparse.Namespace) -> None:

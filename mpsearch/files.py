@@ -38,16 +38,25 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextmanager
-def published(folder: Path) -> Iterator[Path]:
+def published(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary sibling to write into; renamed to `folder` if the block ends well, else removed.
 
     Another process may publish the same folder first: then its copy stays.
+
+    Args:
+        overwrite: put it in the place of an older folder, which is removed then.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield unfinished
         unfinished.chmod(0o755)
+        if overwrite and folder.exists():
+            older = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+            folder.rename(older)  # over an empty folder
+            unfinished.rename(folder)
+            shutil.rmtree(older, ignore_errors=True)
+            return
         try:
             unfinished.rename(folder)
         except OSError:

@@ -82,12 +82,17 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.originals.values())).device
+        return self._embedded.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the arithmetic; see `mpsearch.device.compute_dtype`."""
-        return next(iter(self.originals.values())).dtype
+        return self._embedded.dtype
+
+    @property
+    def _embedded(self) -> Tensor:
+        weight: Tensor = self.module.get_input_embeddings().weight
+        return weight
 
     @property
     def every_layer(self) -> tuple[Layer, ...]:
@@ -364,20 +369,7 @@ def check_folder(folder: Path, name: str) -> int:
             f"model '{name}' is already quantized ({method}); the reference must be unquantized: "
             "pass the model it was made from"
         )
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards = sorted(set(places.values()))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            raise ModelError(
-                f"model '{name}': {index.name} is no index of shards; get it again"
-            ) from None
-        files = [folder / Path(shard).name for shard in shards]
-        if missing := [file.name for file in files if not file.exists()]:
-            raise ModelError(f"model '{name}': shard {missing[0]} is missing; download it again")
-    else:
-        files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder, name)
     if not files:
         pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
         if pickles:
@@ -387,3 +379,30 @@ def check_folder(folder: Path, name: str) -> int:
             )
         raise ModelError(f"model '{name}': '{folder}' holds no .safetensors weights")
     return sum(file.stat().st_size for file in files)
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The safetensors files of a folder: the shards of its index, or all that there are.
+
+    Raises:
+        ModelError: the index is none, names a file outside the folder, or one that is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(map(str, set(places.values())))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise ModelError(
+            f"model '{name}': {index.name} is no index of shards; get it again"
+        ) from None
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise ModelError(
+                f"model '{name}': {index.name} names '{shard}', which lies outside its folder; "
+                "do not use this checkpoint"
+            )
+        if not (folder / shard).exists():
+            raise ModelError(f"model '{name}': shard {shard} is missing; download it again")
+    return [folder / shard for shard in shards]

@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from mpsearch.bootstrap import Interval, subject_bootstrap
+from mpsearch.bootstrap import Interval, relation_interval
 from mpsearch.estimates import paired_difference
 from mpsearch.points import Point, Score, rivals
 from mpsearch.run import Run
-
-_SEED = 0  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,7 @@ def outcome(run: Run) -> Outcome | None:
     relations, subjects = run.relations("test"), run.content["subjects"]["test"]
 
     def interval(values: Any) -> Interval:
-        drawn = np.random.default_rng(_SEED)
-        return subject_bootstrap(np.asarray(values, dtype=float), relations, subjects, drawn)[0]
+        return relation_interval(values, relations, subjects)
 
     def gain(rival: Point, beside: Score) -> Gain:
         searched = [scores.get(("search", point.assignment)) for point in (rival, pick)]

@@ -16,8 +16,9 @@ from mpsearch.errors import RunError, UsageError
 from mpsearch.formats import FORMATS, nearest
 from mpsearch.front import pareto_front
 from mpsearch.measures import MEASURES, OF_PAIRS, Sensitivity
-from mpsearch.points import ParetoFront, Point
+from mpsearch.points import ParetoFront
 from mpsearch.run import Run
+from mpsearch.space import ResolvedSpace
 
 _MARKS: dict[str, dict[str, Any]] = {
     "uniform": {"marker": "s", "markerfacecolor": "white", "markersize": 7},
@@ -48,18 +49,40 @@ def plot(
         raise UsageError(f"'{out}' ends in '{out.suffix}'; use {', '.join(_FILES)}")
     values = None if beside is None else _values(run, beside, sensitivity)
     front = run.front()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(12, 5.2)
     rows = ["bits", "beside"] if values else ["bits"]
     axes = figure.subplot_mosaic([["trade-off", row] for row in rows], width_ratios=[1.0, 1.25])
     _trade_off(axes["trade-off"], run, front)
     shown = front.pick or front.points[0]
-    _bits(axes["bits"], run, shown)
+    _bits(axes["bits"], run.space, shown.assignment, f"{shown.id} ({shown.kind})")
     if values:
         _beside(axes["beside"], figure, run, *values)
+    return _saved(figure, out)
+
+
+def plot_bits(
+    space: ResolvedSpace, assignment: Mapping[str, str], name: str, out: str | Path
+) -> Path:
+    """Draw the bits of one assignment by block and kind of group; see `plot`.
+
+    Args:
+        name: of the assignment, for the title.
+    """
+    figure = _figure(9, 2.6)
+    _bits(figure.subplots(), space, assignment, name)
+    return _saved(figure, Path(out))
+
+
+def _figure(width_inches: float, height_inches: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _saved(figure: Any, out: Path) -> Path:
     try:
         figure.savefig(out, dpi=150)
     except OSError as error:
@@ -128,12 +151,12 @@ def _trade_off(axes: Any, run: Run, front: ParetoFront) -> None:
     axes.legend(loc="lower right", fontsize=8, frameon=True)
 
 
-def _bits(axes: Any, run: Run, point: Point) -> None:
+def _bits(axes: Any, space: ResolvedSpace, assignment: Mapping[str, str], name: str) -> None:
     """A row a kind of group, a column a block; lightness and number are nominal bits."""
     import numpy as np
 
     kinds, bits = _grid(
-        run, {name: float(FORMATS[fmt].bits) for name, fmt in point.assignment.items()}
+        space, {group: float(FORMATS[fmt].bits) for group, fmt in assignment.items()}
     )
     depth = bits.shape[1]
     # Levels are spaced evenly, as 8 bits are no four times darker than 2.
@@ -154,8 +177,7 @@ def _bits(axes: Any, run: Run, point: Point) -> None:
         )
     _name_rows(axes, kinds)
     axes.set_title(
-        f"bits of {point.id} ({point.kind}): {point.bits_per_weight:.2f} bits a weight, "
-        "scales included",
+        f"bits of {name}: {space.bits_per_weight(assignment):.2f} bits a weight, scales included",
         fontsize=10,
     )
 
@@ -165,7 +187,7 @@ def _beside(axes: Any, figure: Any, run: Run, title: str, of_groups: Mapping[str
     import numpy as np
     from matplotlib.colors import LogNorm
 
-    kinds, grid = _grid(run, of_groups)
+    kinds, grid = _grid(run.space, of_groups)
     found = grid[~np.isnan(grid)]
     spread = bool(found.size) and found.min() > 0 and found.max() > 10 * found.min()
     image = axes.imshow(grid, cmap="Greys", norm=LogNorm() if spread else None, aspect="auto")
@@ -174,11 +196,11 @@ def _beside(axes: Any, figure: Any, run: Run, title: str, of_groups: Mapping[str
     axes.set_title(title, fontsize=10)
 
 
-def _grid(run: Run, of_groups: Mapping[str, float]) -> tuple[list[str], NDArray[Any]]:
+def _grid(space: ResolvedSpace, of_groups: Mapping[str, float]) -> tuple[list[str], NDArray[Any]]:
     """Kinds of groups, and a value for each kind and block; NaN where there is no such group."""
     import numpy as np
 
-    groups = [group for group in run.space.groups if group.depth is not None]
+    groups = [group for group in space.groups if group.depth is not None]
     kinds = list(dict.fromkeys(group.kind for group in groups))
     depth = 1 + max((group.depth or 0) for group in groups) if groups else 1
     grid = np.full((max(len(kinds), 1), depth), np.nan)

@@ -16,6 +16,7 @@ Answer loss is the reference's log-probability of the answer minus the candidate
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,6 +126,12 @@ class RecallProxy:
     def tokens(self) -> int:
         """Distinct tokens that scoring pushes through the model."""
         return self._pass.tokens
+
+    @property
+    def digest(self) -> str:
+        """Of all token ids that are asked, in order: what the tokenizer made of the facts."""
+        asked = [(sequence.tokens, sequence.start) for sequence in self._sequences]
+        return hashlib.sha256(repr(asked).encode()).hexdigest()
 
     def score(self, held: Mapping[str, Hashable] | None = None) -> FactScores:
         """Ask all facts of the weights that the model holds now.

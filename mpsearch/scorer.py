@@ -119,7 +119,7 @@ class Scorer:
         return score
 
     def record_reference(self, partition: str) -> None:
-        """Write the reference's own recall, noise floor and perplexity beside the candidates'."""
+        """Write the reference's own answers, noise floor and perplexity beside the candidates'."""
         if (guard := self._guard(partition)) and "reference_text" not in self._run.content:
             about = {"source": self._source, **guard.reference.about()}
             self._run.content["reference_text"] = about
@@ -135,6 +135,10 @@ class Scorer:
             "top1": relation_mean(proxy.reference.top1, proxy.relations).mean,
             "chance": relation_mean(proxy.chances, proxy.relations).mean,
             "noise_floor_nats": proxy.noise_floor().mean_nats,
+            # What an export is checked against, a value a fact.
+            "correct": None if correct is None else correct.tolist(),
+            "log_prob_nats": proxy.reference.log_prob.tolist(),
+            "tokens": proxy.digest,
         }
         self._run.save()
 

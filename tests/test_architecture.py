@@ -27,7 +27,7 @@ WITHOUT_TORCH = (
     "facts",
     *("text", "fluency", "points"),
     *("measures", "predict", "moves", "stages", "compare", "displaced", "depth", "run"),
-    *("outcome", "forecast"),
+    *("outcome", "forecast", "promise", "manifest", "verify"),
 )
 WITH_TORCH = (
     *("device", "builtin", "places", "blocks", "models", "forward", "reuse"),
@@ -56,19 +56,19 @@ WITH_TORCH = (
         "journal",
         "study",
         "search",
-        "export",
         "plot",
+        "export",
         "doctor",
         "console",
     ),
-    *("recall_tables", "recall_commands", "fit_tables", "fit_commands", "commands"),
-    "cli",
+    *("served", "recall_tables", "recall_commands", "fit_tables", "fit_commands"),
+    *("export_commands", "commands", "cli"),
 )
 ORDER = (*WITHOUT_TORCH, *WITH_TORCH)
 LIGHT = (
     *WITHOUT_TORCH,
     *("plot", "console", "recall_tables", "recall_commands", "fit_tables", "fit_commands"),
-    *("commands", "cli"),
+    *("export_commands", "commands", "cli"),
 )
 HEAVY = {"torch", "transformers", "optuna"}
 MOST_LINES = 450

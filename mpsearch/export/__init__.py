@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank
 from mpsearch.device import require_disk
-from mpsearch.errors import InfeasibleError, RunError, UsageError
+from mpsearch.errors import CheckError, InfeasibleError, RunError, UsageError
 from mpsearch.evaluate import quantized_layers
-from mpsearch.export.card import model_card
+from mpsearch.export.card import FIGURE, model_card
 from mpsearch.export.compressed_tensors import write_compressed_tensors
 from mpsearch.export.gptq import write_gptq
 from mpsearch.files import published
 from mpsearch.formats import Format, nearest
+from mpsearch.manifest import NAME as MANIFEST
+from mpsearch.manifest import write_manifest
 from mpsearch.models import Model
+from mpsearch.plot import plot_bits
+from mpsearch.promise import promise
 from mpsearch.quantizers import get_quantizer
+from mpsearch.run import Run
 from mpsearch.space import ResolvedSpace, SearchSpace
 from mpsearch.targets import TARGETS
 
 # By container.
 WRITERS = {"compressed-tensors": write_compressed_tensors, "gptq": write_gptq}
+_VERSIONS = ("mpsearch", "torch", "transformers", "safetensors")
 EXPORT_TARGETS = tuple(name for name, target in TARGETS.items() if target.container in WRITERS)
 
 
@@ -33,33 +40,37 @@ def export(
     to: str = "compressed-tensors",
     out: str | Path,
     space: ResolvedSpace | None = None,
-    budget_line: str = "",
+    run: Run | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write an assignment as a checkpoint that other libraries load.
 
     Codes and scales come from the bank that the assignment was scored with; nothing is quantized
-    again. The folder appears when it is whole.
+    again. The folder appears when it is whole, with a model card and a manifest, by which
+    `mpsearch.verify` finds out whether it still is.
 
     Args:
         model: the one that was searched, holding its reference weights.
         assignment: from a run's point; one made by hand gets the target's default quantizer.
         to: the target.
-        out: must not exist.
-        space: the groups that the assignment names; by default those that `to` ties.
-        budget_line: for the model card: what the budget follows from (`Run.budget_line`).
+        out: must not exist, unless `overwrite`.
+        space: the groups that the assignment names; by default the run's, or those that `to` ties.
+        run: where the assignment was scored; what it measured is then promised.
+        overwrite: replace an earlier export in `out`, once the new one is whole.
     Returns:
         The folder.
     Raises:
         UsageError: an unknown target, or one that cannot hold a layer's format.
         RunError: `out` exists, or the assignment is for another model.
+        InfeasibleError: nothing is quantized.
         ResourceError: the disk is too small.
+        CheckError: what was written has another size than was predicted.
     """
     out = Path(out)
+    check_out(out, overwrite)
     if to not in EXPORT_TARGETS:
         raise UsageError(f"no export target '{to}'{nearest(to, EXPORT_TARGETS)}")
-    if out.exists():
-        raise RunError(f"'{out}' exists; choose another -o")
-    space = space or SearchSpace.default().resolve(model)
+    space = space or (run.space if run else SearchSpace.default().resolve(model))
     names = {group.name for group in space.groups}
     if set(assignment) != names:
         odd = sorted(set(assignment) ^ names)[0]
@@ -73,25 +84,65 @@ def export(
         if assignment.bank
         else Bank(model, get_quantizer(None, space.target.container))
     )
-    require_disk(int(space.stored_bytes(assignment) * 1.05) + 10_000_000, out, "the export")
+    predicted = space.stored_bytes(assignment)
+    require_disk(int(predicted * 1.05) + 10_000_000, out, "the export")
     bank.build(quantized_layers(space, assignment))
-    with published(out) as unfinished:
+    point = run.find(assignment.id) if run else None
+    promised = promise(run, point) if run and point else None
+    with published(out, overwrite) as unfinished:
         WRITERS[TARGETS[to].container](model, bank, formats, unfinished)
+        if (written := tensor_bytes(unfinished)) != predicted:
+            raise CheckError(
+                f"the export holds {written:,} bytes of tensors and {predicted:,} were predicted; "
+                "this is our fault, please report it"
+            )
         about = {
             "base_model": model.name,
+            "base_revision": _revision(model.folder),
             "base_fingerprint": model.fingerprint,
             "awq": bool(model.preparation),
             "target": to,
             "assignment_id": assignment.id,
             "assignment": dict(assignment),
             "bank": bank.settings,
-            "stored_bytes": space.stored_bytes(assignment),
+            "stored_bytes": predicted,
             "bits_per_weight": space.bits_per_weight(assignment),
+            "versions": {name: version(name) for name in _VERSIONS},
+            "promise": promised and promised.to_json(),
         }
-        (unfinished / "mpsearch.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-        card = model_card(about, space, formats, budget_line)
+        plot_bits(space, assignment, assignment.id, unfinished / FIGURE)
+        card = model_card(about, space, formats, run, point, promised)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
+        write_manifest(unfinished, about)
     return out
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raise `RunError` unless a folder may be written there."""
+    if not out.exists():
+        return
+    if not overwrite:
+        raise RunError(f"'{out}' exists; choose another -o, or say --overwrite to replace it")
+    if not (out / MANIFEST).is_file():
+        raise RunError(
+            f"'{out}' was not written by mpsearch export, so it is not overwritten; choose "
+            "another -o"
+        )
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Bytes of all tensors in a folder's safetensors files."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with open(path, "rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+        total += path.stat().st_size - 8 - header_bytes
+    return total
+
+
+def _revision(folder: Path) -> str:
+    """The commit of a model from the hub, which is the name of its folder in the cache."""
+    return folder.name if folder.parent.name == "snapshots" else ""
 
 
 def _check_target(model: Model, formats: Mapping[str, Format], to: str) -> None:

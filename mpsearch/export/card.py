@@ -1,57 +1,214 @@
-"""The model card of an export: what it is, how large, what for, and how to load it."""
+"""The model card of an export: what it is, what it still knows, how it is served and was made."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mpsearch.budget import RUNTIMES
+from mpsearch.fit import resident_bytes, unpacks
 from mpsearch.formats import Format
+from mpsearch.outcome import outcome
+from mpsearch.points import SIMPLE_KINDS, Point
+from mpsearch.promise import Promise
+from mpsearch.run import Run
 from mpsearch.sizes import format_size
 from mpsearch.space import ResolvedSpace
+from mpsearch.targets import TARGETS
+
+FIGURE = "formats.png"
+_TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="bfloat16")
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)"""
+_VLLM = "vllm serve FOLDER"
+_SERVE = {
+    "compressed-tensors": ("python", _TRANSFORMERS),
+    "vllm": ("sh", _VLLM),
+    "gptq": (
+        "python",
+        "from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load(FOLDER)",
+    ),
+    "auto-gptq": (
+        "python",
+        "from auto_gptq import AutoGPTQForCausalLM\n\n"
+        "model = AutoGPTQForCausalLM.from_quantized(FOLDER, use_safetensors=True)",
+    ),
+    "bitsandbytes": ("python", _TRANSFORMERS),
+}
 
 
 def model_card(
-    about: Mapping[str, Any], space: ResolvedSpace, formats: Mapping[str, Format], budget_line: str
+    about: Mapping[str, Any],
+    space: ResolvedSpace,
+    formats: Mapping[str, Format],
+    run: Run | None,
+    point: Point | None,
+    promise: Promise | None,
 ) -> str:
     """Markdown.
 
     Args:
         about: what `mpsearch.json` holds.
         formats: of every searched layer.
-        budget_line: what the run's budget follows from; empty where it was stated in bytes.
+        run, point, promise: where the assignment is a run's point; all of them or none.
     """
+    sections = [
+        _head(about),
+        _what(about, space, formats, run),
+        _serve(about, formats),
+        *([_knows(run, point, promise)] if run and point and promise else []),
+        _formats(about, space),
+        _made(about, run),
+        _unverified(),
+    ]
+    return "\n".join("\n".join(section) + "\n" for section in sections)
+
+
+def _head(about: Mapping[str, Any]) -> list[str]:
+    """What the hub reads. JSON's strings are YAML's."""
+    return [
+        "---",
+        *([f"base_model: {json.dumps(about['base_model'])}"] * bool(about["base_revision"])),
+        f"tags: [mpsearch, quantized, {json.dumps(about['target'])}]",
+        "---",
+    ]
+
+
+def _what(
+    about: Mapping[str, Any],
+    space: ResolvedSpace,
+    formats: Mapping[str, Format],
+    run: Run | None,
+) -> list[str]:
     counts: dict[str, int] = {}
     for fmt in formats.values():
         counts[fmt.name] = counts.get(fmt.name, 0) + 1
     named = ", ".join(f"{count} layers {name}" for name, count in counts.items())
-    lines = [
+    revision = f", revision {about['base_revision']}" if about["base_revision"] else ""
+    stored = about["stored_bytes"]
+    return [
         f"# {about['base_model']}, quantized",
         "",
-        f"Made by mpsearch from {about['base_model']}, weights {about['base_fingerprint'][:16]}: "
-        f"{about['stored_bytes']:,} bytes of tensors ({format_size(about['stored_bytes'])}), "
-        f"{about['bits_per_weight']:.2f} bits a searched weight, {about['target']}.",
+        f"Made by mpsearch from {about['base_model']}{revision}, weights "
+        f"{about['base_fingerprint'][:16]}: {stored:,} bytes of tensors ({format_size(stored)}), "
+        f"{about['bits_per_weight']:.2f} bits a searched weight, for {about['target']}.",
         "",
         f"- Formats: {named}; everything else bf16.",
-        *([f"- Made for: {budget_line}."] if budget_line else []),
+        *_resident(space, formats, stored),
+        *([f"- Made for: {run.budget_line}."] if run and run.budget_line else []),
         f"- Codes chosen by {about['bank']['quantizer']}; assignment {about['assignment_id']}.",
-        "",
-        *_table(space, about["assignment"]),
-        "",
-        "`mpsearch.json` holds the whole assignment, `mpsearch compare` what was forgotten.",
-        "",
     ]
-    return "\n".join(lines)
 
 
-def _table(space: ResolvedSpace, assignment: Mapping[str, str]) -> list[str]:
+def _resident(space: ResolvedSpace, formats: Mapping[str, Format], stored: int) -> list[str]:
+    """What the weights take in the memory of the runtimes that serve all of the formats."""
+    said = []
+    for runtime in RUNTIMES.values():
+        able = space.target.container in runtime.targets
+        if able and all(map(runtime.serves, formats.values())):
+            size = resident_bytes(space, stored, runtime)
+            how = ", which unpacks it" if unpacks(space, runtime) else ""
+            said.append(f"{runtime.name}{how} {size:,} bytes")
+    return [f"- In memory: {'; '.join(said)}."] if said else []
+
+
+def _serve(about: Mapping[str, Any], formats: Mapping[str, Format]) -> list[str]:
+    language, code = _SERVE[about["target"]]
+    lines = ["## Serve", "", f"```{language}", code, "```"]
+    if about["target"] == "compressed-tensors" and not TARGETS["vllm"].misfits(formats):
+        lines += ["", f"or `{_VLLM}`."]
+    return lines
+
+
+def _knows(run: Run, point: Point, promise: Promise) -> list[str]:
+    """Recall with its interval, what was forgotten, and the simple allocations beside it."""
+    recall, loss = promise.recall, promise.answer_loss
+    reference = run.content.get(f"reference_{promise.partition}", {}).get("recall")
+    unquantized = f" (unquantized {reference:.1%})" if reference is not None else ""
+    said = [
+        f"On {len(promise.relations)} {promise.partition} facts, asked after {promise.shots} "
+        f"solved examples, it recalls {recall.mean:.1%} [{recall.low:.1%}, {recall.high:.1%}]"
+        f"{unquantized} and loses {loss.mean:.3f} nats [{loss.low:.3f}, {loss.high:.3f}] an answer"
+        " (95 % intervals)."
+    ]
+    if promise.forgotten is not None:
+        said.append(f"{promise.forgotten} facts are forgotten and {promise.gained} gained.")
+    if promise.partition == "validation":
+        said.append(
+            "Validation facts had a part in choosing among points, so the figure may flatter it."
+        )
+    found = outcome(run)
+    if found is not None and found.id == point.id and found.gains:
+        said.append(f"Gain on these facts over {'; '.join(map(str, found.gains))}.")
+    return ["## What it still knows", "", " ".join(said), "", *_baselines(run, point)]
+
+
+def _baselines(run: Run, point: Point) -> list[str]:
+    """Validation facts, of this point and the simple allocations of every size."""
+    rows = [
+        [
+            f"**{other.kind}, this one**" if other.id == point.id else other.kind,
+            f"{other.stored_bytes:,}",
+            f"{other.recall.mean:.1%} ± {other.recall.stderr:.1%}",
+            f"{other.answer_loss.mean:.3f} ± {other.answer_loss.stderr:.3f}",
+        ]
+        for other in run.front().points
+        if other.id == point.id or other.kind in SIMPLE_KINDS
+    ]
+    header = ["on validation facts", "stored bytes", "recall", "answer loss (nats)"]
+    return _table(header, rows)
+
+
+def _formats(about: Mapping[str, Any], space: ResolvedSpace) -> list[str]:
     """A row a block, a column a kind of group."""
     kinds = list(dict.fromkeys(group.kind for group in space.groups))
     blocks: dict[str, dict[str, str]] = {}
     for group in space.groups:
         depth = "" if group.depth is None else str(group.depth)
-        blocks.setdefault(depth, {})[group.kind] = assignment[group.name]
-    rows = [
-        "| " + " | ".join([block, *(of.get(kind, "") for kind in kinds)]) + " |"
-        for block, of in blocks.items()
+        blocks.setdefault(depth, {})[group.kind] = about["assignment"][group.name]
+    rows = [[block, *(of.get(kind, "") for kind in kinds)] for block, of in blocks.items()]
+    return [
+        "## Formats by layer",
+        "",
+        f"![Bits by block and kind of layer]({FIGURE})",
+        "",
+        *_table(["block", *kinds], rows),
     ]
-    return ["| " + " | ".join(["block", *kinds]) + " |", "|---" * (1 + len(kinds)) + "|", *rows]
+
+
+def _made(about: Mapping[str, Any], run: Run | None) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    lines = ["## How it was made", "", f"- Versions: {versions}."]
+    settings = json.dumps(about["bank"], sort_keys=True)
+    lines.append(f"- Quantizer: `{settings}`.")
+    if run is not None:
+        question = run.question
+        lines.append(
+            f"- Searched with seed {question['seed']}, sampler {question['sampler']}, budget "
+            f"{question['budget_bytes']:,} bytes, {len(run.relations('search'))} search facts, "
+            f"arithmetic in {question['dtype'].removeprefix('torch.')}."
+        )
+        if command := run.content.get("command"):
+            lines.append(f"- `{command}`")
+    lines.append("- `mpsearch.json` holds the whole assignment and the digests of these files.")
+    return lines
+
+
+def _unverified() -> list[str]:
+    return [
+        "## Not verified",
+        "",
+        "- `mpsearch verify FOLDER` loads it in a fresh process and asks the facts again; this "
+        "card does not say that anybody did.",
+        "- Serving on a GPU was not tested. Kernels there round in other ways than the arithmetic "
+        "that scored it.",
+        "- Facts are recalled from a prompt with solved examples; chat, code and long contexts "
+        "were not measured.",
+    ]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    return [lines[0], "|---" * len(header) + "|", *lines[1:]]

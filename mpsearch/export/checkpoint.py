@@ -1,4 +1,4 @@
-"""What every quantized checkpoint has: weights in one safetensors file, config, tokenizer."""
+"""What every quantized checkpoint has: weights in safetensors, config, tokenizer, licence."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 
 from mpsearch.bank import Bank
 from mpsearch.errors import UsageError
 from mpsearch.formats import Format
 from mpsearch.models import Model
+
+SHARD_BYTES = 5_000_000_000  # above which weights are split, as on the hub
 
 
 def write_checkpoint(
@@ -56,9 +58,9 @@ def write_checkpoint(
                 tensors[f"{layer}.{suffix}"] = tensor
                 if place.tied and suffix != "weight":  # the head decodes the shared codes itself
                     tensors[f"{place.tied}.{suffix}"] = tensor.clone()
-    weights = folder / "model.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    weights.chmod(0o644)  # a server may run as another user
+    save_torch_state_dict(tensors, folder, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(0o644)  # a server may run as another user
 
     module = model.module
     config = readable_by_transformers_4(module.config.to_dict())

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import version
-from io import StringIO
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mpsearch.codecs import pack, stored_scale
-from mpsearch.errors import UsageError
+from mpsearch.codecs import import_gptqmodel, pack, stored_scale
 from mpsearch.formats import Format
 from mpsearch.quantizers import InputStatistics
 from mpsearch.quantizers.rounding import Rounding
@@ -37,21 +33,7 @@ class Gptq:
 
     def __init__(self) -> None:
         self._rounding = Rounding()
-        # On two cores gptqmodel's worker pool crashes unless told its size.
-        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-        # Its first forward otherwise compiles for minutes.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        try:
-            # It prints a banner; standard output is for data.
-            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-                import gptqmodel  # noqa: F401  (here, so that it fails before any work)
-                from gptqmodel.utils.logger import setup_logger
-            setup_logger().setLevel("ERROR")
-        except ImportError as error:
-            raise UsageError(
-                f"quantizer 'gptq' needs gptqmodel ({error}); "
-                "pip install --no-build-isolation gptqmodel==7.6.0"
-            ) from None
+        import_gptqmodel()  # here, so that it fails before any work
 
     @property
     def settings(self) -> Mapping[str, Any]:

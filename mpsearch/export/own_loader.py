@@ -1,0 +1,119 @@
+"""A checkpoint as the library that serves it loads it, with that library's arithmetic.
+
+`reload` puts decoded weights into the reference's modules, to compare weights and nothing else.
+Here the loader's own modules answer, as they will for whoever serves the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from importlib.metadata import version
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from mpsearch.codecs import import_gptqmodel
+from mpsearch.device import compute_dtype, pick_device
+from mpsearch.errors import ModelError, MpsearchError
+from mpsearch.models import Model, load_model, weight_files
+
+
+def load_as_served(name: str, chat_template: bool = False) -> tuple[Model, str]:
+    """A folder that `mpsearch export` wrote, or another quantized checkpoint.
+
+    A checkpoint without quantization is loaded as any model is.
+
+    Returns:
+        A model that can be asked and has no layers of ours, and the loader with its version.
+    Raises:
+        ModelError: it does not load.
+        UsageError: its library is missing.
+    """
+    folder = Path(name).expanduser()
+    quantization = quantization_of(folder)
+    if not quantization:
+        return load_model(name, chat_template), _named("transformers")
+    method, device = str(quantization.get("quant_method")), pick_device()
+    weight_files(folder, name)
+    # Libraries of several quantizers raise what they like for a damaged checkpoint.
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()), torch.no_grad():
+            if method == "gptq":
+                module, loader = _load_gptq(folder, device), _named("gptqmodel")
+            else:
+                module = _load_transformers(folder, method, device)
+                loader = _named("transformers", *_LIBRARIES.get(method, ()))
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except MpsearchError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"checkpoint '{name}' does not load: {reason}") from error
+    return replace(_askable(name, folder, module, tokenizer), chat=chat_template), loader
+
+
+# Whose version decides, beside transformers.
+_LIBRARIES = {"compressed-tensors": ("compressed-tensors",), "bitsandbytes": ("bitsandbytes",)}
+
+
+def _named(*libraries: str) -> str:
+    return " with ".join(f"{library} {version(library)}" for library in libraries)
+
+
+def quantization_of(folder: Path) -> dict[str, Any]:
+    """The `quantization_config` of a local folder; empty where there is none."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return dict(config.get("quantization_config") or {})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # not an export; load_model says what else is wrong
+
+
+def _load_gptq(folder: Path, device: torch.device) -> Any:
+    gptqmodel = import_gptqmodel()
+    on_cpu: Mapping[str, Any] = {"backend": gptqmodel.BACKEND.GPTQ_TORCH, "device": "cpu"}
+    chosen = on_cpu if device.type == "cpu" else {"device": str(device)}
+    return gptqmodel.GPTQModel.load(str(folder), dtype=torch.float16, **chosen).model
+
+
+def _load_transformers(folder: Path, method: str, device: torch.device) -> Any:
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    named = (config.architectures or [""])[0]
+    auto: Any = getattr(transformers, named, AutoModelForCausalLM)
+    module: Any = auto.from_pretrained(
+        folder,
+        dtype=torch.bfloat16,
+        attn_implementation="sdpa",
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    if method == "compressed-tensors":
+        module(torch.zeros(1, 1, dtype=torch.long))  # decompresses its weights on the first pass
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(compute_dtype(device))
+    return module.to(device)
+
+
+def _askable(name: str, folder: Path, module: Any, tokenizer: Any) -> Model:
+    return Model(
+        name=name,
+        folder=folder,
+        module=module.eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        layers=(),
+        embedding=None,
+        head=None,
+        places={},
+        originals={},
+        kept={},
+        why_kept={},
+        fingerprint="",
+    )

@@ -1,0 +1,298 @@
+"""Is a checkpoint what its run promised? Files by digest, then answers by its own loader.
+
+The facts are asked in a fresh process, by the library that will serve the checkpoint, so that
+nothing that made it can help it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mpsearch import errors
+from mpsearch.bootstrap import Interval, relation_interval
+from mpsearch.errors import CheckError, ModelError, ResourceError, RunError, UsageError
+from mpsearch.manifest import faults, read_manifest
+from mpsearch.promise import Answers, Promise
+
+AGREEMENT = 0.99  # of answers: kernels round in other ways than what scored the candidate
+MOST_FACTS = 320  # of a checkpoint that promises none
+SHOTS = 4
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: a word.
+        passed: whether it is as it should be.
+        said: what was found, in words.
+    """
+
+    name: str
+    passed: bool
+    said: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found of a checkpoint.
+
+    Attributes:
+        checks: in the order in which they were made; files that differ end it.
+        loader: the library that answered, with its version; None where it came to no answers.
+        agreeing: facts answered as promised, right or wrong; None without a promise.
+        recall: with its 95 % interval over subjects.
+        promised_recall: of the candidate that was searched.
+        answer_loss: nats, against the reference; None where that is not known.
+        forgotten, gained: facts, against the reference; None likewise.
+        seconds: of loading it, and of asking it.
+    """
+
+    folder: str
+    checks: tuple[Check, ...]
+    loader: str | None = None
+    facts: int = 0
+    agreeing: int | None = None
+    recall: Interval | None = None
+    promised_recall: Interval | None = None
+    answer_loss: Interval | None = None
+    forgotten: int | None = None
+    gained: int | None = None
+    load_seconds: float | None = None
+    ask_seconds: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def reasons(self) -> list[str]:
+        """What failed, in words."""
+        return [check.said for check in self.checks if not check.passed]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"passed": self.passed, **asdict(self)}
+
+
+def verify(
+    folder: str | Path,
+    *,
+    facts: str | None = None,
+    reference: str | None = None,
+    max_loss_nats: float | None = None,
+    report: Report = lambda stage, done, total: None,
+) -> Verification:
+    """Check an export against the promise in its manifest, or any checkpoint against a reference.
+
+    Args:
+        folder: an export of mpsearch; with a reference, any quantized checkpoint.
+        facts: the file that was searched with; the built-in facts by default.
+        reference: the unquantized model, which is then asked, too.
+        max_loss_nats: the largest answer loss that passes.
+        report: called with (stage, done, total).
+    Raises:
+        RunError: no export, and no reference to set it against; or other facts than were promised.
+        UsageError: a library is missing.
+        ResourceError: the memory ran out.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RunError(f"'{folder}' is no folder; pass what mpsearch export wrote")
+    about, promise, checks = _promised(folder, reference)
+    if promise is None and max_loss_nats is None:
+        raise UsageError(f"'{folder}' promises nothing that could be checked; say --max-loss NATS")
+    report("files", 0, 1)
+    if about is not None:
+        wrong = faults(folder, about)
+        checks += [Check("files", False, said) for said in wrong] or [
+            Check("files", True, f"{len(about['files'])} files are as they were written")
+        ]
+        if wrong:
+            return Verification(str(folder), tuple(checks))
+    report("files", 1, 1)
+    request = _request(promise, facts)
+    stage = "asking the checkpoint in a fresh process"
+    report(stage, 0, 1)
+    try:
+        answered = _ask({**request, "model": str(folder), "own": True})
+    except (ModelError, CheckError) as error:
+        return Verification(str(folder), (*checks, Check("loads", False, str(error))))
+    report(stage, 1, 1)
+    checks.append(Check("loads", True, f"{answered['loader']} loads it"))
+    said_by_reference = None if promise is None else promise.reference
+    if reference is not None:
+        report("asking the reference", 0, 1)
+        keys = list(zip(answered["relations"], answered["subjects"], strict=True))
+        asked = _ask({**request, "keys": keys, "model": reference, "own": False})
+        report("asking the reference", 1, 1)
+        checks += _of_reference(asked, answered, about)
+        said_by_reference = Answers.of(asked)
+    return _compare(folder, checks, answered, promise, said_by_reference, max_loss_nats)
+
+
+def _promised(
+    folder: Path, reference: str | None
+) -> tuple[dict[str, Any] | None, Promise | None, list[Check]]:
+    """The manifest and the promise in it, each None where there is none."""
+    try:
+        about = read_manifest(folder)
+    except RunError as error:
+        if reference is None or (folder / "mpsearch.json").exists():
+            raise RunError(
+                f"{error}; to check another checkpoint say --reference MODEL and --max-loss NATS"
+            ) from None
+        return None, None, []
+    if about.get("promise") is None:
+        return about, None, []
+    try:
+        return about, Promise.of(about["promise"]), []
+    except (KeyError, TypeError, AttributeError):
+        return about, None, [Check("promise", False, "the promise in mpsearch.json was edited")]
+
+
+def _request(promise: Promise | None, facts: str | None) -> dict[str, Any]:
+    """What a process is asked to ask."""
+    plain = {"keys": None, "partition": "test", "most": MOST_FACTS, "shots": SHOTS}
+    request = {"facts": facts, "chat_template": False, **plain}
+    if promise is None:
+        return request
+    keys = list(zip(promise.relations, promise.subjects, strict=True))
+    asked = {"keys": keys, "shots": promise.shots, "chat_template": promise.chat_template}
+    return {**request, **asked}
+
+
+def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
+    """What a fresh process answers.
+
+    Raises:
+        MpsearchError: what loading or asking it raised there.
+        CheckError: the process failed in another way.
+        ResourceError: it was killed.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "answers.json"
+        done = subprocess.run(
+            [sys.executable, "-m", "mpsearch.served"],
+            input=json.dumps({**request, "out": str(out)}),
+            capture_output=True,
+            text=True,
+        )
+        if not out.exists():
+            if done.returncode in (-9, 137):
+                raise ResourceError(
+                    f"the process that asked '{request['model']}' was killed, as happens when "
+                    "memory runs out; close other programs or use a larger machine"
+                )
+            last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise CheckError(f"asking '{request['model']}' failed: {last[:300]}")
+        answers: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    if "error" in answers:
+        raise getattr(errors, answers["kind"])(answers["error"])
+    return answers
+
+
+def _of_reference(
+    asked: Mapping[str, Any], answered: Mapping[str, Any], about: Mapping[str, Any] | None
+) -> list[Check]:
+    """Whether it is the model that the checkpoint was made from."""
+    if about is not None and not about.get("awq"):
+        same = asked["fingerprint"] == about["base_fingerprint"]
+        return [
+            Check(
+                "reference",
+                same,
+                f"the reference is {'' if same else 'not '}the model it was made from, "
+                f"'{about['base_model']}'",
+            )
+        ]
+    same = asked["tokens"] == answered["tokens"]
+    said = "the reference reads the facts as the same tokens"
+    return [Check("reference", same, said if same else said.replace("the same", "other"))]
+
+
+def _compare(
+    folder: Path,
+    checks: list[Check],
+    answered: Mapping[str, Any],
+    promise: Promise | None,
+    reference: Answers | None,
+    max_loss_nats: float | None,
+) -> Verification:
+    relations, subjects = answered["relations"], answered["subjects"]
+
+    def interval(values: Any) -> Interval:
+        return relation_interval(values, relations, subjects)
+
+    recall = interval(answered["correct"])
+    loss, agreeing, forgotten, gained = None, None, None, None
+    if promise is not None:
+        if promise.tokens is not None:
+            same = promise.tokens == answered["tokens"]
+            said = "the tokenizer reads the facts as it did" if same else (
+                "the tokenizer reads the facts as other tokens than the run's did"
+            )  # fmt: skip
+            checks.append(Check("tokens", same, said))
+        pairs = zip(promise.candidate.correct, answered["correct"], strict=True)
+        agreeing = sum(a == b for a, b in pairs)
+        share = agreeing / len(relations)
+        checks.append(
+            Check(
+                "answers",
+                share >= AGREEMENT,
+                f"{agreeing} of {len(relations)} {promise.partition} facts are answered as "
+                f"promised ({share:.1%}; {AGREEMENT:.0%} are enough)",
+            )
+        )
+        low, high = promise.recall.low, promise.recall.high
+        checks.append(
+            Check(
+                "recall",
+                low <= recall.mean <= high,
+                f"recall is {recall.mean:.1%}, promised were {promise.recall.mean:.1%} "
+                f"[{low:.1%}, {high:.1%}]",
+            )
+        )
+    if reference is not None:
+        flips = list(zip(reference.correct, answered["correct"], strict=True))
+        forgotten = sum(was and not now for was, now in flips)
+        gained = sum(now and not was for was, now in flips)
+        if reference.log_prob_nats is not None:
+            pairs_nats = zip(reference.log_prob_nats, answered["log_prob_nats"], strict=True)
+            loss = interval([before - after for before, after in pairs_nats])
+    if max_loss_nats is not None:
+        if loss is None:
+            raise RunError(
+                f"'{folder}' does not say what the unquantized model answered; say --reference "
+                "MODEL to measure the answer loss"
+            )
+        checks.append(
+            Check(
+                "loss",
+                loss.mean <= max_loss_nats,
+                f"an answer loses {loss.mean:.3f} nats [{loss.low:.3f}, {loss.high:.3f}], "
+                f"{max_loss_nats:g} are allowed",
+            )
+        )
+    return Verification(
+        str(folder),
+        tuple(checks),
+        answered["loader"],
+        len(relations),
+        agreeing,
+        recall,
+        None if promise is None else promise.recall,
+        loss,
+        forgotten,
+        gained,
+        answered["load_seconds"],
+        answered["ask_seconds"],
+    )

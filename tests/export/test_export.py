@@ -1,0 +1,108 @@
+"""The folder of an export: whole or not there, never over another, split where it is large."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mpsearch as mps
+from mpsearch.errors import CheckError, ResourceError, RunError
+from mpsearch.export.reload import load_any
+from mpsearch.manifest import faults, read_manifest
+from mpsearch.models import Model, load_model
+from mpsearch.space import ResolvedSpace
+
+
+def test_the_folder_holds_all_that_serving_and_checking_it_takes(
+    tiny: Model, tiny_folder: Path, tiny_space: ResolvedSpace, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
+    (base / "LICENSE.txt").write_text("do as you like")
+    (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    model = load_model(str(base))
+    out = mps.export(model, tiny_space.smallest, out=tmp_path / "export", space=tiny_space)
+    assert {path.name for path in out.iterdir()} >= {
+        *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"),
+        *("tokenizer_config.json", "README.md", "formats.png", "mpsearch.json", "LICENSE.txt"),
+        "chat_template.jinja",
+    }
+    assert (out / "LICENSE.txt").read_text() == "do as you like"
+    assert (out / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+    assert (out / "formats.png").read_bytes().startswith(b"\x89PNG")
+    assert faults(out, read_manifest(out)) == []
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_weights_above_the_limit_are_split_and_load_the_same(
+    tiny: Model, tiny_space: ResolvedSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = mps.export(tiny, tiny_space.smallest, out=tmp_path / "one", space=tiny_space)
+    monkeypatch.setattr(sys.modules["mpsearch.export.checkpoint"], "SHARD_BYTES", 9_000)
+    many = mps.export(tiny, tiny_space.smallest, out=tmp_path / "many", space=tiny_space)
+    shards = sorted(many.glob("*.safetensors"))
+    assert len(shards) > 2 and shards[0].name.startswith("model-00001-of-")
+    index = json.loads((many / "model.safetensors.index.json").read_text())
+    whole = load_file(one / "model.safetensors")
+    assert set(index["weight_map"]) == set(whole)
+    assert {name for shard in shards for name in load_file(shard)} == set(whole)
+    for name, shard in index["weight_map"].items():
+        assert torch.equal(load_file(many / shard)[name], whole[name])
+    assert {shard.stat().st_mode & 0o777 for shard in shards} == {0o644}
+    a, b = load_any(str(one)), load_any(str(many))
+    assert a.fingerprint == b.fingerprint
+    shards[1].unlink()
+    assert faults(many, read_manifest(many)) == [f"'{shards[1].name}' is missing"]
+
+
+def test_an_earlier_export_is_replaced_only_when_asked_and_when_the_new_one_is_whole(
+    tiny: Model, tiny_space: ResolvedSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "export"
+    mps.export(tiny, tiny_space.smallest, out=out, space=tiny_space)
+    before = read_manifest(out)
+    with pytest.raises(RunError, match="say --overwrite to replace it"):
+        mps.export(tiny, tiny_space.largest, out=out, space=tiny_space)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            sys.modules["mpsearch.export"], "model_card", lambda *_: (_ for _ in ()).throw(OSError)
+        )
+        with pytest.raises(OSError):
+            mps.export(tiny, tiny_space.largest, out=out, space=tiny_space, overwrite=True)
+    assert read_manifest(out) == before and faults(out, before) == []
+    mps.export(tiny, tiny_space.largest, out=out, space=tiny_space, overwrite=True)
+    assert read_manifest(out)["assignment_id"] == tiny_space.largest.id
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_folder_that_is_no_export_is_never_replaced(
+    tiny: Model, tiny_space: ResolvedSpace, tmp_path: Path
+) -> None:
+    (tmp_path / "precious").write_text("mine")
+    with pytest.raises(RunError, match="was not written by mpsearch export"):
+        mps.export(tiny, tiny_space.smallest, out=tmp_path, space=tiny_space, overwrite=True)
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_small_disk_is_refused_before_anything_is_written(
+    tiny: Model, tiny_space: ResolvedSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ResourceError, match="the export needs about"):
+        mps.export(tiny, tiny_space.smallest, out=tmp_path / "out", space=tiny_space)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_size_than_was_predicted_is_our_fault_and_no_export(
+    tiny: Model, tiny_space: ResolvedSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["mpsearch.export"], "tensor_bytes", lambda folder: 7)
+    with pytest.raises(CheckError, match="holds 7 bytes of tensors and"):
+        mps.export(tiny, tiny_space.smallest, out=tmp_path / "out", space=tiny_space)
+    assert list(tmp_path.iterdir()) == []

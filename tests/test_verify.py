@@ -1,0 +1,245 @@
+"""Verify: an export passes, every way to break it is found and named, and answers decide."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_cases import Cli, one_line
+from conftest import build_tokenizer, tiny_llama
+from safetensors.torch import load_file, save_file
+
+from mpsearch import cli
+from mpsearch.errors import RunError, UsageError
+from mpsearch.manifest import NAME, read_manifest, write_manifest
+from mpsearch.promise import Promise, promise
+from mpsearch.run import Run
+from mpsearch.served import ask
+from mpsearch.verify import Verification, verify
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def made(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of the pick; copy it to change it."""
+    out = tmp_path_factory.mktemp("made") / "export"
+    assert cli.main(["export", str(whole), "best", "-o", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def poor(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of all layers in two bits, which has forgotten something."""
+    out = tmp_path_factory.mktemp("poor") / "export"
+    smallest = min(Run.open(whole).front().points, key=lambda point: point.stored_bytes)
+    assert cli.main(["export", str(whole), smallest.id, "-o", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask in this process, which saves seconds; two tests do without."""
+    monkeypatch.setattr("mpsearch.verify._ask", ask)
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "copy"))
+
+
+def sealed(folder: Path) -> None:
+    """Give a changed folder a manifest that agrees with it, as who means harm would."""
+    about = read_manifest(folder)
+    write_manifest(folder, {k: v for k, v in about.items() if k not in ("files", "digest")})
+
+
+def failed(found: Verification) -> list[str]:
+    return [check.name for check in found.checks if not check.passed]
+
+
+def test_an_export_answers_in_a_fresh_process_as_its_run_promised(
+    made: Path, whole: Path, facts_file: Path
+) -> None:
+    run = Run.open(whole)
+    promised = promise(run, run.find("best"))
+    assert promised.partition == "test"
+    found = verify(made, facts=str(facts_file))
+    assert found.passed, found.reasons
+    assert [check.name for check in found.checks] == [
+        *("files", "loads", "tokens", "answers", "recall")
+    ]
+    assert found.loader is not None and found.loader.startswith("transformers ")
+    assert found.agreeing == found.facts == len(run.relations("test"))
+    assert found.recall == promised.recall
+    # What the run measured in its own process is measured again, to the last bit.
+    assert found.answer_loss is not None
+    assert found.answer_loss.mean == pytest.approx(promised.answer_loss.mean, abs=1e-9)
+    assert (found.forgotten, found.gained) == (promised.forgotten, promised.gained)
+
+
+def test_a_promise_survives_its_file(whole: Path) -> None:
+    run = Run.open(whole)
+    for point in run.front().points:
+        made = promise(run, point)
+        assert Promise.of(json.loads(json.dumps(made.to_json()))) == made
+        assert made.reference is not None
+        right = sum(made.reference.correct)
+        assert made.forgotten is not None and made.gained is not None
+        assert sum(made.candidate.correct) == right - made.forgotten + made.gained
+
+
+def test_a_point_that_was_not_read_on_test_facts_promises_validation_facts(whole: Path) -> None:
+    run = Run.open(whole)
+    tested = {score.assignment for score in run.scores() if score.partition == "test"}
+    others = [p for p in run.front().points if p.assignment not in tested]
+    made = promise(run, others[0])
+    assert made.partition == "validation"
+    assert made.recall.mean == pytest.approx(others[0].recall.mean)
+
+
+def flip_a_byte(folder: Path) -> None:
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-5] ^= 64
+    (folder / WEIGHTS).write_bytes(content)
+
+
+def other_tokenizer(folder: Path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["of is"])
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (flip_a_byte, "'model.safetensors' was changed"),
+        (lambda f: (f / WEIGHTS).unlink(), "'model.safetensors' is missing"),
+        (lambda f: (f / "README.md").write_text("95 % recall"), "'README.md' has 11 bytes"),
+        (other_tokenizer, "'tokenizer.json' has"),
+        (
+            lambda f: shutil.copy(f / WEIGHTS, f / "more.safetensors"),
+            "'more.safetensors' was added",
+        ),
+        (lambda f: (f / "modeling.py").write_text("evil()"), "'modeling.py' was added"),
+    ],
+)
+def test_a_changed_folder_is_not_even_loaded(
+    copy: Path, damage: Callable[[Path], object], named: str, mpsearch: Cli
+) -> None:
+    damage(copy)
+    outcome = mpsearch("verify", copy)
+    assert outcome.code == 4
+    assert "FAILED" in outcome.out and "loads" not in outcome.out
+    assert named in outcome.talk[-1] and outcome.talk[-1].startswith("mpsearch: ")
+
+
+def with_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.usefixtures("here")
+def test_weights_that_answer_otherwise_are_found_by_their_answers(
+    copy: Path, facts_file: Path
+) -> None:
+    def another_base_model(tensors: dict[str, torch.Tensor]) -> None:
+        other = tiny_llama(len(build_tokenizer()), seed=5).state_dict()
+        for name, tensor in tensors.items():
+            if name in other:
+                tensors[name] = other[name].to(tensor.dtype)
+
+    with_weights(copy, another_base_model)
+    sealed(copy)
+    found = verify(copy, facts=str(facts_file))
+    assert "answers" in failed(found)
+    assert any("are answered as promised" in reason for reason in found.reasons)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_tokenizer_that_reads_the_facts_otherwise_is_found_by_its_tokens(
+    copy: Path, facts_file: Path
+) -> None:
+    path = copy / "tokenizer.json"
+    content = json.loads(path.read_text())
+    words = content["model"]["vocab"]
+    words["red"], words["green"] = words["green"], words["red"]
+    path.write_text(json.dumps(content))
+    sealed(copy)
+    found = verify(copy, facts=str(facts_file))
+    assert "tokens" in failed(found)
+    assert "the tokenizer reads the facts as other tokens than the run's did" in found.reasons
+
+
+@pytest.mark.usefixtures("here")
+def test_what_does_not_load_fails_with_the_reason(copy: Path, facts_file: Path) -> None:
+    with_weights(copy, lambda tensors: tensors.pop("model.norm.weight"))
+    (copy / "config.json").write_text("{}")
+    sealed(copy)
+    found = verify(copy, facts=str(facts_file))
+    assert failed(found) == ["loads"]
+
+
+def test_a_build_can_gate_on_the_answer_loss(poor: Path, facts_file: Path, mpsearch: Cli) -> None:
+    outcome = mpsearch("verify", poor, "--facts", facts_file, "--max-loss", "0.0", "--json")
+    assert outcome.code == 4, outcome.err
+    found: dict[str, Any] = json.loads(outcome.out)
+    assert found["passed"] is False and found["answer_loss"]["mean"] > 0
+    failing = [check["name"] for check in found["checks"] if not check["passed"]]
+    assert failing == ["loss"]
+    assert "0 are allowed" in outcome.talk[-1]
+
+
+@pytest.mark.usefixtures("here")
+def test_the_reference_has_to_be_the_model_it_was_made_from(
+    made: Path, tiny_folder: Path, facts_file: Path, tmp_path: Path
+) -> None:
+    right = verify(made, facts=str(facts_file), reference=str(tiny_folder))
+    assert right.passed, right.reasons
+    other = tmp_path / "other"
+    tiny_llama(len(build_tokenizer()), seed=3).to(torch.bfloat16).save_pretrained(other)
+    build_tokenizer().save_pretrained(other)
+    wrong = verify(made, facts=str(facts_file), reference=str(other))
+    assert failed(wrong) == ["reference"]
+    assert "not the model it was made from" in wrong.reasons[0]
+
+
+@pytest.mark.usefixtures("here")
+def test_another_checkpoint_is_checked_against_a_reference(
+    poor: Path, tiny_folder: Path, facts_file: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(poor, tmp_path / "foreign"))
+    (copy / NAME).unlink()
+    given = {"facts": str(facts_file), "reference": str(tiny_folder)}
+    found = verify(copy, **given, max_loss_nats=50.0)
+    assert found.passed and found.answer_loss is not None
+    assert found.promised_recall is None and found.agreeing is None
+    assert not verify(copy, **given, max_loss_nats=0.0).passed
+    with pytest.raises(UsageError, match="promises nothing that could be checked"):
+        verify(copy, **given)
+    with pytest.raises(RunError, match="--reference MODEL and --max-loss"):
+        verify(copy)
+
+
+@pytest.mark.usefixtures("here")
+def test_other_facts_than_were_searched_with_are_refused(made: Path, mpsearch: Cli) -> None:
+    one_line(mpsearch("verify", made), 2, "pass the file that was searched with --facts")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["verify", "FOLDER/none"], "is no folder"),
+        (["verify", "FOLDER", "--max-loss", "nan"], "max loss nan"),
+        (["verify", "FOLDER", "--max-loss", "-1"], "max loss -1"),
+        (["verify", "FOLDER"], "is no export of mpsearch"),
+    ],
+)
+def test_bad_input_is_one_line(given: list[str], words: str, tmp_path: Path, mpsearch: Cli) -> None:
+    one_line(mpsearch(*(word.replace("FOLDER", str(tmp_path)) for word in given)), 2, words)
