@@ -93,7 +93,7 @@ def write_export(model: Model, folder: Path) -> None:
     bank = Bank(model, get_quantizer("gptq", "gptq"), CALIBRATION)
     candidate = Assignment.of(space.smallest, json.dumps(bank.settings))
     bank.build(quantized_layers(space, candidate))
-    mps.export(model, candidate, to="gptq", out=folder / "export", space=space)
+    mps.export(model, candidate, to="auto-gptq", out=folder / "export", space=space)
 
     facts = FactSet.builtin()
     asked = balanced(facts.part("test"), FACTS)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from mpsearch.codecs import import_gptqmodel
 from mpsearch.device import compute_dtype, pick_device
@@ -84,16 +85,23 @@ def _load_gptq(folder: Path, device: torch.device) -> Any:
 
 
 def _load_transformers(folder: Path, method: str, device: torch.device) -> Any:
+    # Of what it does not know it would load the weights as if they were not quantized.
+    if not any(known.startswith(method) for known in AUTO_QUANTIZATION_CONFIG_MAPPING):
+        raise ModelError(f"checkpoint '{folder}' is quantized by '{method}', which transformers "
+                         f"{version('transformers')} does not load")  # fmt: skip
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     named = (config.architectures or [""])[0]
     auto: Any = getattr(transformers, named, AutoModelForCausalLM)
-    module: Any = auto.from_pretrained(
+    module, loaded = auto.from_pretrained(
         folder,
+        output_loading_info=True,
         dtype=torch.bfloat16,
         attn_implementation="sdpa",
         local_files_only=True,
         use_safetensors=True,
     )
+    if lost := sorted(loaded["missing_keys"]):
+        raise ModelError(f"checkpoint '{folder}' lacks '{lost[0]}' and {len(lost) - 1} more")
     if method == "compressed-tensors":
         module(torch.zeros(1, 1, dtype=torch.long))  # decompresses its weights on the first pass
         for parameter in module.parameters():
