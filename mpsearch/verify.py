@@ -123,7 +123,7 @@ def verify(
     stage = "asking the checkpoint in a fresh process"
     report(stage, 0, 1)
     try:
-        answered = _ask({**request, "model": str(folder), "own": True})
+        answered = ask_fresh({**request, "model": str(folder), "own": True})
     except (ModelError, CheckError) as error:
         return Verification(str(folder), (*checks, Check("loads", False, str(error))))
     report(stage, 1, 1)
@@ -132,7 +132,7 @@ def verify(
     if reference is not None:
         report("asking the reference", 0, 1)
         keys = list(zip(answered["relations"], answered["subjects"], strict=True))
-        asked = _ask({**request, "keys": keys, "model": reference, "own": False})
+        asked = ask_fresh({**request, "keys": keys, "model": reference, "own": False})
         report("asking the reference", 1, 1)
         checks += _of_reference(asked, answered, about)
         said_by_reference = Answers.of(asked)
@@ -170,7 +170,7 @@ def _request(promise: Promise | None, facts: str | None) -> dict[str, Any]:
     return {**request, **asked}
 
 
-def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
+def ask_fresh(request: Mapping[str, Any]) -> dict[str, Any]:
     """What a fresh process answers.
 
     Raises:

@@ -45,7 +45,7 @@ def poor(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask in this process, which saves seconds; two tests do without."""
-    monkeypatch.setattr("mpsearch.verify._ask", ask)
+    monkeypatch.setattr("mpsearch.verify.ask_fresh", ask)
 
 
 @pytest.fixture
