@@ -5,7 +5,8 @@ model = mps.load_model("builtin:smollm2-135m")
 space = mps.SearchSpace.load("search_spaces/compressed_tensors.yaml").resolve(model)
 run = mps.search(model, space, budget="104 MiB", trials=100, seed=0, out="runs/smollm2")
 pick = run.front().best(max_bytes="104 MiB")
-mps.export(model, pick.assignment, to="compressed-tensors", out="exports/smollm2-mixed")
+mps.export(model, pick.assignment, run=run, out="exports/smollm2-mixed")
+assert mps.verify("exports/smollm2-mixed").passed
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ _HOME = {
     "measure_sensitivity": "sensitivity",
     "plot": "plot",
     "search": "search",
+    "verify": "verify",
 }
 __all__ = ["__version__", *_HOME]
 

@@ -203,11 +203,11 @@ def test_the_exported_names_are_these() -> None:
         *("Assignment", "Bank", "Fact", "FactSet", "Format", "Layer", "LayerGroup"),
         *("LevelSwitchSampler", "Model", "MpsearchError", "ParetoFront", "RecallProxy", "Run"),
         *("SearchSpace", "Sensitivity", "__version__", "export", "load_model"),
-        *("measure_sensitivity", "plot", "search"),
+        *("measure_sensitivity", "plot", "search", "verify"),
     ]
 
 
-@pytest.mark.parametrize("name", ["search", "export", "plot"])
+@pytest.mark.parametrize("name", ["search", "export", "plot", "verify"])
 def test_a_function_stays_the_function_when_its_module_is_imported(name: str) -> None:
     module = importlib.import_module(f"mpsearch.{name}")
     assert callable(getattr(mpsearch, name))

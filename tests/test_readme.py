@@ -6,12 +6,14 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from mpsearch.cli import main
 from mpsearch.facts import FactSet
+from mpsearch.served import ask
 from mpsearch.space import SearchSpace
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +38,7 @@ def test_every_command_of_the_readme_runs_in_its_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("gptqmodel", reason="the README's search uses the gptq extra")
+    monkeypatch.setattr(import_module("mpsearch.verify"), "ask_fresh", ask)  # without processes
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     found = commands()
@@ -43,7 +46,7 @@ def test_every_command_of_the_readme_runs_in_its_order(
     for command in found:
         words = shlex.split(command.replace("builtin:smollm2-135m", str(tiny_folder)))[1:]
         words = [SMALL.get(word, word) for word in words]
-        if words[0] in ("search", "sensitivity", "recall", "compare"):
+        if words[0] in ("search", "sensitivity", "recall", "compare", "verify"):
             words += ["--facts", str(connected_file if "--two-hop" in words else facts_file)]
         if words[0] == "search":
             words += ["--trials", "3"]
@@ -56,7 +59,7 @@ def test_the_python_of_the_readme_runs(
     tiny_folder: Path, facts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (code,) = [block for block in blocks("python") if "mpsearch" in block]
-    assert len([line for line in code.splitlines() if line.strip()]) == 6
+    assert len([line for line in code.splitlines() if line.strip()]) == 7
     for readme, small in {
         "builtin:smollm2-135m": str(tiny_folder),
         "search_spaces": str(ROOT / "search_spaces"),
@@ -66,6 +69,7 @@ def test_the_python_of_the_readme_runs(
         assert readme in code or readme == "103MiB"
         code = code.replace(readme, small)
     monkeypatch.setattr(FactSet, "builtin", classmethod(lambda cls: cls.load(facts_file)))
+    monkeypatch.setattr(import_module("mpsearch.verify"), "ask_fresh", ask)  # that knows of it
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "exports/smollm2-mixed/config.json").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def poor(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask in this process, which saves seconds; two tests do without."""
-    monkeypatch.setattr("mpsearch.verify.ask_fresh", ask)
+    monkeypatch.setattr(sys.modules["mpsearch.verify"], "ask_fresh", ask)
 
 
 @pytest.fixture

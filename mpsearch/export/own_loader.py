@@ -42,7 +42,10 @@ def load_as_served(name: str, chat_template: bool = False) -> tuple[Model, str]:
     if not quantization:
         return load_model(name, chat_template), _named("transformers")
     method, device = str(quantization.get("quant_method")), pick_device()
-    weight_files(folder, name)
+    if not weight_files(folder, name):
+        raise ModelError(
+            f"checkpoint '{name}' holds no .safetensors weights, and no other are read"
+        )
     # Libraries of several quantizers raise what they like for a damaged checkpoint.
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()), torch.no_grad():
