@@ -142,14 +142,15 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 only=tuple(f"gptq4-g{size}" for size in (32, 64, 128)),
             ),
             # nf4 beside int8 in one checkpoint does not load in transformers (5.23), which puts
-            # bitsandbytes' modules in the place of linears only. No head was exported yet.
+            # bitsandbytes' modules in the place of linears only: a head of its own, but no
+            # embedding, nor a head that is tied to one.
             Target(
                 "bitsandbytes",
                 container="bitsandbytes",
                 mixes=False,
                 fused=_FUSED,
                 fuses_experts=True,
-                head=False,
+                head=True,
                 embedding=False,
             ),
         )

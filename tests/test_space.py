@@ -226,8 +226,8 @@ FAULTS = {
         "4: a gptq checkpoint keeps the embedding in bf16; leave 'embedding' out",
     ),
     "head where the target has none": (
-        "version: 1\ntarget: bitsandbytes\nformats: [nf4]\nhead: [nf4]\n",
-        "4: a bitsandbytes checkpoint keeps the head in bf16; leave 'head' out",
+        "version: 1\ntarget: vllm\nformats: [int4-g64]\nhead: [int4-g64]\n",
+        "4: a vllm checkpoint keeps the head in bf16; leave 'head' out",
     ),
     "head that is the embedding": (
         HEAD + "head: [int4-g64]\n",

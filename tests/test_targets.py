@@ -121,7 +121,7 @@ def test_heads_and_embeddings_get_what_a_loader_was_seen_to_take() -> None:
         "gptq": ({fmt.name for fmt in TARGETS["gptq"].formats}, set()),
         "vllm": (set(), set()),
         "auto-gptq": (set(), set()),
-        "bitsandbytes": (set(), set()),
+        "bitsandbytes": ({fmt.name for fmt in TARGETS["bitsandbytes"].formats}, set()),
     }
 
 

@@ -12,6 +12,7 @@ from mpsearch.bank import Bank
 from mpsearch.device import require_disk
 from mpsearch.errors import CheckError, InfeasibleError, RunError, UsageError
 from mpsearch.evaluate import quantized_layers
+from mpsearch.export.bitsandbytes import write_bitsandbytes
 from mpsearch.export.card import FIGURE, model_card
 from mpsearch.export.compressed_tensors import write_compressed_tensors
 from mpsearch.export.gptq import write_gptq
@@ -28,7 +29,11 @@ from mpsearch.space import ResolvedSpace, SearchSpace
 from mpsearch.targets import TARGETS
 
 # By container.
-WRITERS = {"compressed-tensors": write_compressed_tensors, "gptq": write_gptq}
+WRITERS = {
+    "compressed-tensors": write_compressed_tensors,
+    "gptq": write_gptq,
+    "bitsandbytes": write_bitsandbytes,
+}
 _VERSIONS = ("mpsearch", "torch", "transformers", "safetensors")
 EXPORT_TARGETS = tuple(name for name, target in TARGETS.items() if target.container in WRITERS)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from torch import Tensor
 
 from mpsearch.bank import Bank
 from mpsearch.errors import UsageError
@@ -58,6 +59,23 @@ def write_checkpoint(
                 tensors[f"{layer}.{suffix}"] = tensor
                 if place.tied and suffix != "weight":  # the head decodes the shared codes itself
                     tensors[f"{place.tied}.{suffix}"] = tensor.clone()
+    write_folder(model, tensors, folder, dtype, quantization)
+
+
+def write_folder(
+    model: Model,
+    tensors: dict[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    quantization: Mapping[str, Any] | None = None,
+) -> None:
+    """Write given weights with the model's config, tokenizer and licence.
+
+    Args:
+        tensors: by the names of the model's state dict.
+        dtype: that loaders compute in by default.
+        quantization: the `quantization_config`; None for a plain model.
+    """
     save_torch_state_dict(tensors, folder, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
     for weights in folder.glob("*.safetensors"):
         weights.chmod(0o644)  # a server may run as another user
@@ -66,7 +84,8 @@ def write_checkpoint(
     config = readable_by_transformers_4(module.config.to_dict())
     config["dtype"] = str(dtype).removeprefix("torch.")
     config["architectures"] = [type(module).__name__]
-    config["quantization_config"] = quantization
+    if quantization:
+        config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     if module.generation_config is not None:
         module.generation_config.save_pretrained(folder)

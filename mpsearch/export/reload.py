@@ -1,7 +1,8 @@
 """Load an export the way its users do, to score what ships and not what was meant to.
 
 transformers' own loader makes the weights of compressed-tensors. GPTQ's are decoded here, as no
-loader of theirs runs everywhere; `mpsearch.codecs` is tested against gptqmodel's. Either way they
+loader of theirs runs everywhere; `mpsearch.codecs` is tested against gptqmodel's. So are those of
+bitsandbytes, with its functions, as its modules round more than the weights on some devices. All
 are then put into the model's plain modules, so that the arithmetic is the reference's and only the
 weights differ.
 """
@@ -9,6 +10,7 @@ weights differ.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import replace
@@ -26,8 +28,14 @@ from transformers import AutoConfig, AutoTokenizer
 from mpsearch.codecs import decode
 from mpsearch.device import compute_dtype, pick_device
 from mpsearch.errors import ModelError
-from mpsearch.formats import FORMATS, Format
+from mpsearch.formats import FORMATS, FOUR_BIT_BLOCK, Format, StoredTensor
 from mpsearch.models import Model, from_module, load_model
+
+# What transformers, safetensors and the containers' decoders raise for a damaged folder.
+_FROM_BELOW = (
+    OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError,
+    AssertionError, SafetensorError,
+)  # fmt: skip
 
 
 def load_any(name: str, chat_template: bool = False) -> Model:
@@ -51,10 +59,10 @@ def load_export(name: str, quantization: dict[str, Any]) -> Model:
         ModelError: transformers cannot load it.
     """
     method = quantization.get("quant_method")
-    if method not in ("gptq", "compressed-tensors"):
+    if method not in ("gptq", "compressed-tensors", "bitsandbytes"):
         raise ModelError(
             f"'{name}' is quantized by {method or 'an unknown method'}; scored here are models, "
-            "compressed-tensors and GPTQ exports, so pass the model it was made from"
+            "compressed-tensors, GPTQ and bitsandbytes exports, so pass the model it was made from"
         )
     if (version := quantization.get("checkpoint_format", "gptq")) != "gptq":
         raise ModelError(
@@ -72,17 +80,20 @@ def load_export(name: str, quantization: dict[str, Any]) -> Model:
     dtype = compute_dtype(device)
     decoded: dict[str, Tensor] = {}
     try:
-        if method == "gptq":
+        if method == "compressed-tensors":
+            module = _load_compressed(folder)
+        elif method == "gptq":
             module, decoded = _load_gptq(folder)
         else:
-            module = _load_compressed(folder)
+            module, decoded = _load_bitsandbytes(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, LookupError, RuntimeError, ImportError, SafetensorError) as error:
+    except _FROM_BELOW as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"export '{name}' does not load: {reason}") from error
     model = from_module(name, folder, module, tokenizer, device, dtype)
-    for layer, weight in decoded.items():  # in fp16, of which a model's own bf16 holds too little
-        model.places[layer].put(weight.to(device, dtype))
+    for layer, weight in decoded.items():
+        if layer in model.places:  # GPTQ's fp16, of which a model's own bf16 holds too little
+            model.places[layer].put(weight.to(device, dtype))
     return model
 
 
@@ -98,10 +109,9 @@ def _load_compressed(folder: Path) -> Any:
 def _load_gptq(folder: Path) -> tuple[Any, dict[str, Tensor]]:
     """The module, and the decoded fp16 weights by layer, which it holds in bf16."""
     stored: dict[str, dict[str, Tensor]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        for key, tensor in load_file(path).items():
-            layer, _, part = key.rpartition(".")
-            stored.setdefault(layer, {})[part] = tensor
+    for key, tensor in _tensors(folder).items():
+        layer, _, part = key.rpartition(".")
+        stored.setdefault(layer, {})[part] = tensor
     decoded = {
         layer: decode(parts, _gptq_format(parts))
         for layer, parts in stored.items()
@@ -119,6 +129,58 @@ def _gptq_format(parts: Mapping[str, Tensor]) -> Format:
     """A GPTQ format of the width in which a layer is packed; its groups are stored with it."""
     bits = parts["qweight"].shape[0] * 32 // parts["g_idx"].numel()
     return FORMATS[f"gptq{bits}-g128"]
+
+
+def _load_bitsandbytes(folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The module, and the decoded weights by layer."""
+    weights = _tensors(folder)
+    layers = {
+        found[1] for key in weights if (found := re.fullmatch(r"(.+)\.(SCB|weight\.absmax)", key))
+    }
+    decoded: dict[str, Tensor] = {}
+    for layer in layers:
+        of_layer = [
+            key for key in weights if key.startswith(f"{layer}.") and key != f"{layer}.bias"
+        ]
+        parts = {key.removeprefix(f"{layer}."): weights.pop(key) for key in of_layer}
+        weights[f"{layer}.weight"] = decoded[layer] = decode(parts, _bitsandbytes_format(parts))
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return _plain(config, weights), decoded
+
+
+_QUANT_STATE = "weight.quant_state.bitsandbytes__"
+_BLOCKS = {"blocksize": FOUR_BIT_BLOCK, "nested_blocksize": 256}
+
+
+def _bitsandbytes_format(parts: Mapping[str, Tensor]) -> Format:
+    """The format of a layer's tensors, which the library's decoder reads without a check.
+
+    Raises:
+        ValueError: they are not those that the format stores.
+    """
+    described = next((part for part in parts if part.startswith(_QUANT_STATE)), "")
+    name = described.removeprefix(_QUANT_STATE)
+    shape = list(parts["weight"].shape)
+    if described:
+        state = json.loads(bytes(parts[described].tolist()))
+        shape = state["shape"]
+        if state["quant_type"] != name or any(state.get(k, n) != n for k, n in _BLOCKS.items()):
+            raise ValueError(f"it stores {name} in another way than is read here")
+        name += "-dq" if "weight.nested_absmax" in parts else ""
+    fmt = FORMATS[name or "int8"]
+    for part, spec in fmt.tensors(*shape).items():
+        found = StoredTensor(str(parts[part].dtype)[6:], tuple(parts[part].shape))
+        if part != described and found != spec:
+            raise ValueError(f"a '{part}' is not that of {shape[0]} x {shape[1]} {fmt.name}")
+    return fmt
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """Everything that its files hold."""
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(load_file(path))
+    return found
 
 
 def _plain(config: Any, weights: Mapping[str, Tensor]) -> Any:

@@ -45,6 +45,11 @@ def exported(model: Model, space: ResolvedSpace, out: Path) -> tuple[Path, Assig
         ("compressed-tensors", ["fp8", "int4-g32", "int6-channel"]),
         ("gptq", ["gptq4-g64"]),
         ("gptq", ["gptq2-g32", "gptq3-g64", "gptq8-g128", "bf16"]),
+        ("bitsandbytes", ["nf4", "bf16"]),
+        ("bitsandbytes", ["nf4-dq", "bf16"]),
+        ("bitsandbytes", ["fp4"]),
+        ("bitsandbytes", ["fp4-dq"]),
+        ("bitsandbytes", ["int8", "bf16"]),
     ],
 )
 def test_a_reloaded_export_has_the_weights_and_scores_of_its_candidate(
@@ -111,3 +116,51 @@ def test_other_quantized_and_damaged_folders_are_refused(tiny: Model, tmp_path: 
     (other / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
     with pytest.raises(ModelError, match="quantized by awq"):
         load_any(str(other))
+
+
+@pytest.mark.parametrize(
+    ("fmt", "part", "words"),
+    [
+        ("nf4", "weight.absmax", "a 'weight.absmax' is not that of 64 x 64 nf4"),
+        ("nf4", "weight", "a 'weight' is not that of"),
+        ("nf4-dq", "weight.nested_absmax", "a 'weight.nested_absmax' is not that of"),
+        ("int8", "SCB", "a 'SCB' is not that of 64 x 64 int8"),
+    ],
+)
+def test_tensors_that_the_librarys_decoder_would_read_past_the_end_of_are_refused(
+    tiny: Model, tmp_path: Path, fmt: str, part: str, words: str
+) -> None:
+    folder, _ = exported(tiny, space_of(tiny, "bitsandbytes", fmt), tmp_path / "export")
+    tensors = load_file(folder / "model.safetensors")
+    key = f"model.layers.0.self_attn.q_proj.{part}"
+    tensors[key] = tensors[key][:-1].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=words):
+        load_any(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        ('"blocksize": 64', '"blocksize": 32'),
+        ('"nested_blocksize": 256', '"nested_blocksize": 4'),
+        ('"quant_type": "nf4"', '"quant_type": "fp4"'),
+        ('"dtype": "bfloat16"', '"dtype": "bfloat61"'),
+        ('"shape": [64, 64]', '"shape": [99, 64]'),
+        ('"shape"', '"shap"'),
+        ('{"quant', '["quant'),
+    ],
+)
+def test_a_damaged_description_of_a_layer_is_one_line(
+    tiny: Model, tmp_path: Path, was: str, becomes: str
+) -> None:
+    folder, _ = exported(tiny, space_of(tiny, "bitsandbytes", "nf4-dq"), tmp_path / "export")
+    tensors = load_file(folder / "model.safetensors")
+    key = "model.layers.0.self_attn.q_proj.weight.quant_state.bitsandbytes__nf4"
+    text = bytes(tensors[key].tolist()).decode()
+    assert was in text
+    tensors[key] = torch.tensor(list(text.replace(was, becomes).encode()), dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="does not load") as caught:
+        load_any(str(folder))
+    assert "\n" not in str(caught.value)
