@@ -44,7 +44,7 @@ def export(args: argparse.Namespace) -> None:
 
     run = Run.open(args.run)
     point = run.find(args.point)
-    from mpsearch.export import check_out, export
+    from mpsearch.export import check_out, export, tensor_bytes
 
     check_out(Path(args.out), args.overwrite)
     from mpsearch.awq import fold
@@ -66,11 +66,12 @@ def export(args: argparse.Namespace) -> None:
         run=run,
         overwrite=args.overwrite,
     )
-    written = {"folder": str(out), "id": point.id, "stored_bytes": point.stored_bytes}
+    stored_bytes = tensor_bytes(out)
+    written = {"folder": str(out), "id": point.id, "stored_bytes": stored_bytes}
     if args.json:
         emit_json(written)
     else:
-        emit(f"{out}: point {point.id}, {point.stored_bytes:,} bytes of tensors")
+        emit(f"{out}: point {point.id}, {stored_bytes:,} bytes of tensors")
     say(f"next: mpsearch verify {shlex.quote(str(out))}")
 
 

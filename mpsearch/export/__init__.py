@@ -15,6 +15,7 @@ from mpsearch.evaluate import quantized_layers
 from mpsearch.export.bitsandbytes import write_bitsandbytes
 from mpsearch.export.card import FIGURE, model_card
 from mpsearch.export.compressed_tensors import write_compressed_tensors
+from mpsearch.export.dequantized import DEQUANTIZED, as_stored, write_dequantized
 from mpsearch.export.gptq import write_gptq
 from mpsearch.files import published
 from mpsearch.formats import Format, nearest
@@ -57,7 +58,7 @@ def export(
     Args:
         model: the one that was searched, holding its reference weights.
         assignment: from a run's point; one made by hand gets the target's default quantizer.
-        to: the target.
+        to: the target, or `dequantized`.
         out: must not exist, unless `overwrite`.
         space: the groups that the assignment names; by default the run's, or those that `to` ties.
         run: where the assignment was scored; what it measured is then promised.
@@ -73,15 +74,16 @@ def export(
     """
     out = Path(out)
     check_out(out, overwrite)
-    if to not in EXPORT_TARGETS:
-        raise UsageError(f"no export target '{to}'{nearest(to, EXPORT_TARGETS)}")
+    if to not in (known := (*EXPORT_TARGETS, DEQUANTIZED)):
+        raise UsageError(f"no export target '{to}'{nearest(to, known)}")
     space = space or (run.space if run else SearchSpace.default().resolve(model))
     names = {group.name for group in space.groups}
     if set(assignment) != names:
         odd = sorted(set(assignment) ^ names)[0]
         raise RunError(f"the assignment does not fit this model: group '{odd}' is in one only")
     formats = space.layer_formats(assignment)
-    _check_target(model, formats, to)
+    if to != DEQUANTIZED:
+        _check_target(model, formats, to)
     if not any(fmt.quantized for fmt in formats.values()):
         raise InfeasibleError("every layer of this point is bf16: nothing to export, use the model")
     bank = (
@@ -89,13 +91,15 @@ def export(
         if assignment.bank
         else Bank(model, get_quantizer(None, space.target.container))
     )
-    predicted = space.stored_bytes(assignment)
+    stored = as_stored(assignment, to)
+    predicted = space.stored_bytes(stored)
     require_disk(int(predicted * 1.05) + 10_000_000, out, "the export")
     bank.build(quantized_layers(space, assignment))
     point = run.find(assignment.id) if run else None
     promised = promise(run, point) if run and point else None
     with published(out, overwrite) as unfinished:
-        WRITERS[TARGETS[to].container](model, bank, formats, unfinished)
+        write = write_dequantized if to == DEQUANTIZED else WRITERS[TARGETS[to].container]
+        write(model, bank, formats, unfinished)
         if (written := tensor_bytes(unfinished)) != predicted:
             raise CheckError(
                 f"the export holds {written:,} bytes of tensors and {predicted:,} were predicted; "
@@ -111,7 +115,7 @@ def export(
             "assignment": dict(assignment),
             "bank": bank.settings,
             "stored_bytes": predicted,
-            "bits_per_weight": space.bits_per_weight(assignment),
+            "bits_per_weight": space.bits_per_weight(stored),
             "versions": {name: version(name) for name in _VERSIONS},
             "promise": promised and promised.to_json(),
         }

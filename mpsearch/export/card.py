@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpsearch.budget import RUNTIMES
+from mpsearch.export.dequantized import DEQUANTIZED
 from mpsearch.fit import resident_bytes, unpacks
 from mpsearch.formats import Format
 from mpsearch.outcome import outcome
@@ -36,6 +37,7 @@ _SERVE = {
         "model = AutoGPTQForCausalLM.from_quantized(FOLDER, use_safetensors=True)",
     ),
     "bitsandbytes": ("python", _TRANSFORMERS),
+    DEQUANTIZED: ("python", _TRANSFORMERS),
 }
 
 
@@ -87,7 +89,7 @@ def _what(
         counts[fmt.name] = counts.get(fmt.name, 0) + 1
     named = ", ".join(f"{count} layers {name}" for name, count in counts.items())
     revision = f", revision {about['base_revision']}" if about["base_revision"] else ""
-    stored = about["stored_bytes"]
+    stored, plain = about["stored_bytes"], about["target"] == DEQUANTIZED
     return [
         f"# {about['base_model']}, quantized",
         "",
@@ -95,8 +97,9 @@ def _what(
         f"{about['base_fingerprint'][:16]}: {stored:,} bytes of tensors ({format_size(stored)}), "
         f"{about['bits_per_weight']:.2f} bits a searched weight, for {about['target']}.",
         "",
-        f"- Formats: {named}; everything else bf16.",
-        *_resident(space, formats, stored),
+        f"- Formats: {named}; everything else bf16."
+        + (" All are stored dequantized, in 16 bits a weight." if plain else ""),
+        *([] if plain else _resident(space, formats, stored)),
         *([f"- Made for: {run.budget_line}."] if run and run.budget_line else []),
         f"- Codes chosen by {about['bank']['quantizer']}; assignment {about['assignment_id']}.",
     ]

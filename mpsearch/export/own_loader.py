@@ -23,7 +23,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from mpsearch.codecs import import_gptqmodel
 from mpsearch.device import compute_dtype, pick_device
 from mpsearch.errors import ModelError, MpsearchError
-from mpsearch.models import Model, load_model, weight_files
+from mpsearch.export.reload import load_any
+from mpsearch.models import Model, weight_files
 
 
 def load_as_served(name: str, chat_template: bool = False) -> tuple[Model, str]:
@@ -40,7 +41,7 @@ def load_as_served(name: str, chat_template: bool = False) -> tuple[Model, str]:
     folder = Path(name).expanduser()
     quantization = quantization_of(folder)
     if not quantization:
-        return load_model(name, chat_template), _named("transformers")
+        return load_any(name, chat_template), _named("transformers")
     method, device = str(quantization.get("quant_method")), pick_device()
     if not weight_files(folder, name):
         raise ModelError(

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoTokenizer
 from mpsearch.codecs import decode
 from mpsearch.device import compute_dtype, pick_device
 from mpsearch.errors import ModelError
+from mpsearch.export.dequantized import DEQUANTIZED
 from mpsearch.formats import FORMATS, FOUR_BIT_BLOCK, Format, StoredTensor
 from mpsearch.models import Model, from_module, load_model
 
@@ -45,9 +46,14 @@ def load_any(name: str, chat_template: bool = False) -> Model:
         ModelError: neither can be had.
         CheckError, ResourceError: as `load_model`.
     """
-    if not (quantization := _quantization(Path(name).expanduser())):
-        return load_model(name, chat_template)
-    return replace(load_export(name, quantization), chat=chat_template)
+    folder = Path(name).expanduser()
+    quantization = _field(folder / "config.json", "quantization_config")
+    if quantization and isinstance(quantization, dict):
+        return replace(load_export(name, quantization), chat=chat_template)
+    model = load_model(name, chat_template)
+    if _field(folder / "mpsearch.json", "target") == DEQUANTIZED:
+        _put_halves(model, folder)
+    return model
 
 
 def load_export(name: str, quantization: dict[str, Any]) -> Model:
@@ -195,10 +201,22 @@ def _plain(config: Any, weights: Mapping[str, Tensor]) -> Any:
     return plain
 
 
-def _quantization(folder: Path) -> dict[str, Any]:
-    """The `quantization_config` of a local folder; empty where there is none."""
+def _put_halves(model: Model, folder: Path) -> None:
+    """Give layers that a folder stores in fp16, as GPTQ's dequantized, what bf16 has rounded."""
+    halves: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = [k for k in file.keys() if file.get_slice(k).get_dtype() == "F16"]  # noqa: SIM118
+            halves |= {name: file.get_tensor(name).to(model.device, model.dtype) for name in names}
+    found = {parameter: name for name, parameter in model.module.named_parameters()}
+    for place in model.places.values():
+        if (name := found[place.parameter]) in halves:
+            place.put(place.part(halves[name]))
+
+
+def _field(path: Path, name: str) -> Any:
+    """A field of a local JSON file; None where there is none."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return dict(config.get("quantization_config") or {})
+        return json.loads(path.read_text(encoding="utf-8")).get(name)
     except (OSError, ValueError, TypeError, AttributeError):
-        return {}  # not an export; load_model says what else is wrong
+        return None  # not an export; load_model says what else is wrong

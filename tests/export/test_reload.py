@@ -28,14 +28,16 @@ def space_of(model: Model, target: str, *formats: str) -> ResolvedSpace:
     return SearchSpace.parse(text, "test").resolve(model)
 
 
-def exported(model: Model, space: ResolvedSpace, out: Path) -> tuple[Path, Assignment]:
+def exported(
+    model: Model, space: ResolvedSpace, out: Path, to: str = ""
+) -> tuple[Path, Assignment]:
     """Every format of the space in turn."""
     options = list(space.options.items())
     assignment = Assignment.of(
         {name: formats[i % len(formats)].name for i, (name, formats) in enumerate(options)}
     )
-    target = space.target.name
-    return mps.export(model, assignment, to=target, out=out, space=space), assignment
+    to = to or space.target.name
+    return mps.export(model, assignment, to=to, out=out, space=space), assignment
 
 
 @pytest.mark.parametrize(
