@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_cases import Cli
 from conftest import build_tokenizer, tiny_config, tiny_llama
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,7 +29,9 @@ from mpsearch.facts import FactSet
 from mpsearch.models import Model, from_module, load_model
 from mpsearch.quantizers import get_quantizer
 from mpsearch.recall import RecallProxy
+from mpsearch.served import ask
 from mpsearch.space import ResolvedSpace, SearchSpace
+from mpsearch.verify import verify
 
 TOKENS = [2, 5, 3, 23, 4]
 CPU = torch.device("cpu")
@@ -267,6 +270,21 @@ def test_the_built_in_model_is_the_candidate_in_a_pipeline_of_a_fresh_process(
         answer = model.module(tokens).logits[0, -1].argmax()
     assert done.stdout.strip() == question + model.tokenizer.decode(answer)
     assert stored_bytes(folder) == 2 * sum(p.numel() for p in model.module.parameters())
+
+
+def test_the_command_says_its_own_size_and_verify_finds_the_runs_answers(
+    whole: Path, facts_file: Path, mpsearch: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    done = mpsearch("export", whole, "best", "--to", "dequantized", "-o", folder)
+    assert f"{stored_bytes(folder):,} bytes of tensors" in done.out
+    card = (folder / "README.md").read_text()
+    assert "All are stored dequantized, in 16 bits a weight." in card
+    assert "- In memory:" not in card
+    monkeypatch.setattr("mpsearch.verify._ask", ask)  # in this process, which saves seconds
+    found = verify(folder, facts=str(facts_file))
+    assert found.passed, found.reasons
+    assert found.agreeing == found.facts > 0
 
 
 def test_an_unknown_target_names_it_among_those_there_are(tiny: Model, tmp_path: Path) -> None:
