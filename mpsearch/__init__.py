@@ -39,6 +39,7 @@ _HOME = {
     "load_model": "models",
     "measure_sensitivity": "sensitivity",
     "plot": "plot",
+    "refine": "refine",
     "search": "search",
     "verify": "verify",
 }

@@ -17,14 +17,23 @@ class Assignment(Mapping[str, str]):
         pairs: the mapping's items.
         bank: settings, as JSON, of the weight bank that it was scored with, so that an export
             ships those very codes; no part of its identity, and empty if it was not scored.
+        refined: whether that bank's codes were made for this assignment alone, which makes it
+            another candidate than the same formats with codes that other assignments share: the
+            bank is part of its identity then.
     """
 
     pairs: tuple[tuple[str, str], ...]
     bank: str = ""
+    refined: bool = False
 
     @classmethod
-    def of(cls, formats: Mapping[str, str], bank: str = "") -> Assignment:
-        return cls(tuple(formats.items()), bank)
+    def of(cls, formats: Mapping[str, str], bank: str = "", refined: bool = False) -> Assignment:
+        return cls(tuple(formats.items()), bank, refined)
+
+    @property
+    def parent(self) -> Assignment:
+        """The same formats with codes that other assignments share; itself if it is not refined."""
+        return Assignment(self.pairs) if self.refined else self
 
     @cached_property
     def _formats(self) -> dict[str, str]:
@@ -43,9 +52,13 @@ class Assignment(Mapping[str, str]):
         return hash(self.pairs)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Assignment) and self.pairs == other.pairs
+        return isinstance(other, Assignment) and self._identity == other._identity
+
+    @property
+    def _identity(self) -> tuple[object, ...]:
+        return (self.pairs, self.bank) if self.refined else self.pairs
 
     @cached_property
     def id(self) -> str:
         """Eight hex digits of a digest of the content: the same in every run and on resume."""
-        return hashlib.sha256(json.dumps(self.pairs).encode()).hexdigest()[:8]
+        return hashlib.sha256(json.dumps(self._identity).encode()).hexdigest()[:8]

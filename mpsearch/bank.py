@@ -25,16 +25,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpsearch.calibration import Calibration, calibration_tokens, input_statistics
+from mpsearch.calibration import (
+    Calibration,
+    calibration_tokens,
+    check_statistics,
+    input_statistics,
+)
 from mpsearch.codecs import decode
 from mpsearch.device import available_memory_bytes, require_disk
-from mpsearch.errors import CheckError, ResourceError, RunError, UsageError
+from mpsearch.errors import CheckError, ResourceError, RunError
 from mpsearch.files import Claims, home, write_atomically
-from mpsearch.formats import FORMATS, Format
+from mpsearch.formats import Format
+from mpsearch.in_order import inputs_in_order, reading_order
 from mpsearch.layers import Layer
 from mpsearch.models import Model
 from mpsearch.quantizers import QUANTIZERS, InputStatistics, Quantizer, get_quantizer
 from mpsearch.tensor_files import intact, read_tensors, write_tensors
+from mpsearch.wanted import Wanted, check_formats, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -45,54 +52,14 @@ def silent(stage: str, done: int, total: int) -> None:
     """A progress report that goes nowhere."""
 
 
-Wanted = list[tuple[Layer, Format]]
-
-
-def holdings(wanted: Wanted, missing: Wanted) -> dict[str, tuple[int, int, int]]:
-    """By format: files there, files wanted, and stored bytes of those that are there."""
-    held: dict[str, tuple[int, int, int]] = {}
-    lacking = set(missing)
-    for layer, fmt in wanted:
-        if fmt.quantized:
-            there = (layer, fmt) not in lacking
-            have, of, size = held.get(fmt.name, (0, 0, 0))
-            held[fmt.name] = (have + there, of + 1, size + there * fmt.layer_bytes(layer))
-    return held
-
-
-def check_formats(quantizer: Quantizer, wanted: Iterable[tuple[Layer, Format]]) -> None:
-    """Raise `UsageError` for a format that the quantizer or a layer's shape cannot take."""
-    for layer, fmt in wanted:
-        if fmt.quantized and not quantizer.makes(fmt):
-            raise UsageError(
-                f"quantizer '{quantizer.name}' does not make format '{fmt.name}'; use another, or "
-                "leave the format out of the space"
-            )
-        if layer.rows % fmt.side_multiple or layer.columns % fmt.side_multiple:
-            raise UsageError(
-                f"format '{fmt.name}' cannot hold layer '{layer.name}': its {layer.rows} x "
-                f"{layer.columns} weights are no multiples of {fmt.side_multiple} on both sides; "
-                "give it bf16 by a rule of the space"
-            )
-        if not fmt.fits(layer):
-            raise UsageError(
-                f"format '{fmt.name}' cannot hold layer '{layer.name}': groups of "
-                f"{fmt.group_size} do not divide its {layer.columns} columns; use "
-                f"{_nearest_fit(fmt, layer).name}, or give the layer bf16 by a rule of the space"
-            )
-
-
-def _nearest_fit(fmt: Format, layer: Layer) -> Format:
-    """The same kind of format with the largest groups below its own that divide the columns."""
-    alike = [
-        other
-        for other in FORMATS.values()
-        if (other.container, other.bits, other.symmetric, other.number, other.packed)
-        == (fmt.container, fmt.bits, fmt.symmetric, fmt.number, fmt.packed)
-        and other.fits(layer)
-        and (other.group_size or 0) < (fmt.group_size or 0)
-    ]
-    return max(alike, key=lambda other: other.group_size or 0)
+def _warn(unused: int, layers: int) -> None:
+    if unused:
+        log.warning(
+            "%d of %d layers have input columns that the calibration text never uses; their "
+            "weights there become zero",
+            unused,
+            layers,
+        )
 
 
 @contextmanager
@@ -114,6 +81,9 @@ class Bank:
         quantizer: decides codes and scales.
         calibration: for quantizers that need inputs.
         root: folder of all banks.
+        in_order: `digest_of` the one assignment that this bank holds, if its layers are quantized
+            one after another, each by what it reads when those before it are quantized. Otherwise
+            every layer is quantized on its own, by what it reads in the reference.
     """
 
     def __init__(
@@ -122,9 +92,11 @@ class Bank:
         quantizer: Quantizer,
         calibration: Calibration | None = None,
         root: Path | None = None,
+        in_order: str = "",
     ):
         self.model = model
         self.quantizer = quantizer
+        self.in_order = in_order
         self.calibration = calibration or Calibration()
         self._layers = {layer.name: layer for layer in model.every_layer}
         key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
@@ -147,7 +119,8 @@ class Bank:
         if not containers:
             raise RunError(f"the weights were quantized by '{name}', which is not known here")
         recipe = settings.get("calibration", {})
-        bank = cls(model, get_quantizer(name, containers[0]), Calibration.of(recipe))
+        quantizer, in_order = get_quantizer(name, containers[0]), str(settings.get("in_order", ""))
+        bank = cls(model, quantizer, Calibration.of(recipe), in_order=in_order)
         if bank.settings != settings:
             raise RunError(
                 f"the weights were quantized with {json.dumps(settings)} and this installation "
@@ -164,6 +137,8 @@ class Bank:
         }
         if self.quantizer.calibrated:
             settings["calibration"] = dict(self.calibration.settings)
+        if self.in_order:
+            settings["in_order"] = self.in_order
         return settings
 
     def path(self, layer: str, fmt: Format) -> Path:
@@ -202,7 +177,13 @@ class Bank:
             ResourceError: the disk is or becomes too small; finished files stay.
             CheckError: NaN at a layer's input, or a quantizer that returned something else than
                 its format stores.
+            RunError: a bank quantized in order is asked for another assignment than its own.
         """
+        wanted = list(wanted)
+        if self.in_order and digest_of(wanted) != self.in_order:
+            raise RunError(
+                f"'{self.folder}' holds the codes of another assignment; refine this one"
+            )
         missing: dict[str, list[Format]] = {}
         for layer, fmt in self.missing(wanted):
             missing.setdefault(layer.name, []).append(fmt)
@@ -222,6 +203,9 @@ class Bank:
                 "MPSEARCH_HOME to a folder that can be written"
             ) from None
         write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=1))
+        if self.in_order:
+            self._build_in_order(wanted, report)
+            return
         statistics = self._statistics(report)
         if estimated is not None:
             missing, seconds = self._time(missing, statistics, report)
@@ -239,23 +223,38 @@ class Bank:
         statistics = input_statistics(
             self.model, text, lambda done, total: report("calibration", done, total)
         )
-        unused = 0
-        for name, seen in statistics.items():
-            diagonal = seen.gram.diagonal()
-            if bad := int((~diagonal.isfinite()).sum()):
-                raise CheckError(
-                    f"the inputs of '{name}' are NaN or infinite in {bad} of {len(diagonal)} "
-                    "columns on the calibration text; the model or the text is broken"
-                )
-            unused += bool((diagonal == 0).any())
-        if unused:
-            log.warning(
-                "%d of %d layers have input columns that the calibration text never uses; their "
-                "weights there become zero",
-                unused,
-                len(statistics),
-            )
+        _warn(check_statistics(statistics), len(statistics))
         return statistics
+
+    def _build_in_order(self, wanted: Wanted, report: Report) -> None:
+        """Quantize layer after layer, each behind those before it; the reference is restored.
+
+        What an earlier process has finished is put in place and not quantized again.
+        """
+        stage = f"re-quantizing in order ({self.quantizer.name})"
+        formats = {layer.name: fmt for layer, fmt in wanted if fmt.quantized}
+        report("calibration text", 0, 1)
+        tokens = calibration_tokens(self.model, self.calibration)
+        report("calibration text", 1, 1)
+        with Claims(self.folder) as claims:
+            while not claims.take(0):
+                time.sleep(0.5)  # another process has this assignment
+            missing = {layer.name for layer, _ in self.missing(wanted)}
+            order = reading_order(self.model, tokens[:1])
+            done, unused = 0, 0
+            report(stage, done, len(missing))
+            try:
+                for names, statistics in inputs_in_order(self.model, tokens, order, missing):
+                    unused += check_statistics(statistics)
+                    for name in names:
+                        if fmt := formats.get(name):
+                            self._quantize(name, [fmt], statistics.get(name))
+                            self.model.places[name].put(self.weight(name, fmt))
+                    done += len(missing.intersection(names))
+                    report(stage, done, len(missing))
+            finally:
+                self.model.restore()
+        _warn(unused, len(missing))
 
     def _time(
         self,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def find_blocks(module: Any, layers: Iterable[str]) -> list[nn.Module]:
@@ -48,3 +50,40 @@ def returning(blocks: Sequence[nn.Module], output: Any) -> Iterator[None]:
     finally:
         for block in blocks:
             vars(block).pop("forward", None)  # the class's own shows again
+
+
+def hand_on_all(
+    blocks: Sequence[nn.Module], states: Sequence[Any], run: Callable[[], object]
+) -> bool:
+    """Whether each block but the first needs nothing but what the one before it returned.
+
+    Each is run alone and must return the same to the bit. Not so where a block reads what an
+    earlier one left elsewhere, such as its keys and values.
+
+    Args:
+        states: what the blocks return in a whole pass.
+        run: that pass.
+    """
+    try:
+        for block, (before, after) in zip(blocks[1:], pairwise(states), strict=True):
+            others = [other for other in blocks if other is not block]
+            with returning(others, before), recorded([block]) as alone:
+                run()
+            if not _same(alone[0], after):
+                return False
+    except LookupError:  # what an earlier block should have left is not there
+        return False
+    return True
+
+
+def parts(output: Any) -> tuple[Any, ...]:
+    """What a block returned, one thing or several."""
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two outputs of a block are equal to the bit."""
+    return len(parts(a)) == len(parts(b)) and all(
+        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y
+        for x, y in zip(parts(a), parts(b), strict=True)
+    )

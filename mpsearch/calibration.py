@@ -7,7 +7,7 @@ decides it, so the bank can name it before it exists.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mpsearch.errors import UsageError
-from mpsearch.layers import Layer
+from mpsearch.errors import CheckError, UsageError
 from mpsearch.models import Model
 from mpsearch.places import expert_inputs
 from mpsearch.quantizers import InputStatistics
+
+BATCH = 8  # sequences
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ def calibration_tokens(model: Model, recipe: Calibration) -> Tensor:
     """
     if recipe.digest and not recipe.text:
         raise UsageError(
-            "these weights were calibrated on a text file and are not all in the bank; build it "
-            "with 'mpsearch bank' and the same --calibration file"
+            "these weights were calibrated on a text file and are not all in the bank; make "
+            "them with 'mpsearch bank', or 'mpsearch refine', and the same --calibration file"
         )
     if not recipe.text:
         return sample_text(model, recipe)
@@ -121,10 +122,13 @@ class WatchedInputs:
 
     Args:
         model: watched from entering until leaving as a context manager.
+        names: of the layers to watch, all by default.
     """
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Model, names: Collection[str] | None = None):
         self._model = model
+        readers = (*model.layers, *([model.head] if model.head else []))
+        self._read = {r.name: r for r in readers if names is None or r.name in names}
         self._grams: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._leader_of: dict[str, str] = {}
@@ -134,8 +138,8 @@ class WatchedInputs:
     def __enter__(self) -> WatchedInputs:
         stacks: set[str] = set()
         modules = self._model.module
-        for layer in self._read:
-            name, place = layer.name, self._model.places[layer.name]
+        for name in self._read:
+            place = self._model.places[name]
             if place.expert is None:
                 hook = self._watch(name)
                 self._hooks.append(modules.get_submodule(name).register_forward_pre_hook(hook))
@@ -155,15 +159,10 @@ class WatchedInputs:
             hook.remove()
 
     @property
-    def _read(self) -> tuple[Layer, ...]:
-        """The layers that read vectors."""
-        return (*self._model.layers, *([self._model.head] if self._model.head else []))
-
-    @property
     def statistics(self) -> dict[str, InputStatistics]:
         """What was seen so far, by layer."""
         found = {}
-        for layer in self._read:
+        for layer in self._read.values():
             name = self._leader_of.get(layer.name, layer.name)
             seen = self._grams.get(name)
             gram = torch.eye(layer.columns, device=self._model.device) if seen is None else seen
@@ -193,10 +192,16 @@ class WatchedInputs:
     def _watch_experts(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             for expert, of_first, of_down in expert_inputs(module, inputs[0], inputs[1]):
-                self.add(f"{path}.{expert}.up_proj", of_first)
-                self.add(f"{path}.{expert}.down_proj", of_down)
+                for part, read in (("up_proj", of_first), ("down_proj", of_down)):
+                    if (name := f"{path}.{expert}.{part}") in self._read:
+                        self.add(name, read)
 
         return hook
+
+
+def batches(tokens: Tensor) -> list[Tensor]:
+    """Of `(sequences, length)` tokens those that run through the model together."""
+    return [tokens[start : start + BATCH] for start in range(0, len(tokens), BATCH)]
 
 
 @torch.no_grad()
@@ -211,10 +216,29 @@ def input_statistics(
         tokens: `(sequences, length)`.
         report: called with sequences done and in all.
     """
+    done = 0
     with WatchedInputs(model) as seen:
-        for start in range(0, len(tokens), 8):
-            output = model.module.get_decoder()(tokens[start : start + 8], use_cache=False)
+        for batch in batches(tokens):
+            output = model.module.get_decoder()(batch, use_cache=False)
             if model.head:
                 seen.add(model.head.name, output.last_hidden_state)
-            report(min(start + 8, len(tokens)), len(tokens))
+            report(done := done + len(batch), len(tokens))
     return seen.statistics
+
+
+def check_statistics(statistics: Mapping[str, InputStatistics]) -> int:
+    """How many layers have an input column that was zero at every token.
+
+    Raises:
+        CheckError: an input was NaN or infinite.
+    """
+    unused = 0
+    for name, seen in statistics.items():
+        diagonal = seen.gram.diagonal()
+        if bad := int((~diagonal.isfinite()).sum()):
+            raise CheckError(
+                f"the inputs of '{name}' are NaN or infinite in {bad} of {len(diagonal)} "
+                "columns on the calibration text; the model or the text is broken"
+            )
+        unused += bool((diagonal == 0).any())
+    return unused

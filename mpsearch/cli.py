@@ -13,7 +13,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mpsearch import __version__, commands, export_commands, fit_commands, recall_commands
+from mpsearch import (
+    __version__,
+    commands,
+    export_commands,
+    fit_commands,
+    recall_commands,
+    refine_commands,
+)
 from mpsearch.errors import EXIT_INTERRUPTED, MpsearchError, ResourceError, UsageError
 
 
@@ -78,6 +85,8 @@ def _exhausted(error: BaseException) -> str | None:
 
 
 def _resume_hint(args: argparse.Namespace) -> str:
+    if args.command is refine_commands.refine:
+        return refine_commands.resume_hint(args)
     if args.command is not commands.search or not (Path(args.out) / "run.json").exists():
         return ""
     from mpsearch.run import Run
@@ -195,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument(
         "--sensitivity", metavar="FILE", help="the table that holds it (the run's own)"
     )
+    refine_commands.add_commands(add)
     export_commands.add_commands(add)
     recall_commands.add_commands(add)
     fit_commands.add_commands(add)

@@ -100,9 +100,10 @@ def bank(args: argparse.Namespace) -> None:
 
     space_file, calibration = _space(args), _calibration(args)
     model = _model(args)
-    from mpsearch.bank import Bank, holdings
+    from mpsearch.bank import Bank
     from mpsearch.evaluate import all_layers
     from mpsearch.quantizers import get_quantizer
+    from mpsearch.wanted import holdings
 
     space = space_file.resolve(model)
     bank = Bank(model, get_quantizer(args.quantizer, space.target.container), calibration)

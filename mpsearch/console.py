@@ -213,6 +213,8 @@ def show_front(run: Run, front: ParetoFront) -> None:
             f"Noise floor (the reference against itself, packed otherwise): {floor:.2g} nats of "
             "mean answer loss; ~ marks what is below it."
         )
+    for gain in filter(None, (point.gain for point in front.points)):
+        emit(gain)
     emit(front.verdict)
     if found := outcome(run):
         emit(found.verdict)
@@ -286,6 +288,8 @@ def show_point(run: Run, point: Point) -> None:
         f"validation facts: recall {plus_minus(point.recall, 100, 1)} %, answer loss "
         f"{plus_minus(point.answer_loss)} nats, KL {point.kl_nats:.3f} nats"
     )
+    if point.gain:
+        emit(point.gain)
     if point.text is not None:
         emit(
             f"held-out text: KL {plus_minus(point.text.kl)} nats a token, perplexity "

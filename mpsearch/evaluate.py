@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank
 from mpsearch.estimates import Estimate, relation_mean
-from mpsearch.formats import BF16, Format
+from mpsearch.formats import Format
 from mpsearch.layers import Layer
 from mpsearch.recall import RecallProxy
 from mpsearch.scores import FactScores
@@ -44,6 +45,8 @@ class Evaluation:
 class Bench:
     """A model on which assignments are put in place one after another.
 
+    Their weights come from one bank, those of a refined assignment from its own.
+
     Swapping points a layer at another tensor of the bank (an expert's is copied into its stack):
     only layers whose format changed are touched, and the reference's own tensors are never written
     to. Use it as a context manager; it leaves the reference in place, whatever happens.
@@ -52,7 +55,9 @@ class Bench:
     def __init__(self, space: ResolvedSpace, bank: Bank):
         self.space = space
         self.bank = bank
-        self._in_place: dict[str, str] = {}
+        self._banks: dict[str, Bank] = {}
+        # Layer to what names the weight that it holds; None for its reference weight.
+        self._in_place: dict[str, Hashable] = {}
         self.swapped_layers = 0
 
     def __enter__(self) -> Bench:
@@ -68,22 +73,30 @@ class Bench:
 
     def put(self, assignment: Mapping[str, str]) -> None:
         """Give every layer the weight of its assigned format."""
+        bank = self._bank_of(assignment)
         for layer, fmt in self.space.layer_formats(assignment).items():
-            if self._in_place.get(layer, BF16.name) != fmt.name:
-                weight = self.bank.weight(layer, fmt)
+            name = (bank.folder, fmt.name) if fmt.quantized else None
+            if self._in_place.get(layer) != name:
+                weight = bank.weight(layer, fmt)
                 # Recorded first: an interrupt in between then makes restore() undo it.
-                self._in_place[layer] = fmt.name
+                self._in_place[layer] = name
                 self.bank.model.places[layer].put(weight)
                 self.swapped_layers += 1
 
     @property
     def held(self) -> dict[str, Hashable]:
         """Layer to bank and format, of those that do not hold their reference weights."""
-        return {
-            layer: (self.bank.folder, name)
-            for layer, name in self._in_place.items()
-            if name != BF16.name
-        }
+        return {layer: name for layer, name in self._in_place.items() if name is not None}
+
+    def _bank_of(self, assignment: Mapping[str, str]) -> Bank:
+        if not isinstance(assignment, Assignment) or not assignment.refined:
+            return self.bank
+        if assignment.bank not in self._banks:
+            bank = Bank.of(self.bank.model, json.loads(assignment.bank))
+            self.restore()  # under what is built, if it is not there any more
+            bank.build(quantized_layers(self.space, assignment))
+            self._banks[assignment.bank] = bank
+        return self._banks[assignment.bank]
 
     def restore(self) -> None:
         """Give every layer its reference weight."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpsearch.errors import CheckError, RunError, UsageError
+from mpsearch.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
     from mpsearch.verify import Verification
@@ -47,19 +47,10 @@ def export(args: argparse.Namespace) -> None:
     from mpsearch.export import check_out, export, tensor_bytes
 
     check_out(Path(args.out), args.overwrite)
-    from mpsearch.awq import fold
-    from mpsearch.models import load_model
+    from mpsearch.searched import searched_model
 
-    model = load_model(run.question["model"])
-    if run.preparation:
-        model = fold(model, run.preparation)
-    if model.fingerprint != run.question["fingerprint"]:
-        raise RunError(
-            f"'{run.question['model']}' is not the model that '{args.run}' searched: its weights "
-            "have changed; search again"
-        )
     out = export(
-        model,
+        searched_model(run),
         point.assignment,
         to=args.to or run.space.target.name,
         out=args.out,

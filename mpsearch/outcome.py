@@ -1,7 +1,11 @@
-"""What the test facts say of the pick: they are read once, when everything is chosen."""
+"""What the test facts say of the pick: they are read once, when everything is chosen.
+
+A point that was refined later and became the pick is another look at them, and is called so.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +19,7 @@ from mpsearch.run import Run
 
 @dataclass(frozen=True)
 class Gain:
-    """By how much the pick beats a simple allocation within the same budget.
+    """By how much the pick beats a simple allocation within the budget, or what it refines.
 
     Attributes:
         kind, id, stored_bytes: of the rival.
@@ -45,8 +49,10 @@ class Outcome:
     Attributes:
         recall: contrastive.
         answer_loss: nats.
-        gains: over the best uniform, greedy and knapsack allocation within the budget.
+        gains: over the best uniform, greedy and knapsack allocation within the budget, and over
+            the point that the pick refines.
         reference_recall: of the unquantized model.
+        looks: how many picks have been read on these facts by now.
     """
 
     id: str
@@ -55,6 +61,7 @@ class Outcome:
     answer_loss: Interval
     reference_recall: float
     gains: tuple[Gain, ...]
+    looks: int = 1
 
     @property
     def verdict(self) -> str:
@@ -66,6 +73,11 @@ class Outcome:
         )
         if self.gains:
             said += " Gain over " + "; ".join(map(str, self.gains)) + "."
+        if self.looks > 1:
+            said += (
+                f" {self.looks} picks have been read on these test facts. Each was chosen on "
+                "validation facts, so this holds unless what an earlier one showed led to refining."
+            )
         return said
 
     def to_json(self) -> dict[str, Any]:
@@ -76,7 +88,8 @@ def outcome(run: Run) -> Outcome | None:
     """Of a run's pick; None where the test facts have not been read for it."""
     front = run.front()
     pick = front.pick
-    scores = {(score.partition, score.assignment): score for score in run.scores()}
+    every = run.scores()
+    scores = {(score.partition, score.assignment): score for score in every}
     if pick is None or "reference_test" not in run.content:
         return None
     test = scores.get(("test", pick.assignment))
@@ -107,4 +120,14 @@ def outcome(run: Run) -> Outcome | None:
             for rival in rivals(front, run.budget_bytes)
             if ("test", rival.assignment) in scores
         ),
+        _looks([score for score in every if score.partition == "test"]),
     )
+
+
+def _looks(read: Sequence[Score]) -> int:
+    """How many picks are among the scores on test facts, in the order of their reading.
+
+    A pick is read before its rivals, and refined ones are read as picks only.
+    """
+    return len({score.assignment for place, score in enumerate(read)
+                if place == 0 or score.assignment.refined})  # fmt: skip

@@ -25,6 +25,7 @@ _MARKS: dict[str, dict[str, Any]] = {
     "greedy": {"marker": "^", "markerfacecolor": "0.75", "markersize": 7},
     "knapsack": {"marker": "D", "markerfacecolor": "0.75", "markersize": 6},
     "search": {"marker": "o", "markerfacecolor": "black", "markersize": 5},
+    "refined": {"marker": "*", "markerfacecolor": "black", "markersize": 9},
 }
 _FILES = (".png", ".svg", ".pdf")
 

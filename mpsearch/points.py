@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,7 +21,7 @@ class Score:
     """One assignment's values on one partition's facts, as stored.
 
     Attributes:
-        kind: uniform, greedy, knapsack or search; `reference` for the unquantized model.
+        kind: uniform, greedy, knapsack, search or refined; `reference` for the unquantized model.
         loss_per_fact: answer loss in nats.
         correct: contrastive, or None where distractors were not asked.
         text: beside validation facts held-out text, beside search facts search text where the run
@@ -47,6 +48,8 @@ class Point:
             size, paired by fact; None if there is none.
         over_text_kl: whether it breaks the run's limit of KL on search text; such a point is shown
             and never recommended.
+        against_parent: of a refined point: answer loss minus that of the point it came from,
+            paired by fact; None if that one was not scored.
     """
 
     id: str
@@ -60,6 +63,23 @@ class Point:
     against_uniform: Estimate | None
     score: Score
     over_text_kl: bool = False
+    against_parent: Estimate | None = None
+
+    @property
+    def parent(self) -> str:
+        """The id of the point that this one refines; empty if it refines none."""
+        return self.assignment.parent.id if self.assignment.refined else ""
+
+    @property
+    def gain(self) -> str:
+        """A sentence about what refining gained; empty if this point refines none."""
+        change = self.against_parent
+        if change is None:
+            return ""
+        quantizer = json.loads(self.assignment.bank)["quantizer"]
+        said = f"{self.id} refines {self.parent} by {quantizer} in order: answer loss "
+        said += f"{change.mean:+.3f} +- {change.stderr:.3f} nats, paired by validation fact"
+        return f"{said}." if change.significant else f"{said}, no significant change."
 
     @property
     def text(self) -> TextScores | None:
@@ -79,6 +99,8 @@ class Point:
             "text_kl_nats": self.text and asdict(self.text.kl),
             "perplexity": self.text and self.text.perplexity,
             "over_text_kl": self.over_text_kl,
+            "parent": self.parent or None,
+            "against_parent_nats": self.against_parent and asdict(self.against_parent),
         }
 
 
@@ -87,12 +109,12 @@ class ParetoFront:
     """All points that were scored on validation facts, by rising size.
 
     Attributes:
-        points: baselines and finalists.
+        points: baselines, finalists and refined ones.
         pareto_ids: of those within the run's limit of text KL that no other such point dominates
             in (bytes, answer loss).
         pick: recommended under the run's budget and limit: the lowest answer loss, but a simple
-            allocation unless a searched one beats the best simple one beyond noise. None if nothing
-            fits.
+            allocation unless a searched one beats the best simple one beyond noise, and none that
+            was refined unless it beats that one beyond noise. None if nothing fits.
         verdict: one plain sentence about search against simple allocations.
     """
 
@@ -126,13 +148,19 @@ def coordinates(point: Point) -> tuple[float, float]:
 
 
 def rivals(front: ParetoFront, budget_bytes: int) -> list[Point]:
-    """The best simple allocation of each kind within the budget, the pick itself left out."""
+    """The best simple allocation of each kind within the budget, and the point that the pick
+    refines; the pick itself is left out.
+    """
     found = []
     for kind in SIMPLE_KINDS:
         mine = [point for point in front.points if point.kind == kind and not point.over_text_kl]
         best = best_under(mine, coordinates, budget_bytes)
         if best is not None and (front.pick is None or best.id != front.pick.id):
             found.append(best)
+    if front.pick is not None:
+        known = {front.pick.id, *(point.id for point in found)}
+        parent = front.pick.parent
+        found += [point for point in front.points if point.id == parent and parent not in known]
     return found
 
 
@@ -144,6 +172,24 @@ def recommend(
     Args:
         relations: of the validation facts.
     """
+    pick, verdict = _recommend_unrefined(points, relations, budget_bytes)
+    refined = [point for point in points if point.parent]
+    best = best_under(refined, coordinates, budget_bytes)
+    if best is None:
+        return pick, verdict
+    if pick is None:
+        return best, "Only refined points fit."
+    gain = paired_difference(pick.score.loss_per_fact, best.score.loss_per_fact, relations)
+    figures = f"({gain.mean:+.3f} +- {gain.stderr:.3f} nats on validation facts)"
+    if gain.mean > 0 and gain.significant:
+        verdict += f" The refined {best.id} beats it {figures} and is recommended instead."
+        return best, verdict
+    return pick, f"{verdict} The refined {best.id} does not beat it beyond noise {figures}."
+
+
+def _recommend_unrefined(
+    points: Sequence[Point], relations: Sequence[str], budget_bytes: int
+) -> tuple[Point | None, str]:
     simple = [point for point in points if point.kind in SIMPLE_KINDS]
     best_simple = best_under(simple, coordinates, budget_bytes)
     searched = [point for point in points if point.kind == "search"]

@@ -14,13 +14,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mpsearch.blocks import find_blocks, recorded, returning
+from mpsearch.blocks import find_blocks, hand_on_all, parts, recorded, returning
 from mpsearch.device import available_memory_bytes
 from mpsearch.forward import Pass
 from mpsearch.layers import Layer, LayerGroup
@@ -118,30 +117,15 @@ class Reuse:
         if not blocks or len(states) != len(blocks):
             return []
         self._state_bytes = work.tokens * _bytes(states[0]) // row.inputs["input_ids"].shape[1]
+        decoder = work.model.module.get_decoder()
+        if not hand_on_all(blocks, states, lambda: decoder(**row.inputs, use_cache=False)):
+            return []
         try:
-            for block, (before, after) in zip(blocks[1:], pairwise(states), strict=True):
-                others = [other for other in blocks if other is not block]
-                with returning(others, before), recorded([block]) as alone:
-                    work.model.module.get_decoder()(**row.inputs, use_cache=False)
-                if not _same(alone[0], after):
-                    return []
             with returning(blocks, states[-1]):
                 return blocks if torch.equal(work.logits(row), logits) else []
         except LookupError:  # what an earlier block should have left is not there
             return []
 
 
-def _parts(output: Any) -> tuple[Any, ...]:
-    return output if isinstance(output, tuple) else (output,)
-
-
 def _bytes(output: Any) -> int:
-    return sum(part.nbytes for part in _parts(output) if isinstance(part, Tensor))
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two outputs of a block are equal to the bit."""
-    return len(_parts(a)) == len(_parts(b)) and all(
-        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y
-        for x, y in zip(_parts(a), _parts(b), strict=True)
-    )
+    return sum(part.nbytes for part in parts(output) if isinstance(part, Tensor))

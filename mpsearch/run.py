@@ -35,7 +35,8 @@ from mpsearch.space import ResolvedSpace, Rule, SearchSpace
 from mpsearch.targets import TARGETS
 
 VERSION = 1
-# Of a line of evaluations.jsonl; `text` is missing in those of older runs.
+# Of a line of evaluations.jsonl; `text` is missing in those of older runs, and those of refined
+# assignments have the settings of their bank as `refined`.
 _SCORE_KEYS = {
     *("assignment", "kind", "partition", "loss_per_fact", "kl_nats", "top1", "correct", "seconds"),
 }
@@ -170,6 +171,8 @@ class Run:
     def add(self, score: Score) -> None:
         """Append an evaluation. Raises `ResourceError` when the disk is full."""
         line = {**asdict(score), "assignment": dict(score.assignment)}
+        if score.assignment.refined:
+            line["refined"] = json.loads(score.assignment.bank)
         try:
             with open(self._evaluations, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line, separators=(",", ":")) + "\n")
@@ -238,7 +241,10 @@ class Run:
         return relations
 
     def points(self, partition: str = "validation") -> tuple[Point, ...]:
-        """Every assignment scored on a partition with distractors, by size, then loss."""
+        """Every assignment scored on a partition with distractors, by size, then loss.
+
+        Refined ones follow the one that they come from.
+        """
         relations = self.content.get("asked", {}).get(partition, [])
         every = self.scores()
         scores = {
@@ -268,6 +274,12 @@ class Run:
                 against = paired_difference(
                     score.loss_per_fact, scores[rival].loss_per_fact, relations
                 )
+            parent = scores.get(score.assignment.parent)
+            against_parent = None
+            if score.assignment.refined and parent is not None:
+                against_parent = paired_difference(
+                    score.loss_per_fact, parent.loss_per_fact, relations
+                )
             return Point(
                 score.assignment.id,
                 score.kind,
@@ -280,9 +292,16 @@ class Run:
                 against,
                 score,
                 limit is not None and text_kl.get(score.assignment, inf) > limit,
+                against_parent,
             )
 
-        return tuple(sorted((point(score) for score in scores.values()), key=coordinates))
+        found = {assignment: point(score) for assignment, score in scores.items()}
+
+        def place(point: Point) -> tuple[object, ...]:
+            origin = found.get(point.assignment.parent, point)
+            return (*coordinates(origin), origin.id, point is not origin, coordinates(point))
+
+        return tuple(sorted(found.values(), key=place))
 
     def front(self) -> ParetoFront:
         """The validation table with its front, the pick and the verdict.
@@ -330,9 +349,11 @@ class Run:
 
 
 def _score(line: dict[str, Any], bank: str) -> Score:
-    correct = line["correct"]
+    correct, refined = line["correct"], "refined" in line
+    if refined:
+        bank = json.dumps(line["refined"], sort_keys=True)
     return Score(
-        Assignment.of(line["assignment"], bank),
+        Assignment.of(line["assignment"], bank, refined),
         line["kind"],
         line["partition"],
         tuple(line["loss_per_fact"]),

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from mpsearch.asked import asked_facts
 from mpsearch.assignment import Assignment
+from mpsearch.bank import Report
 from mpsearch.estimates import relation_mean
 from mpsearch.evaluate import Bench, Evaluation
 from mpsearch.facts import FactSet
 from mpsearch.guard import TextGuard
 from mpsearch.models import Model
-from mpsearch.points import Score
+from mpsearch.points import Score, rivals
 from mpsearch.recall import RecallProxy
 from mpsearch.run import Run
 from mpsearch.slopes import EVALUATIONS, measure_slopes
@@ -117,6 +118,18 @@ class Scorer:
         self._run.add(score)
         self._cache[partition, assignment] = score
         return score
+
+    def read_test(self, report: Report) -> None:
+        """Read the test facts: for the pick, its rivals that fit, and the reference."""
+        front = self._run.front()
+        if front.pick is None:
+            return
+        asked = [front.pick, *rivals(front, self._run.budget_bytes)]
+        for index, point in enumerate(asked):
+            report("test facts", index, len(asked))
+            self.score(point.assignment, point.kind, "test")
+        self.record_reference("test")
+        report("test facts", len(asked), len(asked))
 
     def record_reference(self, partition: str) -> None:
         """Write the reference's own answers, noise floor and perplexity beside the candidates'."""

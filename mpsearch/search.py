@@ -24,7 +24,7 @@ from mpsearch.asked import (
     known_facts,
     tokens_asked,
 )
-from mpsearch.bank import Bank, Report, check_formats, silent
+from mpsearch.bank import Bank, Report, silent
 from mpsearch.budget import DeviceBudget
 from mpsearch.calibration import Calibration
 from mpsearch.device import require_disk, require_memory
@@ -43,6 +43,7 @@ from mpsearch.sensitivity import measure_sensitivity
 from mpsearch.space import ResolvedSpace, SearchSpace
 from mpsearch.study import FINALISTS, SPREAD, TRIAL_COST, SearchStudy
 from mpsearch.text import Text
+from mpsearch.wanted import check_formats
 from mpsearch.wish import TRIALS, Wish, check_wish
 
 log = logging.getLogger(__name__)
@@ -195,7 +196,11 @@ class _Search:
             pace["seconds"] / pace["tokens"],
             tokens_asked(run, self.model, self.facts, self.text),
             self._plan,
-            Counter((score.partition, score.kind == "search") for score in run.scores()),
+            Counter(
+                (score.partition, score.kind == "search")
+                for score in run.scores()
+                if not score.assignment.refined
+            ),
             bank_seconds,
             self.wish.seconds,
             (run.folder / "sensitivity.json").exists(),

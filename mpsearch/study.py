@@ -18,7 +18,7 @@ from mpsearch.bank import Report
 from mpsearch.errors import CheckError
 from mpsearch.front import pareto_front
 from mpsearch.journal import assignment_of, counts, open_study, tried
-from mpsearch.points import Score, rivals
+from mpsearch.points import Score
 from mpsearch.run import Run
 from mpsearch.samplers import (
     HOPELESS_LOSS,
@@ -231,17 +231,9 @@ class SearchStudy:
         self.report("finalists on validation facts", len(chosen), len(chosen))
 
     def test(self) -> None:
-        """Read the test facts: for the pick, its simple rivals that fit, and the reference."""
+        """Read the test facts, now that everything is chosen."""
         self.scorer.record_reference("validation")
-        front = self.run.front()
-        if front.pick is None:
-            return
-        asked = [front.pick, *rivals(front, self.run.budget_bytes)]
-        for index, point in enumerate(asked):
-            self.report("test facts", index, len(asked))
-            self.scorer.score(point.assignment, point.kind, "test")
-        self.scorer.record_reference("test")
-        self.report("test facts", len(asked), len(asked))
+        self.scorer.read_test(self.report)
 
 
 def _spread_out(entries: Sequence[Assignment], most: int) -> list[Assignment]:

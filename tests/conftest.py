@@ -34,11 +34,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from mpsearch import cli
-from mpsearch.bank import Wanted
 from mpsearch.facts import FactSet
 from mpsearch.formats import FORMATS
 from mpsearch.models import Model, from_module, load_model
 from mpsearch.space import ResolvedSpace, SearchSpace
+from mpsearch.wanted import Wanted
 
 ANSWERS = {
     "color": ["red", "green", "blue", "white", "black", "brown"],

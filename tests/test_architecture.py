@@ -34,8 +34,11 @@ WITH_TORCH = (
     *(
         "codecs",
         "quantizers",
+        "wanted",
         "calibration",
+        "in_order",
         "awq",
+        "searched",
         "tensor_files",
         "bank",
         "guard",
@@ -56,19 +59,20 @@ WITH_TORCH = (
         "journal",
         "study",
         "search",
+        "refine",
         "plot",
         "export",
         "doctor",
         "console",
     ),
     *("served", "recall_tables", "recall_commands", "fit_tables", "fit_commands"),
-    *("export_commands", "commands", "cli"),
+    *("refine_commands", "export_commands", "commands", "cli"),
 )
 ORDER = (*WITHOUT_TORCH, *WITH_TORCH)
 LIGHT = (
     *WITHOUT_TORCH,
     *("plot", "console", "recall_tables", "recall_commands", "fit_tables", "fit_commands"),
-    *("export_commands", "commands", "cli"),
+    *("refine_commands", "export_commands", "commands", "cli"),
 )
 HEAVY = {"torch", "transformers", "optuna"}
 MOST_LINES = 450
@@ -203,11 +207,11 @@ def test_the_exported_names_are_these() -> None:
         *("Assignment", "Bank", "Fact", "FactSet", "Format", "Layer", "LayerGroup"),
         *("LevelSwitchSampler", "Model", "MpsearchError", "ParetoFront", "RecallProxy", "Run"),
         *("SearchSpace", "Sensitivity", "__version__", "export", "load_model"),
-        *("measure_sensitivity", "plot", "search", "verify"),
+        *("measure_sensitivity", "plot", "refine", "search", "verify"),
     ]
 
 
-@pytest.mark.parametrize("name", ["search", "export", "plot", "verify"])
+@pytest.mark.parametrize("name", ["search", "export", "plot", "refine", "verify"])
 def test_a_function_stays_the_function_when_its_module_is_imported(name: str) -> None:
     module = importlib.import_module(f"mpsearch.{name}")
     assert callable(getattr(mpsearch, name))

@@ -12,7 +12,7 @@ from conftest import tiny_family
 from safetensors.torch import load_file
 
 from mpsearch import bank as bank_module
-from mpsearch.bank import Bank, Wanted, holdings
+from mpsearch.bank import Bank
 from mpsearch.calibration import Calibration
 from mpsearch.codecs import decode
 from mpsearch.errors import CheckError
@@ -21,6 +21,7 @@ from mpsearch.formats import BF16, FORMATS, Format
 from mpsearch.models import Model
 from mpsearch.quantizers.rounding import Rounding
 from mpsearch.space import ResolvedSpace
+from mpsearch.wanted import Wanted, holdings
 
 
 def data_bytes(path: Path) -> int:

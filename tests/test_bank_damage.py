@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mpsearch import tensor_files
-from mpsearch.bank import Bank, Wanted
+from mpsearch.bank import Bank
 from mpsearch.errors import CheckError, MpsearchError, ResourceError
 from mpsearch.models import Model
 from mpsearch.quantizers.rounding import Rounding
+from mpsearch.wanted import Wanted
 
 
 def test_a_kill_in_the_middle_costs_only_the_layer_it_hit(

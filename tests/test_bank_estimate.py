@@ -13,10 +13,11 @@ from banks import INT2, INT4, Counting, Stored, weights_in
 from torch import Tensor
 
 from mpsearch import bank as bank_module
-from mpsearch.bank import Bank, Wanted
+from mpsearch.bank import Bank
 from mpsearch.formats import Format
 from mpsearch.models import Model
 from mpsearch.quantizers import InputStatistics
+from mpsearch.wanted import Wanted
 
 
 class Clocked(Counting):

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from banks import Counting, Stored, unfinished_in, weights_in
 
-from mpsearch.bank import Bank, Wanted
+from mpsearch.bank import Bank
 from mpsearch.models import Model
+from mpsearch.wanted import Wanted
 
 
 def in_processes(count: int, work: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ from banks import INT2, Calibrated, Counting, files, unfinished_in, weights_in
 from torch import Tensor
 
 from mpsearch import bank as bank_module
-from mpsearch.bank import Bank, Wanted, check_formats
+from mpsearch.bank import Bank
 from mpsearch.calibration import Calibration
 from mpsearch.errors import CheckError, UsageError
 from mpsearch.formats import BF16, FORMATS
@@ -19,6 +19,7 @@ from mpsearch.layers import Layer
 from mpsearch.models import Model
 from mpsearch.quantizers import InputStatistics
 from mpsearch.quantizers.rounding import Rounding
+from mpsearch.wanted import Wanted, check_formats
 
 
 def test_inputs_that_are_nan_name_the_layer(
