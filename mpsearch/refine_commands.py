@@ -52,6 +52,7 @@ def refine(args: argparse.Namespace) -> None:
 
     run = Run.open(args.run)
     point = run.find(args.point)
+    args.point = point.id  # for `resume_hint`: the best may be another by then
     facts = FactSet.load(args.facts) if args.facts else None
     text = Text.load(args.text) if args.text else None
     calibration = Calibration.load(args.calibration) if args.calibration else None
