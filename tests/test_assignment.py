@@ -50,6 +50,17 @@ def test_the_bank_is_no_part_of_identity() -> None:
     assert (bare.bank, scored.bank) == ("", '{"quantizer": "gptq"}')
 
 
+def test_a_refined_assignment_is_another_candidate_for_each_bank_and_knows_its_parent() -> None:
+    shared = Assignment.of(PLAIN, bank='{"quantizer": "gptq"}')
+    first, second = (Assignment.of(PLAIN, bank, refined=True) for bank in ("1", "2"))
+    assert dict(first) == dict(shared)
+    assert len({shared, first, second}) == len({shared.id, first.id, second.id}) == 3
+    assert first == Assignment.of(PLAIN, "1", refined=True)
+    assert first.id == Assignment.of(PLAIN, "1", refined=True).id
+    assert first.parent == second.parent == shared == shared.parent
+    assert first.parent.id == shared.id
+
+
 def test_one_other_format_makes_another_assignment() -> None:
     other = Assignment.of({**PLAIN, "m.0.o_proj": "int3-g64"})
     assert other != Assignment.of(PLAIN)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpsearch.blocks import find_blocks, recorded, returning
+from mpsearch.blocks import find_blocks, hand_on_all, recorded, returning
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,33 @@ def test_outputs_are_recorded_and_replaced_only_meanwhile() -> None:
     assert torch.equal(first(inputs), expected)
     assert len(outputs) == 1
     assert "forward" not in vars(first)
+
+
+class Block(nn.Module):
+    """Adds one, notes what it read, and may add what another left in the shared dictionary."""
+
+    def __init__(self, shared: dict[str, torch.Tensor], reads: str = ""):
+        super().__init__()
+        self.shared, self.reads = shared, reads
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        state = state + 1 + (self.shared.pop("left") if self.reads else 0)
+        self.shared["left"] = state
+        return state
+
+
+@pytest.mark.parametrize("reads", ["", "what the one before it left"])
+def test_blocks_hand_on_all_if_each_alone_returns_the_same(reads: str) -> None:
+    shared: dict[str, torch.Tensor] = {}
+    blocks = [Block(shared), Block(shared, reads), Block(shared)]
+
+    def run() -> None:
+        state = torch.ones(1, 2)
+        for block in blocks:
+            state = block(state)
+        shared.clear()
+
+    with recorded(blocks) as states:
+        run()
+    assert hand_on_all(blocks, states, run) is (not reads)
+    assert not hand_on_all(blocks, [states[0], states[0], states[2]], run)

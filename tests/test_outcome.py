@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_run import ROWS, Row, identity, line, loss, size, write_run
+from test_run import ROWS, Row, identity, line, loss, refine_row, size, write_run
 
 from mpsearch.console import show_front
 from mpsearch.outcome import Outcome, outcome
@@ -77,6 +77,37 @@ def test_rivals_are_within_the_budget(tmp_path: Path) -> None:
     found = found_in(read_test_facts(tmp_path / "run", budget_bytes=size(ROWS[4])))
     assert all(gain.stored_bytes <= size(ROWS[4]) for gain in found.gains)
     assert "uniform" in {gain.kind for gain in found.gains}
+
+
+def test_a_refined_pick_is_another_look_at_test_facts_and_gains_over_its_parent(
+    tmp_path: Path,
+) -> None:
+    run = read_test_facts(tmp_path / "run")
+    assert found_in(run).looks == 1
+    assert "picks have been read" not in found_in(run).verdict
+    refined = refine_row(run, PICK, [0.0, -0.05, 0.05, 0.1])
+    assert outcome(run) is None  # the pick is another now, and not read
+    refine_row(run, PICK, [0.1, 0.1, 0.1, 0.2], "test")
+    found = found_in(run)
+    assert (found.id, found.looks) == (refined, 2)
+    assert "2 picks have been read on these test facts." in found.verdict
+    (gain,) = [gain for gain in found.gains if gain.id == identity(PICK)]
+    assert (gain.kind, gain.stored_bytes) == ("search", size(PICK))
+    assert gain.test.mean == pytest.approx((0.3 / 3 + 0.2) / 2)
+    assert gain.search_nats is None  # it was not scored there
+
+
+def test_the_first_pick_that_is_read_may_be_a_refined_one(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ROWS)
+    content = json.loads((run.folder / "run.json").read_text())
+    content["subjects"] = {"test": SUBJECTS}
+    content["reference_test"] = {"recall": 0.75}
+    (run.folder / "run.json").write_text(json.dumps(content))
+    refine_row(run, PICK, [0.0, -0.05, 0.05, 0.1])
+    refine_row(run, PICK, [0.1, 0.1, 0.1, 0.2], "test")
+    with open(run.folder / "evaluations.jsonl", "a", encoding="utf-8") as stream:
+        stream.writelines(line(row, "test") for row in (ROWS[1], ROWS[3], PICK))
+    assert found_in(Run.open(run.folder)).looks == 1
 
 
 def test_there_is_no_outcome_before_test_facts_are_read(tmp_path: Path) -> None:

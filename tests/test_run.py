@@ -19,7 +19,7 @@ from mpsearch.assignment import Assignment
 from mpsearch.errors import ResourceError, RunError
 from mpsearch.formats import get_format
 from mpsearch.layers import Layer, LayerGroup
-from mpsearch.points import Point, Score
+from mpsearch.points import Point, Score, rivals
 from mpsearch.run import Run
 
 FIRST, SECOND = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
@@ -57,8 +57,14 @@ def identity(row: Row) -> str:
     return Assignment.of({FIRST: row[1], SECOND: row[2]}).id
 
 
-def line(row: Row, partition: str = "validation", right: list[bool] | None = None) -> str:
-    content = {
+def line(
+    row: Row,
+    partition: str = "validation",
+    right: list[bool] | None = None,
+    refined: dict[str, Any] | None = None,
+) -> str:
+    """Of evaluations.jsonl; with the settings of its own bank if the assignment is refined."""
+    content: dict[str, Any] = {
         "assignment": {FIRST: row[1], SECOND: row[2]},
         "kind": row[0],
         "partition": partition,
@@ -68,6 +74,8 @@ def line(row: Row, partition: str = "validation", right: list[bool] | None = Non
         "correct": right or [True, True, False, True],
         "seconds": 0.01,
     }
+    if refined is not None:
+        content["refined"] = refined
     return json.dumps(content) + "\n"
 
 
@@ -290,6 +298,88 @@ def test_another_question_is_refused_and_named(run: Run) -> None:
     run.check_question(run.question)
     with pytest.raises(RunError, match="budget_bytes was 7000 and is now 8000"):
         run.check_question({**run.question, "budget_bytes": 8000})
+
+
+# ----------------------------------------------------------------------------- refined points
+
+OWN = {"quantizer": "gptq", "in_order": "abc"}
+
+
+def refine_row(run: Run, row: Row, losses: list[float], partition: str = "validation") -> str:
+    """The id of a refined twin of a row, which is added to the run."""
+    with open(run.folder / "evaluations.jsonl", "a", encoding="utf-8") as stream:
+        stream.write(line(("refined", *row[1:3], losses), partition, refined=OWN))
+    bank = json.dumps(OWN, sort_keys=True)
+    return Assignment.of({FIRST: row[1], SECOND: row[2]}, bank, refined=True).id
+
+
+def test_a_refined_point_stands_behind_its_parent_whatever_they_lose(run: Run) -> None:
+    worse = refine_row(run, ROWS[1], [9.0, 9.0, 9.0, 9.0])
+    better = refine_row(run, ROWS[4], [0.0, 0.0, 0.0, 0.1])
+    points = run.points()
+    ids = [point.id for point in points]
+    for refined, row in ((worse, ROWS[1]), (better, ROWS[4])):
+        point = points[ids.index(refined)]
+        assert ids[ids.index(refined) - 1] == identity(row) == point.parent
+        assert (point.kind, point.stored_bytes) == ("refined", size(row))
+    change = points[ids.index(better)].against_parent
+    assert change is not None
+    assert change.mean == pytest.approx((-0.3 / 3 - 0.1) / 2)
+    assert json.loads(points[ids.index(better)].assignment.bank) == OWN
+    assert all(point.against_parent is None for point in points if not point.parent)
+
+
+def test_a_refined_point_is_picked_only_if_it_beats_the_pick_beyond_noise(run: Run) -> None:
+    before = run.front()
+    noisy = refine_row(run, ROWS[4], [-2.0, 2.0, 0.1, 0.1])
+    front = run.front()
+    assert front.pick is not None and front.pick.id == identity(ROWS[4])
+    assert front.verdict.startswith(before.verdict)
+    assert f"The refined {noisy} does not beat it beyond noise (" in front.verdict
+
+
+def test_a_refined_point_that_wins_is_the_pick_and_its_parent_a_rival(run: Run) -> None:
+    refined = refine_row(run, ROWS[4], [0.0, -0.05, 0.05, 0.1])
+    front = run.front()
+    assert front.pick is not None and front.pick.id == refined
+    assert run.find("best").id == refined
+    assert "beats it (+0.100 +- " in front.verdict and "recommended instead" in front.verdict
+    found = rivals(front, run.budget_bytes)
+    assert [point.id for point in found].count(identity(ROWS[4])) == 1
+    assert refined not in {point.id for point in found}
+    assert identity(ROWS[4]) not in front.pareto_ids
+
+
+def test_a_refined_point_above_the_budget_is_no_pick(run: Run) -> None:
+    refine_row(run, ROWS[2], [-1.0, -1.0, -1.0, -1.0])
+    front = run.front()
+    assert front.pick is not None and front.pick.id == identity(ROWS[4])
+    assert "refined" not in front.verdict.lower()
+
+
+def test_what_refining_gained_is_said_with_its_noise(run: Run) -> None:
+    sure = refine_row(run, ROWS[4], [0.0, -0.05, 0.05, 0.1])
+    text = run.find(sure).gain
+    assert text == (
+        f"{sure} refines {identity(ROWS[4])} by gptq in order: answer loss -0.100 +- 0.000 nats, "
+        "paired by validation fact."
+    )
+    noisy = refine_row(run, ROWS[0], [0.0, 3.0, 3.0, 4.1])
+    assert run.find(noisy).gain.endswith("no significant change.")
+    assert run.find(identity(ROWS[0])).gain == ""
+
+
+def test_a_refined_score_comes_back_as_it_was_added(run: Run) -> None:
+    bank = json.dumps(OWN, sort_keys=True)
+    assignment = Assignment.of({FIRST: "int2-g64", SECOND: "int4-g64"}, bank, refined=True)
+    run.add(replace(a_score(ROWS[0]), assignment=assignment, kind="refined"))
+    found = run.scores()[-1]
+    assert (found.assignment, found.assignment.bank) == (assignment, bank)
+    assert found.assignment.refined
+    assert not any(score.assignment.refined for score in run.scores()[:-1])
+
+
+# --------------------------------------------------------------------------------- damaged files
 
 
 def test_a_torn_last_line_is_left_out_and_mend_drops_it(run: Run) -> None:
