@@ -20,7 +20,7 @@ from mpsearch.space import ResolvedSpace
 
 COMMANDS = (
     "search", "layers", "bank", "sensitivity", "facts", "recall", "compare", "front", "show",
-    "plot", "export", "doctor",
+    "plot", "refine", "export", "doctor",
 )  # fmt: skip
 # ------------------------------------------------------------------------------------- help
 
