@@ -238,7 +238,8 @@ class Bank:
         report("calibration text", 1, 1)
         with Claims(self.folder) as claims:
             while not claims.take(0):
-                time.sleep(0.5)  # another process has this assignment
+                report("waiting for another process that quantizes this", 0, 1)
+                time.sleep(0.5)
             missing = {layer.name for layer, _ in self.missing(wanted)}
             order = reading_order(self.model, tokens[:1])
             done, unused = 0, 0

@@ -119,7 +119,7 @@ def check_refinable(
                 f"the {flag} are not those that '{run.folder}' was searched with; give the same "
                 f"--{flag} FILE, or none if it had none"
             )
-    container = run.space.target.name
+    container = run.space.target.container
     quantizer = get_quantizer(run.question["bank"]["quantizer"], container)
     if not quantizer.calibrated:
         if "gptq" not in QUANTIZERS[container]:

@@ -133,9 +133,9 @@ def _recipe(settings: dict[str, object]) -> str:
 
 
 def _next(run: Run, refined: Point) -> str:
-    from mpsearch.export import WRITERS
+    from mpsearch.export import EXPORT_TARGETS
 
     folder = shlex.quote(str(run.folder))
-    if run.space.target.name in WRITERS:
+    if run.space.target.name in EXPORT_TARGETS:
         return f"next: mpsearch export {folder} {refined.id} -o exports/{refined.id}"
     return f"next: mpsearch plot {folder} -o tradeoff.png"

@@ -166,6 +166,7 @@ def test_a_second_process_waits_and_then_finds_everything_done(
     bank.folder.mkdir(parents=True)
     waiting = bank_of(model, mixed, tmp_path, second)
     taken: list[int] = []
+    said: list[str] = []
 
     def busy(self: Claims, number: int) -> bool:
         """The other process has it until it has built everything."""
@@ -179,7 +180,8 @@ def test_a_second_process_waits_and_then_finds_everything_done(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Claims, "take", busy)
-        waiting.build(mixed)
+        waiting.build(mixed, lambda stage, done, total: said.append(stage))
+    assert "waiting for another process that quantizes this" in said
     assert taken == [0, 0]
     assert len(first.calls) == len(weights_in(tmp_path))
     assert second.calls == []
