@@ -39,6 +39,8 @@ class Gain:
         said = f"{self.kind} {self.id} {self.test.mean:+.3f} nats [{low:+.3f}, {high:+.3f}]"
         if self.search_nats is not None:
             said += f" (on search facts {self.search_nats:+.3f})"
+        if high < 0:
+            return f"{said}, a loss"
         return said if low > 0 else f"{said}, no significant gain"
 
 

@@ -50,6 +50,8 @@ class Point:
             and never recommended.
         against_parent: of a refined point: answer loss minus that of the point it came from,
             paired by fact; None if that one was not scored.
+        against_parent_on_search: the same on search facts. A parent that was chosen on them has
+            the advantage.
     """
 
     id: str
@@ -64,6 +66,7 @@ class Point:
     score: Score
     over_text_kl: bool = False
     against_parent: Estimate | None = None
+    against_parent_on_search: Estimate | None = None
 
     @property
     def parent(self) -> str:
@@ -73,13 +76,21 @@ class Point:
     @property
     def gain(self) -> str:
         """A sentence about what refining gained; empty if this point refines none."""
-        change = self.against_parent
+        change, searched = self.against_parent, self.against_parent_on_search
         if change is None:
             return ""
         quantizer = json.loads(self.assignment.bank)["quantizer"]
         said = f"{self.id} refines {self.parent} by {quantizer} in order: answer loss "
         said += f"{change.mean:+.3f} +- {change.stderr:.3f} nats, paired by validation fact"
+        if searched is not None:
+            said += f" ({searched.mean:+.3f} +- {searched.stderr:.3f} by search fact)"
         return f"{said}." if change.significant else f"{said}, no significant change."
+
+    @property
+    def worse_on_search(self) -> bool:
+        """Whether it loses more than its parent on search facts, whatever validation facts say."""
+        searched = self.against_parent_on_search
+        return searched is not None and searched.mean > 0
 
     @property
     def text(self) -> TextScores | None:
@@ -101,6 +112,8 @@ class Point:
             "over_text_kl": self.over_text_kl,
             "parent": self.parent or None,
             "against_parent_nats": self.against_parent and asdict(self.against_parent),
+            "against_parent_on_search_nats": self.against_parent_on_search
+            and asdict(self.against_parent_on_search),
         }
 
 
@@ -114,7 +127,8 @@ class ParetoFront:
             in (bytes, answer loss).
         pick: recommended under the run's budget and limit: the lowest answer loss, but a simple
             allocation unless a searched one beats the best simple one beyond noise, and none that
-            was refined unless it beats that one beyond noise. None if nothing fits.
+            was refined unless it beats that one beyond noise and is no worse than its parent on
+            search facts, too. None if nothing fits.
         verdict: one plain sentence about search against simple allocations.
     """
 
@@ -174,13 +188,18 @@ def recommend(
     """
     pick, verdict = _recommend_unrefined(points, relations, budget_bytes)
     refined = [point for point in points if point.parent]
-    best = best_under(refined, coordinates, budget_bytes)
+    holding = [point for point in refined if not point.worse_on_search]
+    best = best_under(holding, coordinates, budget_bytes)
+    best = best or best_under(refined, coordinates, budget_bytes)
     if best is None:
         return pick, verdict
     if pick is None:
         return best, "Only refined points fit."
     gain = paired_difference(pick.score.loss_per_fact, best.score.loss_per_fact, relations)
     figures = f"({gain.mean:+.3f} +- {gain.stderr:.3f} nats on validation facts)"
+    if gain.mean > 0 and gain.significant and best.worse_on_search:
+        verdict += f" The refined {best.id} beats it {figures}, but not on search facts: there it "
+        return pick, f"{verdict}loses more than what it refines, so it is not recommended."
     if gain.mean > 0 and gain.significant:
         verdict += f" The refined {best.id} beats it {figures} and is recommended instead."
         return best, verdict

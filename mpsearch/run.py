@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -24,7 +24,7 @@ from typing import Any
 from mpsearch.assignment import Assignment
 from mpsearch.budget import terms_line
 from mpsearch.errors import ResourceError, RunError
-from mpsearch.estimates import paired_difference, relation_mean
+from mpsearch.estimates import Estimate, paired_difference, relation_mean
 from mpsearch.files import published, write_atomically
 from mpsearch.fluency import TextScores
 from mpsearch.formats import FORMATS
@@ -258,8 +258,17 @@ class Run:
             for score in every
             if score.partition == "search" and score.text is not None
         }
+        on_search = {score.assignment: score for score in every if score.partition == "search"}
         sized = {a: self.space.stored_bytes(a) for a in scores}
         uniforms = [a for a, score in scores.items() if score.kind == "uniform"]
+
+        def against_parent(
+            of: Mapping[Assignment, Score], assignment: Assignment, names: Sequence[str]
+        ) -> Estimate | None:
+            own, parent = of.get(assignment), of.get(assignment.parent)
+            if not assignment.refined or own is None or parent is None:
+                return None
+            return paired_difference(own.loss_per_fact, parent.loss_per_fact, names)
 
         def point(score: Score) -> Point:
             loss = relation_mean(score.loss_per_fact, relations)
@@ -274,12 +283,6 @@ class Run:
                 against = paired_difference(
                     score.loss_per_fact, scores[rival].loss_per_fact, relations
                 )
-            parent = scores.get(score.assignment.parent)
-            against_parent = None
-            if score.assignment.refined and parent is not None:
-                against_parent = paired_difference(
-                    score.loss_per_fact, parent.loss_per_fact, relations
-                )
             return Point(
                 score.assignment.id,
                 score.kind,
@@ -292,7 +295,8 @@ class Run:
                 against,
                 score,
                 limit is not None and text_kl.get(score.assignment, inf) > limit,
-                against_parent,
+                against_parent(scores, score.assignment, relations),
+                against_parent(on_search, score.assignment, self.relations("search")),
             )
 
         found = {assignment: point(score) for assignment, score in scores.items()}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_run import ROWS, Row, identity, line, loss, refine_row, size, write_run
 
+from mpsearch.bootstrap import Interval
 from mpsearch.console import show_front
 from mpsearch.outcome import Outcome, outcome
 from mpsearch.run import Run
@@ -95,6 +97,8 @@ def test_a_refined_pick_is_another_look_at_test_facts_and_gains_over_its_parent(
     assert (gain.kind, gain.stored_bytes) == ("search", size(PICK))
     assert gain.test.mean == pytest.approx((0.3 / 3 + 0.2) / 2)
     assert gain.search_nats is None  # it was not scored there
+    assert not str(gain).endswith("a loss")
+    assert str(replace(gain, test=Interval(-0.3, -0.5, -0.1))).endswith("-0.100], a loss")
 
 
 def test_the_first_pick_that_is_read_may_be_a_refined_one(tmp_path: Path) -> None:

@@ -234,6 +234,7 @@ def prefer(monkeypatch: pytest.MonkeyPatch, better: bool) -> None:
         return type(estimate)(1.0 if better else -1.0, 0.1)
 
     monkeypatch.setattr(mpsearch.points, "paired_difference", found)
+    monkeypatch.setattr(Point, "worse_on_search", False)
 
 
 def test_test_facts_are_read_once_more_for_a_refined_pick_and_that_is_said(

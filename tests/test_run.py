@@ -350,6 +350,26 @@ def test_a_refined_point_that_wins_is_the_pick_and_its_parent_a_rival(run: Run) 
     assert identity(ROWS[4]) not in front.pareto_ids
 
 
+@pytest.mark.parametrize(("searched", "picked"), [(0.2, False), (0.0, True)])
+def test_a_refined_point_that_loses_more_on_search_facts_is_not_recommended(
+    searched: float, picked: bool, run: Run
+) -> None:
+    with open(run.folder / "evaluations.jsonl", "a", encoding="utf-8") as stream:
+        stream.write(line((*ROWS[4][:3], [0.1, 0.1, 0.1, 0.1]), "search"))
+    refine_row(run, ROWS[4], [searched] * 4, "search")
+    refined = refine_row(run, ROWS[4], [0.0, -0.05, 0.05, 0.1])
+    front = run.front()
+    assert front.pick is not None
+    assert front.pick.id == (refined if picked else identity(ROWS[4]))
+    point = run.find(refined)
+    assert point.worse_on_search is not picked
+    assert point.against_parent_on_search is not None
+    assert point.against_parent_on_search.mean == pytest.approx(searched - 0.1)
+    assert f"({searched - 0.1:+.3f} +- 0.000 by search fact)" in point.gain
+    said = "not on search facts: there it loses more than what it refines, so it is not recommended"
+    assert (said in front.verdict) is not picked
+
+
 def test_a_refined_point_above_the_budget_is_no_pick(run: Run) -> None:
     refine_row(run, ROWS[2], [-1.0, -1.0, -1.0, -1.0])
     front = run.front()
