@@ -69,6 +69,8 @@ def test_both_points_the_gain_and_the_next_command_are_shown(
     exported = mpsearch("export", run, refined[:7], "-o", tmp_path / "export", "--json")
     assert exported.code == 0, exported.err
     assert json.loads(exported.out)["id"] == refined
+    verified = mpsearch("verify", tmp_path / "export", "--facts", given[1])
+    assert verified.code == 0, verified.err
 
 
 def test_json_holds_both_points_and_a_second_call_says_the_same(
