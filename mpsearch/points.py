@@ -189,21 +189,23 @@ def recommend(
     pick, verdict = _recommend_unrefined(points, relations, budget_bytes)
     refined = [point for point in points if point.parent]
     holding = [point for point in refined if not point.worse_on_search]
-    best = best_under(holding, coordinates, budget_bytes)
-    best = best or best_under(refined, coordinates, budget_bytes)
+    best = best_under(refined, coordinates, budget_bytes)
     if best is None:
         return pick, verdict
     if pick is None:
         return best, "Only refined points fit."
-    gain = paired_difference(pick.score.loss_per_fact, best.score.loss_per_fact, relations)
-    figures = f"({gain.mean:+.3f} +- {gain.stderr:.3f} nats on validation facts)"
-    if gain.mean > 0 and gain.significant and best.worse_on_search:
-        verdict += f" The refined {best.id} beats it {figures}, but not on search facts: there it "
-        return pick, f"{verdict}loses more than what it refines, so it is not recommended."
-    if gain.mean > 0 and gain.significant:
-        verdict += f" The refined {best.id} beats it {figures} and is recommended instead."
-        return best, verdict
-    return pick, f"{verdict} The refined {best.id} does not beat it beyond noise {figures}."
+    for point in filter(None, (best_under(holding, coordinates, budget_bytes), best)):
+        gain = paired_difference(pick.score.loss_per_fact, point.score.loss_per_fact, relations)
+        figures = f"({gain.mean:+.3f} +- {gain.stderr:.3f} nats on validation facts)"
+        beats = gain.mean > 0 and gain.significant
+        if beats and not point.worse_on_search:
+            verdict += f" The refined {point.id} beats it {figures} and is recommended instead."
+            return point, verdict
+    verdict += f" The refined {best.id} "
+    if beats:
+        verdict += f"beats it {figures}, but not on search facts: there it loses more than what it "
+        return pick, f"{verdict}refines, so it is not recommended."
+    return pick, f"{verdict}does not beat it beyond noise {figures}."
 
 
 def _recommend_unrefined(

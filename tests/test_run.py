@@ -370,6 +370,20 @@ def test_a_refined_point_that_loses_more_on_search_facts_is_not_recommended(
     assert (said in front.verdict) is not picked
 
 
+def test_a_refined_point_of_least_loss_that_is_not_recommended_is_explained_beside_others(
+    run: Run,
+) -> None:
+    with open(run.folder / "evaluations.jsonl", "a", encoding="utf-8") as stream:
+        stream.write(line((*ROWS[4][:3], [0.1] * 4), "search"))
+    refine_row(run, ROWS[4], [0.2] * 4, "search")
+    refused = refine_row(run, ROWS[4], [0.0, -0.05, 0.05, 0.1])
+    refine_row(run, ROWS[1], [0.5, 0.25, 0.75, 1.5])  # no worse on search facts, and no winner
+    front = run.front()
+    assert front.pick is not None and front.pick.id == identity(ROWS[4])
+    assert f"The refined {refused} beats it (+0.100 +- " in front.verdict
+    assert front.verdict.endswith("so it is not recommended.")
+
+
 def test_a_refined_point_above_the_budget_is_no_pick(run: Run) -> None:
     refine_row(run, ROWS[2], [-1.0, -1.0, -1.0, -1.0])
     front = run.front()
