@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpsearch.errors import CheckError, RunError, UsageError
+from mpsearch.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
     from mpsearch.verify import Verification
@@ -53,11 +53,6 @@ def export(args: argparse.Namespace) -> None:
     model = load_model(run.question["model"])
     if run.preparation:
         model = fold(model, run.preparation)
-    if model.fingerprint != run.question["fingerprint"]:
-        raise RunError(
-            f"'{run.question['model']}' is not the model that '{args.run}' searched: its weights "
-            "have changed; search again"
-        )
     out = export(
         model,
         point.assignment,

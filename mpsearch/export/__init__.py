@@ -20,7 +20,7 @@ from mpsearch.export.gptq import write_gptq
 from mpsearch.files import published
 from mpsearch.formats import Format, nearest
 from mpsearch.manifest import NAME as MANIFEST
-from mpsearch.manifest import write_manifest
+from mpsearch.manifest import read_manifest, unlisted, write_manifest
 from mpsearch.models import Model
 from mpsearch.plot import plot_bits
 from mpsearch.promise import promise
@@ -76,6 +76,11 @@ def export(
     check_out(out, overwrite)
     if to not in (known := (*EXPORT_TARGETS, DEQUANTIZED)):
         raise UsageError(f"no export target '{to}'{nearest(to, known)}")
+    if run and model.fingerprint != run.question["fingerprint"]:
+        raise RunError(
+            f"'{model.name}' is not the model that '{run.folder}' searched: its weights have "
+            "changed; search again"
+        )
     space = space or (run.space if run else SearchSpace.default().resolve(model))
     names = {group.name for group in space.groups}
     if set(assignment) != names:
@@ -136,6 +141,11 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise RunError(
             f"'{out}' was not written by mpsearch export, so it is not overwritten; choose "
             "another -o"
+        )
+    if more := unlisted(out, read_manifest(out)):
+        raise RunError(
+            f"'{more[0]}' in '{out}' was not written by mpsearch export, so the folder is not "
+            "overwritten; move what is yours, or choose another -o"
         )
 
 
