@@ -65,8 +65,11 @@ def failed(found: Verification) -> list[str]:
 
 
 def test_an_export_answers_in_a_fresh_process_as_its_run_promised(
-    made: Path, whole: Path, facts_file: Path
+    made: Path, whole: Path, facts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Whoever stands in a downloaded folder does not run what lies there.
+    (tmp_path / "torch.py").write_text("raise SystemExit('this was run')")
+    monkeypatch.chdir(tmp_path)
     run = Run.open(whole)
     promised = promise(run, run.find("best"))
     assert promised.partition == "test"
@@ -138,6 +141,73 @@ def test_a_changed_folder_is_not_even_loaded(
     assert outcome.code == 4
     assert "FAILED" in outcome.out and "loads" not in outcome.out
     assert named in outcome.talk[-1] and outcome.talk[-1].startswith("mpsearch: ")
+
+
+def edited(folder: Path, change: Callable[[dict[str, Any]], object], seal: bool = False) -> None:
+    content = json.loads((folder / NAME).read_text())
+    change(content)
+    (folder / NAME).write_text(json.dumps(content))
+    if seal:
+        sealed(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda about: about.update(promise=None),
+        lambda about: about["promise"].pop("recall"),
+        lambda about: about["promise"].update(relations=[]),
+    ],
+)
+def test_a_promise_that_was_taken_out_is_an_edited_manifest(
+    copy: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    edited(copy, change)
+    found = verify(copy)
+    assert "files" in failed(found) and "mpsearch.json was edited" in found.reasons
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda promised: promised.pop("recall"),
+        lambda promised: promised["candidate"]["correct"].pop(),
+        lambda promised: promised["reference"]["log_prob_nats"].pop(),
+        lambda promised: promised["recall"].update(low="0"),
+        lambda promised: promised["answer_loss"].update(mean=float("nan")),
+        lambda promised: promised.update(relations=[], subjects=[]),
+        lambda promised: [promised.update(relations=[], subjects=[], reference=None),
+                          promised["candidate"].update(correct=[], log_prob_nats=None)],
+    ],
+)  # fmt: skip
+def test_a_promise_that_is_none_fails_though_the_digest_fits(
+    copy: Path, facts_file: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    edited(copy, lambda about: change(about["promise"]), seal=True)
+    found = verify(copy, facts=str(facts_file))
+    assert failed(found) == ["promise"]
+
+
+def test_a_loss_that_nothing_can_tell_is_refused_before_anything_is_asked(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpsearch.verify.ask_fresh", lambda request: pytest.fail("it was asked"))
+    edited(copy, lambda about: about["promise"].update(reference=None), seal=True)
+    with pytest.raises(RunError, match="say --reference MODEL to measure the answer loss"):
+        verify(copy, max_loss_nats=1.0)
+    edited(copy, lambda about: about.update(promise=None), seal=True)
+    with pytest.raises(RunError, match="say --reference MODEL to measure the answer loss"):
+        verify(copy, max_loss_nats=1.0)
+
+
+@pytest.mark.usefixtures("here")
+def test_facts_of_the_same_names_that_ask_otherwise_are_not_blamed_on_the_checkpoint(
+    made: Path, facts_file: Path, tmp_path: Path
+) -> None:
+    reworded = tmp_path / "facts.jsonl"
+    reworded.write_text(facts_file.read_text().replace('"template": "the ', '"template": "of '))
+    with pytest.raises(RunError, match="are not those that were searched with"):
+        verify(made, facts=str(reworded))
 
 
 def with_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
