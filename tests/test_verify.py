@@ -16,7 +16,7 @@ from conftest import build_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from mpsearch import cli
-from mpsearch.errors import RunError, UsageError
+from mpsearch.errors import ResourceError, RunError, UsageError
 from mpsearch.manifest import NAME, read_manifest, write_manifest
 from mpsearch.promise import Promise, promise
 from mpsearch.run import Run
@@ -279,6 +279,31 @@ def test_the_reference_has_to_be_the_model_it_was_made_from(
     wrong = verify(made, facts=str(facts_file), reference=str(other))
     assert failed(wrong) == ["reference"]
     assert "not the model it was made from" in wrong.reasons[0]
+
+
+@pytest.mark.usefixtures("here")
+def test_the_reference_of_folded_weights_has_to_answer_as_it_did(
+    copy: Path, tiny_folder: Path, facts_file: Path, tmp_path: Path
+) -> None:
+    # AWQ's scales are folded in, so the digest of its weights is another in any case.
+    edited(copy, lambda about: about.update(awq=True, base_fingerprint="0" * 64), seal=True)
+    right = verify(copy, facts=str(facts_file), reference=str(tiny_folder))
+    assert right.passed, right.reasons
+    other = tmp_path / "other"
+    tiny_llama(len(build_tokenizer()), seed=3).to(torch.bfloat16).save_pretrained(other)
+    build_tokenizer().save_pretrained(other)
+    wrong = verify(copy, facts=str(facts_file), reference=str(other), max_loss_nats=1.0)
+    assert failed(wrong) == ["reference"]
+    assert "facts as the model it was made from" in wrong.reasons[0]
+
+
+@pytest.mark.parametrize("last", ["MemoryError", "torch.OutOfMemoryError: CUDA out of memory."])
+def test_memory_that_runs_out_is_not_blamed_on_the_checkpoint(
+    copy: Path, facts_file: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    monkeypatch.setattr("mpsearch.verify._SERVED", f"raise SystemExit('{last}')")
+    with pytest.raises(ResourceError, match="ran out of memory"):
+        verify(copy, facts=str(facts_file))
 
 
 @pytest.mark.usefixtures("here")

@@ -59,7 +59,7 @@ def load_as_served(name: str, chat_template: bool = False) -> tuple[Model, str]:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except MpsearchError:
+    except (MpsearchError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
