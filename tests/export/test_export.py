@@ -97,6 +97,15 @@ def test_a_folder_that_is_no_export_is_never_replaced(
     assert (tmp_path / "precious").read_text() == "mine"
 
 
+def test_a_place_that_is_no_folder_is_refused_before_any_work(
+    tiny: Model, tiny_space: ResolvedSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["mpsearch.export"], "Bank", lambda *_: pytest.fail("worked"))
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="file' is no folder"):
+        mps.export(tiny, tiny_space.smallest, out=tmp_path / "file" / "a" / "b", space=tiny_space)
+
+
 def test_what_its_owner_put_into_an_export_is_never_replaced(
     tiny: Model, tiny_space: ResolvedSpace, tmp_path: Path
 ) -> None:
