@@ -46,6 +46,7 @@ def published(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     Args:
         overwrite: put it in the place of an older folder, which is removed then.
     """
+    folder = folder.resolve()  # neither a link nor "." can be renamed
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -54,7 +55,12 @@ def published(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         if overwrite and folder.exists():
             older = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
             folder.rename(older)  # over an empty folder
-            unfinished.rename(folder)
+            try:
+                unfinished.rename(folder)
+            except BaseException:
+                if not folder.exists():
+                    older.rename(folder)
+                raise
             shutil.rmtree(older, ignore_errors=True)
             return
         try:

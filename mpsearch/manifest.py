@@ -17,7 +17,10 @@ from mpsearch.files import write_atomically
 
 NAME = "mpsearch.json"
 # What loaders may read or run, though nobody wrote it here.
-_READ_BY_LOADERS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jinja", ".py"}
+_READ_BY_LOADERS = {
+    *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jinja", ".py"),
+    *(".model", ".v3", ".tiktoken", ".txt"),  # of tokenizers
+}
 _CHUNK_BYTES = 1 << 24
 
 
@@ -28,9 +31,8 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
         about: as JSON; `files` and `digest` are added.
     """
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.iterdir())
-        if path.name != NAME
+        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        for name in _names(folder)
     }
     content = {**about, "files": files}
     write_atomically(folder / NAME, json.dumps({**content, "digest": _digest(content)}, indent=1))
@@ -64,21 +66,35 @@ def faults(folder: Path, content: Mapping[str, Any]) -> list[str]:
         found.append(f"{NAME} was edited")
     for name, written in listed.items():
         path = folder / name
-        if Path(name).name != name or not isinstance(written, dict):
+        size = written.get("bytes") if isinstance(written, dict) else None
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             found.append(f"{NAME} names '{name}', which is no file of this folder")
+        elif not isinstance(size, int):
+            found.append(f"{NAME} does not say how '{name}' was written")
         elif not path.is_file():
             found.append(f"'{name}' is missing")
-        elif (size := path.stat().st_size) != written.get("bytes"):
-            found.append(f"'{name}' has {size:,} bytes, not {written.get('bytes'):,}")
+        elif (now := path.stat().st_size) != size:
+            found.append(f"'{name}' has {now:,} bytes, not {size:,}")
         elif _sha256(path) != written.get("sha256"):
             found.append(f"'{name}' was changed: its digest is another")
-    added = (path for path in sorted(folder.iterdir()) if path.name not in (NAME, *listed))
     found += [
-        f"'{path.name}' was added, and loaders may read it"
-        for path in added
-        if path.suffix in _READ_BY_LOADERS
+        f"'{name}' was added, and loaders may read it"
+        for name in unlisted(folder, content)
+        if Path(name).suffix in _READ_BY_LOADERS
     ]
     return found
+
+
+def unlisted(folder: Path, content: Mapping[str, Any]) -> list[str]:
+    """Files, by their paths in the folder, that were not written with it."""
+    listed = content.get("files")
+    return [n for n in _names(folder) if not isinstance(listed, dict) or n not in listed]
+
+
+def _names(folder: Path) -> list[str]:
+    """All files but the manifest, also those in folders below: tokenizers write some there."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    return sorted(path.as_posix() for path in found if path != Path(NAME))
 
 
 def _digest(content: Mapping[str, Any]) -> str:

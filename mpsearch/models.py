@@ -385,11 +385,20 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     """The safetensors files of a folder: the shards of its index, or all that there are.
 
     Raises:
-        ModelError: the index is none, names a file outside the folder, or one that is missing.
+        ModelError: an index is none, or names a file outside the folder, one that is no safetensors
+            file, or one that is missing.
     """
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
+    # All indices are looked at: gptqmodel prefers one of another name.
+    shards = {i.name: _shards(i, name) for i in folder.glob("*.safetensors.index.json")}
+    named = shards.get("model.safetensors.index.json")
+    if named is None:
         return sorted(folder.glob("*.safetensors"))
+    if missing := [file.name for file in named if not file.exists()]:
+        raise ModelError(f"model '{name}': shard {missing[0]} is missing; download it again")
+    return named
+
+
+def _shards(index: Path, name: str) -> list[Path]:
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(map(str, set(places.values())))
@@ -398,11 +407,14 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             f"model '{name}': {index.name} is no index of shards; get it again"
         ) from None
     for shard in shards:
+        wrong = None
         if Path(shard).name != shard:
+            wrong = "lies outside its folder"
+        elif not shard.endswith(".safetensors"):
+            wrong = "is no safetensors file"  # transformers would read it as pickle
+        if wrong:
             raise ModelError(
-                f"model '{name}': {index.name} names '{shard}', which lies outside its folder; "
-                "do not use this checkpoint"
+                f"model '{name}': {index.name} names '{shard}', which {wrong}; do not use this "
+                "checkpoint"
             )
-        if not (folder / shard).exists():
-            raise ModelError(f"model '{name}': shard {shard} is missing; download it again")
-    return [folder / shard for shard in shards]
+    return [index.parent / shard for shard in shards]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -87,9 +88,9 @@ class Promise:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Promise:
-        """From JSON. Raises `KeyError` or `TypeError` where it is none."""
+        """From JSON. Raises `KeyError`, `TypeError` or `ValueError` where it is none."""
         reference = content["reference"]
-        return cls(
+        made = cls(
             **{key: content[key] for key in ("partition", "facts", "shots", "chat_template")},
             **{key: content[key] for key in ("dtype", "tokens")},
             relations=tuple(content["relations"]),
@@ -99,6 +100,19 @@ class Promise:
             recall=Interval(**content["recall"]),
             answer_loss=Interval(**content["answer_loss"]),
         )
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        """Raise `ValueError` or `TypeError` unless there is a value a fact, and it is one."""
+        facts, both = len(self.relations), (self.candidate, self.reference)
+        nats = [a.log_prob_nats for a in both if a is not None and a.log_prob_nats is not None]
+        per_fact = [self.subjects, *(a.correct for a in both if a is not None), *nats]
+        if not facts or any(len(values) != facts for values in per_fact):
+            raise ValueError(f"{facts} facts and {[len(values) for values in per_fact]} values")
+        for values in (astuple(self.recall), astuple(self.answer_loss), *nats):
+            if not all(map(math.isfinite, values)):
+                raise ValueError("a value is NaN or infinite")
 
 
 def promise(run: Run, point: Point) -> Promise:

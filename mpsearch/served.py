@@ -57,6 +57,7 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "loader": loader,
         "fingerprint": model.fingerprint,
+        "facts": fact_set.digest,
         "dtype": str(model.dtype),
         "relations": [fact.relation for fact in facts],
         "subjects": [fact.subject for fact in facts],

@@ -69,6 +69,42 @@ def test_an_interrupt_keeps_the_old_file_and_the_next_write_succeeds(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_an_older_folder_comes_back_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / "old").touch()
+    real = Path.rename
+
+    def rename(path: Path, to: Path) -> Path:
+        if (path / "new").exists() and to == folder:
+            raise KeyboardInterrupt
+        return real(path, to)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt), published(folder, overwrite=True) as unfinished:
+        (unfinished / "new").touch()
+    assert [path.name for path in folder.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_link_and_the_current_folder_are_replaced_where_they_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, link = tmp_path / "folder", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    with published(link, overwrite=True) as unfinished:
+        (unfinished / "one").touch()
+    assert link.is_symlink() and [path.name for path in folder.iterdir()] == ["one"]
+    monkeypatch.chdir(folder)
+    with published(Path(), overwrite=True) as unfinished:
+        (unfinished / "two").touch()
+    assert [path.name for path in folder.iterdir()] == ["two"]
+    assert sorted(tmp_path.iterdir()) == [folder, link]
+
+
 def test_the_text_is_on_the_disk_before_it_takes_the_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,8 @@ Damage = Callable[[Path], object]
 def folder(tmp_path: Path) -> Path:
     for name, text in (("config.json", "{}"), ("README.md", "card"), ("w.safetensors", "weights")):
         (tmp_path / name).write_text(text)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "x.jinja").write_text("one")
     write_manifest(tmp_path, {"target": "gptq", "bits": 3.25})
     return tmp_path
 
@@ -25,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 def test_what_was_written_is_read_and_without_fault(folder: Path) -> None:
     about = read_manifest(folder)
     assert (about["target"], about["bits"]) == ("gptq", 3.25)
-    assert set(about["files"]) == {"config.json", "README.md", "w.safetensors"}
+    assert set(about["files"]) == {*("config.json", "README.md", "w.safetensors", "sub/x.jinja")}
     assert faults(folder, about) == []
 
 
@@ -51,6 +53,18 @@ def reworded(folder: Path, key: str, value: object) -> None:
         (lambda f: (f / "x.py").write_text(""), "'x.py' was added, and loaders may read it"),
         (lambda f: (f / "x.bin").write_text(""), "'x.bin' was added, and loaders may read it"),
         (lambda f: reworded(f, "bits", 2.0), "mpsearch.json was edited"),
+        (
+            lambda f: (f / "tokenizer.model").write_text(""),
+            "'tokenizer.model' was added, and loaders may read it",
+        ),
+        (
+            lambda f: (f / "sub" / "y.jinja").write_text(""),
+            "'sub/y.jinja' was added, and loaders may read it",
+        ),
+        (
+            lambda f: (f / "sub" / "x.jinja").write_text("evi"),
+            "'sub/x.jinja' was changed: its digest is another",
+        ),
     ],
 )
 def test_a_change_is_named(folder: Path, damage: Damage, said: str) -> None:
@@ -63,7 +77,17 @@ def test_notes_of_the_owner_may_be_added(folder: Path) -> None:
     assert faults(folder, read_manifest(folder)) == []
 
 
-@pytest.mark.parametrize("name", ["../w.safetensors", "/etc/passwd", "a/b"])
+@pytest.mark.parametrize("written", [{}, {"bytes": None}, {"bytes": "4"}, [], "4"])
+def test_an_entry_that_says_no_size_is_named(folder: Path, written: object) -> None:
+    about = read_manifest(folder)
+    reworded(folder, "files", {**about["files"], "README.md": written})
+    found = faults(folder, read_manifest(folder))
+    assert "mpsearch.json does not say how 'README.md' was written" in found
+
+
+@pytest.mark.parametrize(
+    "name", ["../w.safetensors", "/etc/passwd", "sub/../../w.safetensors", ".."]
+)
 def test_names_that_lead_outside_are_not_followed(folder: Path, name: str) -> None:
     (folder.parent / "w.safetensors").write_text("weights")
     about = read_manifest(folder)

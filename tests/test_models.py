@@ -168,6 +168,19 @@ def test_a_shard_outside_the_folder_is_not_looked_at(tiny_folder: Path, tmp_path
     assert "names '../../elsewhere.safetensors', which lies outside its folder" in refusal(sharded)
 
 
+def test_a_shard_that_is_pickle_is_not_read(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharded = shard(tmp_path / "sharded", tiny_folder)
+    index = sharded / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    torch.save(load_file(tiny_folder / "model.safetensors"), sharded / "weights.bin")
+    content["weight_map"] = dict.fromkeys(content["weight_map"], "weights.bin")
+    index.write_text(json.dumps(content))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("pickle was read"))
+    assert "names 'weights.bin', which is no safetensors file" in refusal(sharded)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
 def test_a_weight_that_is_not_finite_is_named(folder: Path, name: str, bad: float) -> None:

@@ -16,7 +16,7 @@ from conftest import build_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from mpsearch import cli
-from mpsearch.errors import RunError, UsageError
+from mpsearch.errors import ResourceError, RunError, UsageError
 from mpsearch.manifest import NAME, read_manifest, write_manifest
 from mpsearch.promise import Promise, promise
 from mpsearch.run import Run
@@ -65,8 +65,11 @@ def failed(found: Verification) -> list[str]:
 
 
 def test_an_export_answers_in_a_fresh_process_as_its_run_promised(
-    made: Path, whole: Path, facts_file: Path
+    made: Path, whole: Path, facts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Whoever stands in a downloaded folder does not run what lies there.
+    (tmp_path / "torch.py").write_text("raise SystemExit('this was run')")
+    monkeypatch.chdir(tmp_path)
     run = Run.open(whole)
     promised = promise(run, run.find("best"))
     assert promised.partition == "test"
@@ -140,6 +143,73 @@ def test_a_changed_folder_is_not_even_loaded(
     assert named in outcome.talk[-1] and outcome.talk[-1].startswith("mpsearch: ")
 
 
+def edited(folder: Path, change: Callable[[dict[str, Any]], object], seal: bool = False) -> None:
+    content = json.loads((folder / NAME).read_text())
+    change(content)
+    (folder / NAME).write_text(json.dumps(content))
+    if seal:
+        sealed(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda about: about.update(promise=None),
+        lambda about: about["promise"].pop("recall"),
+        lambda about: about["promise"].update(relations=[]),
+    ],
+)
+def test_a_promise_that_was_taken_out_is_an_edited_manifest(
+    copy: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    edited(copy, change)
+    found = verify(copy)
+    assert "files" in failed(found) and "mpsearch.json was edited" in found.reasons
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda promised: promised.pop("recall"),
+        lambda promised: promised["candidate"]["correct"].pop(),
+        lambda promised: promised["reference"]["log_prob_nats"].pop(),
+        lambda promised: promised["recall"].update(low="0"),
+        lambda promised: promised["answer_loss"].update(mean=float("nan")),
+        lambda promised: promised.update(relations=[], subjects=[]),
+        lambda promised: [promised.update(relations=[], subjects=[], reference=None),
+                          promised["candidate"].update(correct=[], log_prob_nats=None)],
+    ],
+)  # fmt: skip
+def test_a_promise_that_is_none_fails_though_the_digest_fits(
+    copy: Path, facts_file: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    edited(copy, lambda about: change(about["promise"]), seal=True)
+    found = verify(copy, facts=str(facts_file))
+    assert failed(found) == ["promise"]
+
+
+def test_a_loss_that_nothing_can_tell_is_refused_before_anything_is_asked(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpsearch.verify.ask_fresh", lambda request: pytest.fail("it was asked"))
+    edited(copy, lambda about: about["promise"].update(reference=None), seal=True)
+    with pytest.raises(RunError, match="say --reference MODEL to measure the answer loss"):
+        verify(copy, max_loss_nats=1.0)
+    edited(copy, lambda about: about.update(promise=None), seal=True)
+    with pytest.raises(RunError, match="say --reference MODEL to measure the answer loss"):
+        verify(copy, max_loss_nats=1.0)
+
+
+@pytest.mark.usefixtures("here")
+def test_facts_of_the_same_names_that_ask_otherwise_are_not_blamed_on_the_checkpoint(
+    made: Path, facts_file: Path, tmp_path: Path
+) -> None:
+    reworded = tmp_path / "facts.jsonl"
+    reworded.write_text(facts_file.read_text().replace('"template": "the ', '"template": "of '))
+    with pytest.raises(RunError, match="are not those that were searched with"):
+        verify(made, facts=str(reworded))
+
+
 def with_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
@@ -209,6 +279,31 @@ def test_the_reference_has_to_be_the_model_it_was_made_from(
     wrong = verify(made, facts=str(facts_file), reference=str(other))
     assert failed(wrong) == ["reference"]
     assert "not the model it was made from" in wrong.reasons[0]
+
+
+@pytest.mark.usefixtures("here")
+def test_the_reference_of_folded_weights_has_to_answer_as_it_did(
+    copy: Path, tiny_folder: Path, facts_file: Path, tmp_path: Path
+) -> None:
+    # AWQ's scales are folded in, so the digest of its weights is another in any case.
+    edited(copy, lambda about: about.update(awq=True, base_fingerprint="0" * 64), seal=True)
+    right = verify(copy, facts=str(facts_file), reference=str(tiny_folder))
+    assert right.passed, right.reasons
+    other = tmp_path / "other"
+    tiny_llama(len(build_tokenizer()), seed=3).to(torch.bfloat16).save_pretrained(other)
+    build_tokenizer().save_pretrained(other)
+    wrong = verify(copy, facts=str(facts_file), reference=str(other), max_loss_nats=1.0)
+    assert failed(wrong) == ["reference"]
+    assert "facts as the model it was made from" in wrong.reasons[0]
+
+
+@pytest.mark.parametrize("last", ["MemoryError", "torch.OutOfMemoryError: CUDA out of memory."])
+def test_memory_that_runs_out_is_not_blamed_on_the_checkpoint(
+    copy: Path, facts_file: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    monkeypatch.setattr("mpsearch.verify._SERVED", f"raise SystemExit('{last}')")
+    with pytest.raises(ResourceError, match="ran out of memory"):
+        verify(copy, facts=str(facts_file))
 
 
 @pytest.mark.usefixtures("here")

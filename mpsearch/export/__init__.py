@@ -20,12 +20,13 @@ from mpsearch.export.gptq import write_gptq
 from mpsearch.files import published
 from mpsearch.formats import Format, nearest
 from mpsearch.manifest import NAME as MANIFEST
-from mpsearch.manifest import write_manifest
+from mpsearch.manifest import read_manifest, unlisted, write_manifest
 from mpsearch.models import Model
 from mpsearch.plot import plot_bits
 from mpsearch.promise import promise
 from mpsearch.quantizers import get_quantizer
 from mpsearch.run import Run
+from mpsearch.searched import check_model
 from mpsearch.space import ResolvedSpace, SearchSpace
 from mpsearch.targets import TARGETS
 
@@ -76,6 +77,8 @@ def export(
     check_out(out, overwrite)
     if to not in (known := (*EXPORT_TARGETS, DEQUANTIZED)):
         raise UsageError(f"no export target '{to}'{nearest(to, known)}")
+    if run:
+        check_model(run, model)
     space = space or (run.space if run else SearchSpace.default().resolve(model))
     names = {group.name for group in space.groups}
     if set(assignment) != names:
@@ -120,7 +123,7 @@ def export(
             "promise": promised and promised.to_json(),
         }
         plot_bits(space, assignment, assignment.id, unfinished / FIGURE)
-        card = model_card(about, space, formats, run, point, promised)
+        card = model_card(about, space, formats, _able(model, formats), run, point, promised)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         write_manifest(unfinished, about)
     return out
@@ -128,6 +131,9 @@ def export(
 
 def check_out(out: Path, overwrite: bool) -> None:
     """Raise `RunError` unless a folder may be written there."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RunError(f"'{out}' cannot be written: '{there}' is no folder; choose another -o")
     if not out.exists():
         return
     if not overwrite:
@@ -136,6 +142,11 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise RunError(
             f"'{out}' was not written by mpsearch export, so it is not overwritten; choose "
             "another -o"
+        )
+    if more := unlisted(out, read_manifest(out)):
+        raise RunError(
+            f"'{more[0]}' in '{out}' was not written by mpsearch export, so the folder is not "
+            "overwritten; move what is yours, or choose another -o"
         )
 
 
@@ -154,16 +165,25 @@ def _revision(folder: Path) -> str:
     return folder.name if folder.parent.name == "snapshots" else ""
 
 
-def _check_target(model: Model, formats: Mapping[str, Format], to: str) -> None:
-    """Raise `UsageError`, naming a layer and the targets that would do, if `to` cannot hold it."""
+def _misfits(model: Model, formats: Mapping[str, Format], to: str) -> dict[str, str]:
     embedding = model.embedding.name if model.embedding else ""
     head = model.head.name if model.head else ""
-    wrong = TARGETS[to].misfits(formats, embedding, head)
+    return TARGETS[to].misfits(formats, embedding, head)
+
+
+def _able(model: Model, formats: Mapping[str, Format]) -> list[str]:
+    """The targets that can hold them."""
+    return [to for to in EXPORT_TARGETS if not _misfits(model, formats, to)]
+
+
+def _check_target(model: Model, formats: Mapping[str, Format], to: str) -> None:
+    """Raise `UsageError`, naming a layer and the targets that would do, if `to` cannot hold it."""
+    wrong = _misfits(model, formats, to)
     if not wrong:
         return
     layer, what = next(iter(wrong.items()))
     more = f" and {len(wrong) - 1} more layers do not fit" if len(wrong) > 1 else ""
-    able = [t for t in EXPORT_TARGETS if not TARGETS[t].misfits(formats, embedding, head)]
+    able = _able(model, formats)
     held = ", ".join(fmt.name for fmt in TARGETS[to].formats)
     raise UsageError(
         f"a checkpoint for {to} cannot hold this point: '{layer}' {what}{more}; it holds {held}: "

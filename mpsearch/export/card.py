@@ -16,7 +16,6 @@ from mpsearch.promise import Promise
 from mpsearch.run import Run
 from mpsearch.sizes import format_size
 from mpsearch.space import ResolvedSpace
-from mpsearch.targets import TARGETS
 
 FIGURE = "formats.png"
 _TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,6 +44,7 @@ def model_card(
     about: Mapping[str, Any],
     space: ResolvedSpace,
     formats: Mapping[str, Format],
+    able: Sequence[str],
     run: Run | None,
     point: Point | None,
     promise: Promise | None,
@@ -54,12 +54,13 @@ def model_card(
     Args:
         about: what `mpsearch.json` holds.
         formats: of every searched layer.
+        able: the targets that can hold them.
         run, point, promise: where the assignment is a run's point; all of them or none.
     """
     sections = [
         _head(about),
         _what(about, space, formats, run),
-        _serve(about, formats),
+        _serve(about, able),
         *([_knows(run, point, promise)] if run and point and promise else []),
         _formats(about, space),
         _made(about, run),
@@ -117,10 +118,10 @@ def _resident(space: ResolvedSpace, formats: Mapping[str, Format], stored: int) 
     return [f"- In memory: {'; '.join(said)}."] if said else []
 
 
-def _serve(about: Mapping[str, Any], formats: Mapping[str, Format]) -> list[str]:
+def _serve(about: Mapping[str, Any], able: Sequence[str]) -> list[str]:
     language, code = _SERVE[about["target"]]
     lines = ["## Serve", "", f"```{language}", code, "```"]
-    if about["target"] == "compressed-tensors" and not TARGETS["vllm"].misfits(formats):
+    if about["target"] == "compressed-tensors" and "vllm" in able:
         lines += ["", f"or `{_VLLM}`."]
     return lines
 

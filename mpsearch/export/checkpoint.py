@@ -90,8 +90,11 @@ def write_folder(
     if module.generation_config is not None:
         module.generation_config.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
-    for license_file in model.folder.glob("LICENSE*"):
-        shutil.copy(license_file, folder)
+    for license_path in model.folder.glob("LICENSE*"):
+        if license_path.is_dir():
+            shutil.copytree(license_path, folder / license_path.name)
+        else:
+            shutil.copy(license_path, folder)
 
 
 def readable_by_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,8 +55,11 @@ def load_as_served(name: str, chat_template: bool = False) -> tuple[Model, str]:
             else:
                 module = _load_transformers(folder, method, device)
                 loader = _named("transformers", *_LIBRARIES.get(method, ()))
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except MpsearchError:
+        # Where nothing is said of remote code, transformers asks at the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (MpsearchError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
@@ -102,6 +105,7 @@ def _load_transformers(folder: Path, method: str, device: torch.device) -> Any:
         dtype=torch.bfloat16,
         attn_implementation="sdpa",
         local_files_only=True,
+        trust_remote_code=False,
         use_safetensors=True,
     )
     if lost := sorted(loaded["missing_keys"]):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from cli_cases import Cli
+from conftest import tiny_family
 
 from mpsearch.allocate import uniform
 from mpsearch.assignment import Assignment
@@ -14,7 +16,7 @@ from mpsearch.models import Model
 from mpsearch.outcome import outcome
 from mpsearch.promise import promise
 from mpsearch.run import Run
-from mpsearch.space import ResolvedSpace
+from mpsearch.space import ResolvedSpace, SearchSpace
 
 
 def test_the_card_says_what_it_is_how_large_and_in_which_formats(
@@ -45,6 +47,15 @@ def test_the_card_says_what_it_is_how_large_and_in_which_formats(
     several = sum(len(group.layers) for group in tiny_space.groups[1:])
     assert f"{several} layers int4-g64" in card
     assert f"{len(tiny_space.groups[0].layers)} layers int8-g64" in card
+
+
+def test_the_card_names_vllm_only_where_its_target_holds_the_head(tmp_path: Path) -> None:
+    model = replace(tiny_family("llama"), folder=tmp_path)
+    for head, said in (("bf16", True), ("int4-g64", False)):
+        text = f"version: 1\ntarget: compressed-tensors\nformats: [int4-g64]\nhead: [{head}]\n"
+        space = SearchSpace.parse(text, "test").resolve(model)
+        out = export(model, space.smallest, out=tmp_path / head, space=space)
+        assert ("vllm serve" in (out / "README.md").read_text(encoding="utf-8")) is said
 
 
 def test_the_card_of_a_run_says_what_is_still_known_and_how_it_was_found(

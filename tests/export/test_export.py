@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from mpsearch.errors import CheckError, ResourceError, RunError
 from mpsearch.export.reload import load_any
 from mpsearch.manifest import faults, read_manifest
 from mpsearch.models import Model, load_model
+from mpsearch.run import Run
 from mpsearch.space import ResolvedSpace
 
 
@@ -25,6 +27,10 @@ def test_the_folder_holds_all_that_serving_and_checking_it_takes(
     base = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
     (base / "LICENSE.txt").write_text("do as you like")
     (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (base / "LICENSES").mkdir()
+    (base / "LICENSES" / "MIT.txt").write_text("as is")
     model = load_model(str(base))
     out = mps.export(model, tiny_space.smallest, out=tmp_path / "export", space=tiny_space)
     assert {path.name for path in out.iterdir()} >= {
@@ -34,6 +40,8 @@ def test_the_folder_holds_all_that_serving_and_checking_it_takes(
     }
     assert (out / "LICENSE.txt").read_text() == "do as you like"
     assert (out / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+    assert (out / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
+    assert (out / "LICENSES" / "MIT.txt").read_text() == "as is"
     assert (out / "formats.png").read_bytes().startswith(b"\x89PNG")
     assert faults(out, read_manifest(out)) == []
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -87,6 +95,34 @@ def test_a_folder_that_is_no_export_is_never_replaced(
     with pytest.raises(RunError, match="was not written by mpsearch export"):
         mps.export(tiny, tiny_space.smallest, out=tmp_path, space=tiny_space, overwrite=True)
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_place_that_is_no_folder_is_refused_before_any_work(
+    tiny: Model, tiny_space: ResolvedSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["mpsearch.export"], "Bank", lambda *_: pytest.fail("worked"))
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="file' is no folder"):
+        mps.export(tiny, tiny_space.smallest, out=tmp_path / "file" / "a" / "b", space=tiny_space)
+
+
+def test_what_its_owner_put_into_an_export_is_never_replaced(
+    tiny: Model, tiny_space: ResolvedSpace, tmp_path: Path
+) -> None:
+    out = mps.export(tiny, tiny_space.smallest, out=tmp_path / "export", space=tiny_space)
+    (out / "thesis").mkdir()
+    (out / "thesis" / "one.tex").write_text("mine")
+    with pytest.raises(RunError, match=r"'thesis/one\.tex' .* was not written by mpsearch export"):
+        mps.export(tiny, tiny_space.smallest, out=out, space=tiny_space, overwrite=True)
+    assert (out / "thesis" / "one.tex").read_text() == "mine"
+
+
+def test_a_point_of_another_model_is_refused(whole: Path, tiny: Model, tmp_path: Path) -> None:
+    run = Run.open(whole)
+    other = replace(tiny, fingerprint="0" * 64)
+    with pytest.raises(RunError, match="is not the model that"):
+        mps.export(other, run.find("best").assignment, out=tmp_path / "export", run=run)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_small_disk_is_refused_before_anything_is_written(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,4 +100,38 @@ def test_an_index_that_leads_outside_is_refused(
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
     monkeypatch.setattr(torch, "zeros", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(ModelError, match="lies outside its folder"):
+        load_as_served(str(out))
+    # gptqmodel looks for an index of this name first.
+    (out / "model.safetensors.index.json").rename(
+        out / "gptq_model-4bit-32g.safetensors.index.json"
+    )
+    with pytest.raises(ModelError, match="lies outside its folder"):
+        load_as_served(str(out))
+
+
+def test_nobody_is_asked_whether_code_of_a_checkpoint_may_run(
+    tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = mps.export(tiny, SearchSpace.default().resolve(tiny).smallest, out=tmp_path / "export")
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config |= {"auto_map": {"AutoTokenizer": [None, "own.Own"]}, "tokenizer_class": "Own"}
+    path.write_text(json.dumps(config))
+    (out / "own.py").write_text("raise SystemExit('this was run')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it was asked"))
+    with pytest.raises(ModelError, match="does not load"):
+        load_as_served(str(out))
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_memory_that_runs_out_is_no_fault_of_the_checkpoint(
+    tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    out = mps.export(tiny, SearchSpace.default().resolve(tiny).smallest, out=tmp_path / "export")
+
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules[load_as_served.__module__], "_load_transformers", full)
+    with pytest.raises(error):
         load_as_served(str(out))
