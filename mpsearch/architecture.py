@@ -136,6 +136,11 @@ class Architecture:
         float32, counts as bf16 too."""
         return ITEM_BYTES["bfloat16"] * sum(map(prod, self.kept.values()))
 
+    @property
+    def vector_weights(self) -> int:
+        """Weights of the kept norms and biases, which some containers store in float32."""
+        return sum(prod(shape) for shape in self.kept.values() if len(shape) == 1)
+
 
 def read_architecture(config: Mapping[str, Any], source: str) -> Architecture:
     """The architecture that a config describes.

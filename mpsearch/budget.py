@@ -101,11 +101,23 @@ RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
                 share=0.9,
                 unified=False,
             ),
-            # compressed-tensors' weights are decompressed at the first forward.
+            # Defaults of llama-server: 512 tokens a micro-batch, whose logits all have room; the
+            # cache is padded to 256 tokens.
+            Runtime(
+                "llama.cpp",
+                targets=("gguf",),
+                kv=("fp16", "bf16", "fp32", "q8_0", "q4_0"),
+                kv_tokens=256,
+                prefill_tokens=512,
+                reads_prefill=True,
+                overhead_bytes=3 * GIB // 4,
+            ),
+            # GGUF's weights are dequantized when they are loaded, compressed-tensors' at the first
+            # forward.
             Runtime(
                 "transformers",
-                targets=("compressed-tensors", "bitsandbytes"),
-                unpacks=("compressed-tensors",),
+                targets=("compressed-tensors", "bitsandbytes", "gguf"),
+                unpacks=("compressed-tensors", "gguf"),
                 kv=("bf16", "fp16", "fp32"),
                 masks=True,
                 workspace=True,
@@ -118,17 +130,6 @@ RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
                 masks=True,
                 workspace=True,
                 overhead_bytes=GIB,
-            ),
-            # Defaults of llama-server: 512 tokens a micro-batch, whose logits all have room; the
-            # cache is padded to 256 tokens.
-            Runtime(
-                "llama.cpp",
-                targets=("gguf",),
-                kv=("fp16", "bf16", "fp32", "q8_0", "q4_0"),
-                kv_tokens=256,
-                prefill_tokens=512,
-                reads_prefill=True,
-                overhead_bytes=3 * GIB // 4,
             ),
         )
     }

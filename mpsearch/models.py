@@ -103,6 +103,11 @@ class Model:
     def kept_bytes(self) -> int:
         return sum(_stored_bytes(tensor) for tensor in self.kept.values())
 
+    @property
+    def vector_weights(self) -> int:
+        """Weights of the kept norms and biases, which some containers store in float32."""
+        return sum(tensor.numel() for tensor in self.kept.values() if tensor.dim() == 1)
+
     def kept_by_reason(self, searched: Collection[str] = ()) -> list[dict[str, Any]]:
         """The kept tensors: reason, names, weights and stored bytes, the largest sum first.
 

@@ -28,7 +28,7 @@ import yaml
 
 from mpsearch.assignment import Assignment
 from mpsearch.errors import SpaceError
-from mpsearch.formats import BF16, FORMATS, Format, nearest
+from mpsearch.formats import BF16, FORMATS, ITEM_BYTES, Format, nearest
 from mpsearch.layers import Layer, LayerGroup, group_layers
 from mpsearch.targets import TARGETS, Target
 
@@ -47,6 +47,9 @@ class HasLayers(Protocol):
 
     @property
     def kept_bytes(self) -> int: ...
+
+    @property
+    def vector_weights(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,8 @@ class SearchSpace:
         groups = group_layers(model.layers, ties, self.target.fuses_experts)
         options = {group.name: self._options(group) for group in groups}
         kept_bytes = model.kept_bytes
+        if self.target.float32_vectors:
+            kept_bytes += (ITEM_BYTES["float32"] - ITEM_BYTES["bfloat16"]) * model.vector_weights
         for layer, rule in self._beside(model):
             group = LayerGroup((layer,))
             groups += (group,)

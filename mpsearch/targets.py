@@ -24,6 +24,7 @@ class Target:
         embedding: whether the input embedding may be, and with it a head that is tied to it, in
             formats that store codes in the weight's place.
         only: names of the formats that its runtime takes; empty for all of the container.
+        float32_vectors: whether it stores norms and biases in float32.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Target:
     head: bool
     embedding: bool
     only: tuple[str, ...] = ()
+    float32_vectors: bool = False
 
     @property
     def formats(self) -> tuple[Format, ...]:
@@ -152,6 +154,18 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 fuses_experts=True,
                 head=True,
                 embedding=False,
+            ),
+            # llama.cpp multiplies by each tensor of a file apart, whatever its type, but by a norm
+            # or bias only in float32. Experts are one tensor a block.
+            Target(
+                "gguf",
+                container="gguf",
+                mixes=True,
+                fused=(),
+                fuses_experts=True,
+                head=True,
+                embedding=True,
+                float32_vectors=True,
             ),
         )
     }

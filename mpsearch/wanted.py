@@ -46,14 +46,16 @@ def check_formats(quantizer: Quantizer, wanted: Iterable[tuple[Layer, Format]]) 
                 "give it bf16 by a rule of the space"
             )
         if not fmt.fits(layer):
+            other = _nearest_fit(fmt, layer)
             raise UsageError(
                 f"format '{fmt.name}' cannot hold layer '{layer.name}': groups of "
-                f"{fmt.group_size} do not divide its {layer.columns} columns; use "
-                f"{_nearest_fit(fmt, layer).name}, or give the layer bf16 by a rule of the space"
+                f"{fmt.group_size} do not divide its {layer.columns} columns; "
+                + (f"use {other.name}, or " if other else "")
+                + "give the layer bf16 by a rule of the space"
             )
 
 
-def _nearest_fit(fmt: Format, layer: Layer) -> Format:
+def _nearest_fit(fmt: Format, layer: Layer) -> Format | None:
     """The same kind of format with the largest groups below its own that divide the columns."""
     alike = [
         other
@@ -63,4 +65,4 @@ def _nearest_fit(fmt: Format, layer: Layer) -> Format:
         and other.fits(layer)
         and (other.group_size or 0) < (fmt.group_size or 0)
     ]
-    return max(alike, key=lambda other: other.group_size or 0)
+    return max(alike, key=lambda other: other.group_size or 0, default=None)

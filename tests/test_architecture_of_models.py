@@ -133,6 +133,7 @@ def same_space(space: SearchSpace, model: Model, config: Config) -> None:
     assert told.groups == loaded.groups
     assert told.options == loaded.options
     assert told.kept_bytes == loaded.kept_bytes
+    assert read_architecture(config, "told").vector_weights == model.vector_weights
     for assignment in (loaded.smallest, loaded.largest):
         assert told.stored_bytes(assignment) == loaded.stored_bytes(assignment)
 

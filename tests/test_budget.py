@@ -35,6 +35,7 @@ from mpsearch.budget import (
 )
 from mpsearch.errors import UsageError
 from mpsearch.layers import Layer
+from mpsearch.targets import TARGETS
 
 SMALL = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": 50,
@@ -309,6 +310,10 @@ def test_runtimes_are_found_by_target_and_name() -> None:
     assert find_runtime("compressed-tensors").name == "vllm"
     assert find_runtime("compressed-tensors", "transformers").name == "transformers"
     assert find_runtime("gptq").name == "gptqmodel"
+    assert find_runtime("gguf").name == "llama.cpp"
+    assert find_runtime("gguf", "transformers").name == "transformers"
+    assert find_runtime("bitsandbytes").name == "transformers"
+    assert all(RUNTIMES["llama.cpp"].serves(fmt) for fmt in TARGETS["gguf"].formats)
     with pytest.raises(UsageError, match="no runtime 'vlm'; did you mean 'vllm'"):
         find_runtime("gptq", "vlm")
     with pytest.raises(UsageError) as caught:

@@ -261,6 +261,34 @@ def test_nf4_is_level_times_block_maximum() -> None:
     assert torch.equal(decoded, functional.dequantize_4bit(codes, state))
 
 
+@pytest.mark.parametrize("fmt", [f for f in FORMATS.values() if f.container == "gguf"],
+                         ids=lambda fmt: fmt.name)  # fmt: skip
+def test_gguf_blocks_are_scale_times_code_plus_minimum(fmt: Format) -> None:
+    """Random bytes behind finite scales, read by the layout that ggml-common.h describes."""
+    generator = torch.Generator().manual_seed(fmt.bits)
+    rows, groups = 7, 3
+    numbers = 1 if fmt.symmetric else 2
+    (_, row_bytes) = fmt.tensors(rows, 32 * groups)["weight"].shape
+    blocks = torch.randint(0, 256, (rows, groups, row_bytes // groups), generator=generator)
+    blocks = blocks.to(torch.uint8)
+    halves = torch.randn(rows, groups, numbers, generator=generator).to(torch.float16) * 0.01
+    blocks[..., : 2 * numbers] = halves.view(torch.uint8)
+    rest = blocks[..., 2 * numbers :].long()
+    if fmt.bits == 8:
+        codes = rest - 256 * (rest > 127)
+    else:
+        high = rest[..., : 4 * (fmt.bits - 4), None] >> torch.arange(8) & 1
+        low = rest[..., 4 * (fmt.bits - 4) :]
+        codes = torch.cat([low & 15, low >> 4], dim=-1)  # the first half of the columns, the second
+        codes += 16 * high.flatten(-2) if fmt.bits == 5 else 0
+        codes -= 2 ** (fmt.bits - 1) if fmt.symmetric else 0
+    minimum = 0 if fmt.symmetric else halves[..., 1:].float()
+    expected = (halves[..., :1].float() * codes.float() + minimum).flatten(1)
+    decoded = decode({"weight": blocks.flatten(1)}, fmt)
+    assert decoded.dtype == torch.bfloat16
+    assert torch.equal(decoded, expected.to(torch.bfloat16))
+
+
 def test_without_bitsandbytes_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UsageError, match=r"pip install 'mpsearch\[bitsandbytes\]'"):

@@ -62,6 +62,12 @@ def size(name: str, rows: int, columns: int) -> int:
         ("int5-g32-asym", 576 * 90 * 4 + 576 * 18 * 2 + 18 * 90 * 4 + 16),
         ("int6-channel", 576 * 108 * 4 + 576 * 2 + 16),
         ("fp8", 576 * 576 + 576 * 2),
+        # 18 blocks a row: an fp16 scale, an fp16 minimum where the name ends in 1, 32 codes
+        ("q4_0", 576 * 18 * (2 + 16)),
+        ("q4_1", 576 * 18 * (2 + 2 + 16)),
+        ("q5_0", 576 * 18 * (2 + 20)),
+        ("q5_1", 576 * 18 * (2 + 2 + 20)),
+        ("q8_0", 576 * 18 * (2 + 32)),
         ("bf16", 576 * 576 * 2),
     ],
 )
@@ -222,6 +228,11 @@ def test_the_formats_are_these() -> None:
         "fp4": (4, "bitsandbytes", None, True, "float"),
         "fp4-dq": (4, "bitsandbytes", None, True, "float"),
         "int8": (8, "bitsandbytes", None, True, "int"),
+        "q4_0": (4, "gguf", 32, True, "int"),
+        "q4_1": (4, "gguf", 32, False, "int"),
+        "q5_0": (5, "gguf", 32, True, "int"),
+        "q5_1": (5, "gguf", 32, False, "int"),
+        "q8_0": (8, "gguf", 32, True, "int"),
         "bf16": (16, "any", None, True, "int"),
     }
     assert all(fmt.name == name for name, fmt in FORMATS.items())
@@ -237,6 +248,7 @@ def test_the_formats_are_these() -> None:
         ("fp8", 71 * 192, 71 * 2),
         ("int8-channel-unpacked", 71 * 192, 71 * 2),
         ("int8-g64-unpacked", 71 * 192, 71 * 3 * 2),
+        ("q5_1", 71 * 6 * 24, 0),
         ("int4-g64", 0, 71 * 24 * 4 + 71 * 3 * 2 + 16),
     ],
 )
@@ -256,6 +268,21 @@ def test_groups_fit_where_they_divide_the_columns_and_in_gptq_everywhere() -> No
     assert not FORMATS["int4-g128"].fits(layer)
     assert FORMATS["int4-channel"].fits(layer)
     assert FORMATS["nf4"].fits(layer)
+    assert FORMATS["q4_0"].fits(layer)
+    assert not FORMATS["q4_0"].fits(Layer("a.b", 32, 200))
+
+
+@pytest.mark.parametrize("name", [f.name for f in FORMATS.values() if f.container == "gguf"])
+def test_gguf_tensors_are_those_of_llama_cpps_library(name: str) -> None:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quant_shape_to_byte_shape
+
+    kind = GGMLQuantizationType[name.upper()]
+    assert GGML_QUANT_SIZES[kind][0] == FORMATS[name].group_size
+    for rows, columns in ((1, 32), (7, 96), (576, 1536)):
+        stored = FORMATS[name].tensors(rows, columns)
+        assert {key: (tensor.dtype, tensor.shape) for key, tensor in stored.items()} == {
+            "weight": ("uint8", quant_shape_to_byte_shape((rows, columns), kind))
+        }
 
 
 def test_the_table_of_formats_cannot_be_changed() -> None:

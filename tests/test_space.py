@@ -39,6 +39,7 @@ class Standin:
     kept_bytes: int = KEPT_BYTES
     embedding: Layer | None = TIED
     head: Layer | None = None
+    vector_weights: int = 5 * 576
 
 
 def llama_like(blocks: int) -> Standin:
@@ -112,7 +113,8 @@ def test_every_shipped_file_resolves_against_a_llama() -> None:
     groups = {path.stem: len(SearchSpace.load(path).resolve(TWO_BLOCKS).groups) for path in files}
     assert groups == {
         "auto_gptq": 8, "bitsandbytes": 8, "compressed_tensors": 8,
-        "compressed_tensors_embedding": 9, "compressed_tensors_groups": 8, "gptq": 8, "vllm": 8,
+        "compressed_tensors_embedding": 9, "compressed_tensors_groups": 8, "gguf": 15, "gptq": 8,
+        "vllm": 8,
     }  # fmt: skip
 
 
@@ -518,6 +520,15 @@ def test_a_tied_weight_is_one_group_and_leaves_the_kept_bytes() -> None:
         {**space.largest, "model.embed_tokens": "fp8"}
     )
     assert saved == 49152 * 576 - 2 * 2 * 49152  # a byte a weight, less two scales a row
+
+
+def test_norms_and_biases_take_four_bytes_a_number_where_the_target_stores_float32() -> None:
+    space = parse("version: 1\ntarget: gguf\nformats: [q4_0, q8_0]\n").resolve(TWO_BLOCKS)
+    assert space.kept_bytes == KEPT_BYTES + 2 * 5 * 576
+    assert [group.name for group in space.groups][:2] == [
+        *("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj")
+    ]
+    assert parse(HEAD).resolve(TWO_BLOCKS).kept_bytes == KEPT_BYTES
 
 
 def test_an_untied_head_takes_packed_formats_and_its_embedding_is_kept() -> None:

@@ -37,6 +37,7 @@ from mpsearch.targets import TARGETS
             | {"int4-channel", "int8-channel", "bf16"},
         ),
         ("auto-gptq", {"gptq4-g32", "gptq4-g64", "gptq4-g128"}),
+        ("gguf", {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "bf16"}),
     ],
 )
 def test_each_target_holds_its_formats(target: str, formats: set[str]) -> None:
@@ -50,6 +51,7 @@ def test_targets_by_their_names_and_containers() -> None:
         "gptq": ("gptq", "gptq"),
         "auto-gptq": ("auto-gptq", "gptq"),
         "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
+        "gguf": ("gguf", "gguf"),
     }
 
 
@@ -65,7 +67,7 @@ def test_all_but_auto_gptq_hold_unquantized_weights_beside_others() -> None:
 
 def test_which_mix_quantized_formats() -> None:
     assert [name for name, target in TARGETS.items() if target.mixes] == [
-        *("compressed-tensors", "vllm", "gptq"),
+        *("compressed-tensors", "vllm", "gptq", "gguf"),
     ]
 
 
@@ -122,10 +124,15 @@ def test_heads_and_embeddings_get_what_a_loader_was_seen_to_take() -> None:
         "vllm": (set(), set()),
         "auto-gptq": (set(), set()),
         "bitsandbytes": ({fmt.name for fmt in TARGETS["bitsandbytes"].formats}, set()),
+        "gguf": ({fmt.name for fmt in TARGETS["gguf"].formats},) * 2,
     }
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+@pytest.mark.parametrize(
+    "target",
+    [target for target in TARGETS.values() if target.container != "gguf"],
+    ids=lambda target: target.name,
+)
 def test_runtimes_fuse_query_key_value_and_gate_up(target: object) -> None:
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     layers = [Layer(f"m.0.{name}", 2, 2) for name in names]
@@ -135,6 +142,11 @@ def test_runtimes_fuse_query_key_value_and_gate_up(target: object) -> None:
         "m.0.gate_proj+up_proj",
         "m.0.down_proj",
     ]
+
+
+def test_llama_cpp_fuses_nothing_and_wants_norms_in_float32() -> None:
+    assert TARGETS["gguf"].fused == ()
+    assert [name for name, target in TARGETS.items() if target.float32_vectors] == ["gguf"]
 
 
 def test_the_table_of_targets_cannot_be_changed() -> None:

@@ -16,6 +16,7 @@ from mpsearch.export.bitsandbytes import write_bitsandbytes
 from mpsearch.export.card import FIGURE, model_card
 from mpsearch.export.compressed_tensors import write_compressed_tensors
 from mpsearch.export.dequantized import DEQUANTIZED, as_stored, write_dequantized
+from mpsearch.export.gguf import gguf_tensor_bytes, is_gguf, write_gguf
 from mpsearch.export.gptq import write_gptq
 from mpsearch.files import published
 from mpsearch.formats import Format, nearest
@@ -35,6 +36,7 @@ WRITERS = {
     "compressed-tensors": write_compressed_tensors,
     "gptq": write_gptq,
     "bitsandbytes": write_bitsandbytes,
+    "gguf": write_gguf,
 }
 _VERSIONS = ("mpsearch", "torch", "transformers", "safetensors")
 EXPORT_TARGETS = tuple(name for name, target in TARGETS.items() if target.container in WRITERS)
@@ -96,6 +98,8 @@ def export(
     )
     stored = as_stored(assignment, to)
     predicted = space.stored_bytes(stored)
+    if to == DEQUANTIZED and space.target.float32_vectors:  # which stay bf16 in a plain checkpoint
+        predicted -= 2 * model.vector_weights
     require_disk(int(predicted * 1.05) + 10_000_000, out, "the export")
     bank.build(quantized_layers(space, assignment))
     point = run.find(assignment.id) if run else None
@@ -151,7 +155,9 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 
 def tensor_bytes(folder: Path) -> int:
-    """Bytes of all tensors in a folder's safetensors files."""
+    """Bytes of all tensors in a folder's safetensors files, or its GGUF file."""
+    if is_gguf(folder):
+        return gguf_tensor_bytes(folder)
     total = 0
     for path in folder.glob("*.safetensors"):
         with open(path, "rb") as stream:

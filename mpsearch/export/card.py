@@ -36,6 +36,7 @@ _SERVE = {
         "model = AutoGPTQForCausalLM.from_quantized(FOLDER, use_safetensors=True)",
     ),
     "bitsandbytes": ("python", _TRANSFORMERS),
+    "gguf": ("sh", "llama-server --model FOLDER/model.gguf"),
     DEQUANTIZED: ("python", _TRANSFORMERS),
 }
 
@@ -98,7 +99,8 @@ def _what(
         f"{about['base_fingerprint'][:16]}: {stored:,} bytes of tensors ({format_size(stored)}), "
         f"{about['bits_per_weight']:.2f} bits a searched weight, for {about['target']}.",
         "",
-        f"- Formats: {named}; everything else bf16."
+        f"- Formats: {named}; everything else bf16"
+        f"{', norms and biases float32' if about['target'] == 'gguf' else ''}."
         + (" All are stored dequantized, in 16 bits a weight." if plain else ""),
         *([] if plain else _resident(space, formats, stored)),
         *([f"- Made for: {run.budget_line}."] if run and run.budget_line else []),
@@ -123,6 +125,13 @@ def _serve(about: Mapping[str, Any], able: Sequence[str]) -> list[str]:
     lines = ["## Serve", "", f"```{language}", code, "```"]
     if about["target"] == "compressed-tensors" and "vllm" in able:
         lines += ["", f"or `{_VLLM}`."]
+    if about["target"] == "gguf":  # given the file, AutoTokenizer leaves special tokens out (5.23)
+        lines += [
+            "",
+            'or `AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file="model.gguf")` of '
+            "transformers with `AutoTokenizer.from_pretrained(FOLDER)`, without naming the file. "
+            "`llama.cpp.txt` makes the same mix of types with llama.cpp's own tools.",
+        ]
     return lines
 
 

@@ -79,7 +79,16 @@ def write_folder(
     save_torch_state_dict(tensors, folder, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
     for weights in folder.glob("*.safetensors"):
         weights.chmod(0o644)  # a server may run as another user
+    write_beside(model, folder, dtype, quantization)
 
+
+def write_beside(
+    model: Model,
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    quantization: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what stands beside the weights: configs, tokenizer, licence. As `write_folder`."""
     module = model.module
     config = readable_by_transformers_4(module.config.to_dict())
     config["dtype"] = str(dtype).removeprefix("torch.")

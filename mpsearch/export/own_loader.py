@@ -23,6 +23,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from mpsearch.codecs import import_gptqmodel
 from mpsearch.device import compute_dtype, pick_device
 from mpsearch.errors import ModelError, MpsearchError
+from mpsearch.export.gguf import GGUF_FILE, is_gguf
+from mpsearch.export.gguf_reload import load_gguf
 from mpsearch.export.reload import load_any
 from mpsearch.models import Model, weight_files
 
@@ -43,15 +45,19 @@ def load_as_served(name: str, chat_template: bool = False) -> tuple[Model, str]:
     if not quantization:
         return load_any(name, chat_template), _named("transformers")
     method, device = str(quantization.get("quant_method")), pick_device()
-    if not weight_files(folder, name):
+    if method != "gguf" and not weight_files(folder, name):
         raise ModelError(
-            f"checkpoint '{name}' holds no .safetensors weights, and no other are read"
+            f"checkpoint '{name}' holds no .safetensors weights and no {GGUF_FILE}, and no other "
+            "are read"
         )
     # Libraries of several quantizers raise what they like for a damaged checkpoint.
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()), torch.no_grad():
             if method == "gptq":
                 module, loader = _load_gptq(folder, device), _named("gptqmodel")
+            elif method == "gguf":
+                module = _computing(load_gguf(folder), device)
+                loader = _named("transformers", "gguf")
             else:
                 module = _load_transformers(folder, method, device)
                 loader = _named("transformers", *_LIBRARIES.get(method, ()))
@@ -77,6 +83,8 @@ def _named(*libraries: str) -> str:
 
 def quantization_of(folder: Path) -> dict[str, Any]:
     """The `quantization_config` of a local folder; empty where there is none."""
+    if is_gguf(folder):  # whose config.json is the unquantized model's
+        return {"quant_method": "gguf"}
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return dict(config.get("quantization_config") or {})
@@ -112,9 +120,15 @@ def _load_transformers(folder: Path, method: str, device: torch.device) -> Any:
         raise ModelError(f"checkpoint '{folder}' lacks '{lost[0]}' and {len(lost) - 1} more")
     if method == "compressed-tensors":
         module(torch.zeros(1, 1, dtype=torch.long))  # decompresses its weights on the first pass
-        for parameter in module.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(compute_dtype(device))
+        return _computing(module, device)
+    return module.to(device)
+
+
+def _computing(module: Any, device: torch.device) -> Any:
+    """With its weights in the dtype of the device's arithmetic."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(compute_dtype(device))
     return module.to(device)
 
 

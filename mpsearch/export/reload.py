@@ -1,10 +1,10 @@
 """Load an export the way its users do, to score what ships and not what was meant to.
 
-transformers' own loader makes the weights of compressed-tensors. GPTQ's are decoded here, as no
-loader of theirs runs everywhere; `mpsearch.codecs` is tested against gptqmodel's. So are those of
-bitsandbytes, with its functions, as its modules round more than the weights on some devices. All
-are then put into the model's plain modules, so that the arithmetic is the reference's and only the
-weights differ.
+transformers' own loaders make the weights of compressed-tensors and GGUF. GPTQ's are decoded here,
+as no loader of theirs runs everywhere; `mpsearch.codecs` is tested against gptqmodel's. So are
+those of bitsandbytes, with its functions, as its modules round more than the weights on some
+devices. All are then put into the model's plain modules, so that the arithmetic is the reference's
+and only the weights differ.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from mpsearch.codecs import decode
 from mpsearch.device import compute_dtype, pick_device
 from mpsearch.errors import ModelError
 from mpsearch.export.dequantized import DEQUANTIZED
+from mpsearch.export.gguf import is_gguf
+from mpsearch.export.gguf_reload import read_gguf
 from mpsearch.formats import FORMATS, FOUR_BIT_BLOCK, Format, StoredTensor
 from mpsearch.models import Model, from_module, load_model
 
@@ -48,6 +50,8 @@ def load_any(name: str, chat_template: bool = False) -> Model:
     """
     folder = Path(name).expanduser()
     quantization = _field(folder / "config.json", "quantization_config")
+    if is_gguf(folder):  # whose config.json is the unquantized model's
+        quantization = {"quant_method": "gguf"}
     if quantization and isinstance(quantization, dict):
         return replace(load_export(name, quantization), chat=chat_template)
     model = load_model(name, chat_template)
@@ -65,10 +69,11 @@ def load_export(name: str, quantization: dict[str, Any]) -> Model:
         ModelError: transformers cannot load it.
     """
     method = quantization.get("quant_method")
-    if method not in ("gptq", "compressed-tensors", "bitsandbytes"):
+    if method not in ("gptq", "compressed-tensors", "bitsandbytes", "gguf"):
         raise ModelError(
             f"'{name}' is quantized by {method or 'an unknown method'}; scored here are models, "
-            "compressed-tensors, GPTQ and bitsandbytes exports, so pass the model it was made from"
+            "compressed-tensors, GPTQ, bitsandbytes and GGUF exports, so pass the model it was "
+            "made from"
         )
     if (version := quantization.get("checkpoint_format", "gptq")) != "gptq":
         raise ModelError(
@@ -90,6 +95,8 @@ def load_export(name: str, quantization: dict[str, Any]) -> Model:
             module = _load_compressed(folder)
         elif method == "gptq":
             module, decoded = _load_gptq(folder)
+        elif method == "gguf":
+            module = _plain(*read_gguf(folder))
         else:
             module, decoded = _load_bitsandbytes(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

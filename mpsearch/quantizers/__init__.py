@@ -56,6 +56,7 @@ QUANTIZERS: Mapping[str, tuple[str, ...]] = {
     "compressed-tensors": ("rounding", "gptq", "hqq"),
     "gptq": ("gptq", "rounding", "auto-gptq"),
     "bitsandbytes": ("bitsandbytes",),
+    "gguf": ("gguf",),
 }
 
 
@@ -67,6 +68,7 @@ def get_quantizer(name: str | None, container: str) -> Quantizer:
     """
     from mpsearch.quantizers.autogptq import AutoGptq
     from mpsearch.quantizers.bitsandbytes import BitsAndBytes
+    from mpsearch.quantizers.gguf import Gguf
     from mpsearch.quantizers.gptq import Gptq
     from mpsearch.quantizers.hqq import Hqq
     from mpsearch.quantizers.rounding import Rounding
@@ -77,6 +79,7 @@ def get_quantizer(name: str | None, container: str) -> Quantizer:
         "auto-gptq": AutoGptq,
         "hqq": Hqq,
         "bitsandbytes": BitsAndBytes,
+        "gguf": Gguf,
     }
     if name is not None and name not in quantizers:
         raise UsageError(f"no quantizer '{name}'{nearest(name, quantizers)}")

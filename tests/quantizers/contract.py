@@ -21,6 +21,7 @@ LIBRARY = {
     "auto-gptq": "auto_gptq",
     "hqq": "hqq",
     "bitsandbytes": "bitsandbytes",
+    "gguf": "gguf",
 }
 CONTAINER = {name: container for container, names in QUANTIZERS.items() for name in names}
 
@@ -39,6 +40,7 @@ EXAMPLES = (
     "int8-g64-unpacked", "int8-channel-unpacked",
     "nf4", "nf4-dq", "fp4", "fp4-dq", "int8",
     "gptq2-g64", "gptq3-g64", "gptq4-g64", "gptq4-g32", "gptq8-g64", "gptq4-g128",
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0",
 )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from contract import (
 )
 
 from mpsearch.codecs import decode, pack, quantization_args
-from mpsearch.errors import UsageError
+from mpsearch.errors import CheckError, UsageError
 from mpsearch.formats import FORMATS, Format
 from mpsearch.layers import Layer
 from mpsearch.quantizers import QUANTIZERS, get_quantizer
@@ -116,7 +116,8 @@ def test_settings_name_the_version_of_the_library_that_decides(name: str) -> Non
 
 @each_quantizer
 def test_error_falls_with_bits(name: str) -> None:
-    alike = [fmt for fmt in made_by(name) if fmt.group_size in (64, None) and fmt.name != "fp8"]
+    usual = (32,) if CONTAINER[name] == "gguf" else (64, None)
+    alike = [fmt for fmt in made_by(name) if fmt.group_size in usual and fmt.name != "fp8"]
     alike = [fmt for fmt in alike if "channel" not in fmt.name and "fp4" not in fmt.name]
     alike = [fmt for fmt in alike if fmt.symmetric == alike[0].symmetric and "-dq" not in fmt.name]
     alike = [fmt for fmt in alike if fmt.container == alike[0].container]
@@ -165,6 +166,30 @@ def test_the_library_decompresses_the_very_weight_that_is_scored(name: str, fmt:
     by_hand = codes * per_column(stored["weight_scale"], fmt)
     assert torch.equal(decode(stored, fmt), theirs)
     assert torch.equal(theirs, by_hand.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("fmt", [fmt.name for fmt in made_by("gguf")])
+def test_gguf_blocks_decode_as_the_library_dequantizes(fmt: str) -> None:
+    from gguf import GGMLQuantizationType, quants
+
+    kind = GGMLQuantizationType[fmt.upper()]
+    theirs = quants.quantize(weight().numpy(), kind)
+    stored = quantized("gguf")[fmt]
+    assert torch.equal(stored["weight"], torch.from_numpy(theirs))
+    dequantized = torch.from_numpy(quants.dequantize(theirs, kind))
+    assert torch.equal(decode(stored, FORMATS[fmt]), dequantized.to(torch.bfloat16))
+    largest = weight().unflatten(1, (-1, 32)).abs().amax(-1).repeat_interleave(32, 1)
+    steps = {"q4_0": 8, "q4_1": 15, "q5_0": 16, "q5_1": 31, "q8_0": 127}[fmt]
+    step = largest * (1 if FORMATS[fmt].symmetric else 2) / steps
+    # Half a step, or a whole one where the codes of one sign end before the largest weight.
+    assert ((dequantized - weight()).abs() <= step * 1.01).all()
+
+
+def test_weights_beyond_fp16_are_refused_by_gguf_in_one_line() -> None:
+    large = weight().clone()
+    large[3, 5] = 70_000
+    with pytest.raises(CheckError, match="scales are fp16, which cannot hold weights of 7e"):
+        quantizer("gguf").quantize(large, made_by("gguf"), None)
 
 
 @pytest.mark.parametrize("fmt", ["nf4", "nf4-dq", "fp4", "fp4-dq"])
