@@ -191,7 +191,9 @@ def test_a_promise_that_is_none_fails_though_the_digest_fits(
 def test_a_loss_that_nothing_can_tell_is_refused_before_anything_is_asked(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpsearch.verify.ask_fresh", lambda request: pytest.fail("it was asked"))
+    monkeypatch.setattr(
+        sys.modules["mpsearch.verify"], "ask_fresh", lambda request: pytest.fail("it was asked")
+    )
     edited(copy, lambda about: about["promise"].update(reference=None), seal=True)
     with pytest.raises(RunError, match="say --reference MODEL to measure the answer loss"):
         verify(copy, max_loss_nats=1.0)
@@ -301,7 +303,7 @@ def test_the_reference_of_folded_weights_has_to_answer_as_it_did(
 def test_memory_that_runs_out_is_not_blamed_on_the_checkpoint(
     copy: Path, facts_file: Path, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:
-    monkeypatch.setattr("mpsearch.verify._SERVED", f"raise SystemExit('{last}')")
+    monkeypatch.setattr(sys.modules["mpsearch.verify"], "_SERVED", f"raise SystemExit('{last}')")
     with pytest.raises(ResourceError, match="ran out of memory"):
         verify(copy, facts=str(facts_file))
 
