@@ -71,7 +71,7 @@ def verify(args: argparse.Namespace) -> None:
     from mpsearch.console import Progress, emit_json, say
     from mpsearch.verify import verify
 
-    if args.max_loss is not None and not args.max_loss >= 0:
+    if args.max_loss is not None and not 0 <= args.max_loss < float("inf"):
         raise UsageError(f"max loss {args.max_loss:g} is no number of nats; use 0 or more")
     with Progress() as report:
         found = verify(

@@ -15,6 +15,7 @@ from typing import Any
 from mpsearch.asked import balanced
 from mpsearch.console import quiet_libraries
 from mpsearch.errors import MpsearchError, RunError
+from mpsearch.export import tensor_bytes
 from mpsearch.export.own_loader import load_as_served
 from mpsearch.facts import Fact, FactSet
 from mpsearch.models import load_model
@@ -57,6 +58,7 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "loader": loader,
         "fingerprint": model.fingerprint,
+        "stored_bytes": tensor_bytes(Path(request["model"])) if request["own"] else None,
         "facts": fact_set.digest,
         "dtype": str(model.dtype),
         "relations": [fact.relation for fact in facts],

@@ -22,6 +22,9 @@ from mpsearch.manifest import faults, read_manifest
 from mpsearch.promise import Answers, Promise
 
 AGREEMENT = 0.99  # of answers: kernels round in other ways than what scored the candidate
+AGREEMENT_INT8 = 0.95  # LLM.int8's kernels round inputs to 8 bits, too, on every device
+# By how much kernels may move the mean answer loss; another point's weights move it more.
+_NEAR_NATS, _NEAR_SHARE = 0.1, 0.1
 MOST_FACTS = 320  # of a checkpoint that promises none
 SHOTS = 4
 _SERVED = (
@@ -142,6 +145,11 @@ def verify(
             "with --facts"
         )
     checks.append(Check("loads", True, f"{answered['loader']} loads it"))
+    if about is not None:
+        stored, promised = answered["stored_bytes"], about.get("stored_bytes")
+        said = f"{stored:,} bytes of tensors are stored"
+        same = stored == promised
+        checks.append(Check("bytes", same, said if same else f"{said}, promised were {promised}"))
     said_by_reference = None if promise is None else promise.reference
     if reference is not None:
         report("asking the reference", 0, 1)
@@ -150,7 +158,8 @@ def verify(
         report("asking the reference", 1, 1)
         checks.append(_of_reference(asked, answered, about, said_by_reference))
         said_by_reference = Answers.of(asked)
-    return _compare(folder, checks, answered, promise, said_by_reference, max_loss_nats)
+    enough = _enough(about)
+    return _compare(folder, checks, answered, promise, enough, said_by_reference, max_loss_nats)
 
 
 def _promised(
@@ -257,11 +266,19 @@ def _of_reference(
     return Check("reference", same, said)
 
 
+def _enough(about: Mapping[str, Any] | None) -> float:
+    """Share of the facts that have to be answered as promised."""
+    if about is not None and about.get("target") == "bitsandbytes":
+        return AGREEMENT_INT8 if "int8" in about["assignment"].values() else AGREEMENT
+    return AGREEMENT
+
+
 def _compare(
     folder: Path,
     checks: list[Check],
     answered: Mapping[str, Any],
     promise: Promise | None,
+    enough: float,
     reference: Answers | None,
     max_loss_nats: float | None,
 ) -> Verification:
@@ -285,20 +302,34 @@ def _compare(
         checks.append(
             Check(
                 "answers",
-                share >= AGREEMENT,
+                len(relations) - agreeing <= max(1, (1 - enough) * len(relations)),
                 f"{agreeing} of {len(relations)} {promise.partition} facts are answered as "
-                f"promised ({share:.1%}; {AGREEMENT:.0%} are enough)",
+                f"promised ({share:.1%}; {enough:.0%} are enough)",
             )
         )
         low, high = promise.recall.low, promise.recall.high
+        # The same facts are asked, so few may have turned; an interval may have no width at all.
+        few = max(1 - enough, 1 / len(relations))
         checks.append(
             Check(
                 "recall",
-                low <= recall.mean <= high,
+                low - few <= recall.mean <= high + few,
                 f"recall is {recall.mean:.1%}, promised were {promise.recall.mean:.1%} "
                 f"[{low:.1%}, {high:.1%}]",
             )
         )
+        if promise.candidate.log_prob_nats is not None:
+            told = zip(promise.candidate.log_prob_nats, answered["log_prob_nats"], strict=True)
+            moved = interval([before - after for before, after in told]).mean
+            allowed = _NEAR_NATS + _NEAR_SHARE * abs(promise.answer_loss.mean)
+            checks.append(
+                Check(
+                    "promised loss",
+                    abs(moved) <= allowed,
+                    f"an answer loses {moved:+.3f} nats more than the promised "
+                    f"{promise.answer_loss.mean:.3f}; {allowed:.3f} either way pass",
+                )
+            )
     if reference is not None:
         flips = list(zip(reference.correct, answered["correct"], strict=True))
         forgotten = sum(was and not now for was, now in flips)

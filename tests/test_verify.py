@@ -16,9 +16,10 @@ from conftest import build_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from mpsearch import cli
+from mpsearch.bootstrap import Interval
 from mpsearch.errors import ResourceError, RunError, UsageError
 from mpsearch.manifest import NAME, read_manifest, write_manifest
-from mpsearch.promise import Promise, promise
+from mpsearch.promise import Answers, Promise, promise
 from mpsearch.run import Run
 from mpsearch.served import ask
 from mpsearch.verify import Verification, verify
@@ -76,7 +77,7 @@ def test_an_export_answers_in_a_fresh_process_as_its_run_promised(
     found = verify(made, facts=str(facts_file))
     assert found.passed, found.reasons
     assert [check.name for check in found.checks] == [
-        *("files", "loads", "tokens", "answers", "recall")
+        *("files", "loads", "bytes", "tokens", "answers", "recall", "promised loss")
     ]
     assert found.loader is not None and found.loader.startswith("transformers ")
     assert found.agreeing == found.facts == len(run.relations("test"))
@@ -233,6 +234,47 @@ def test_weights_that_answer_otherwise_are_found_by_their_answers(
     found = verify(copy, facts=str(facts_file))
     assert "answers" in failed(found)
     assert any("are answered as promised" in reason for reason in found.reasons)
+
+
+@pytest.mark.usefixtures("here")
+def test_another_points_weights_are_not_taken_for_this_ones(
+    poor: Path, made: Path, facts_file: Path, tmp_path: Path
+) -> None:
+    """Better ones than were promised, even."""
+    copy = Path(shutil.copytree(poor, tmp_path / "swapped"))
+    for name in (WEIGHTS, "config.json"):
+        shutil.copy(made / name, copy / name)
+    sealed(copy)
+    found = verify(copy, facts=str(facts_file))
+    assert {"bytes", "promised loss"} <= set(failed(found))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "facts", "share", "passes"),
+    [
+        *((0, 5, 0.99, True), (1, 5, 0.99, True), (2, 5, 0.99, False), (3, 300, 0.99, True)),
+        *((4, 300, 0.99, False), (4, 300, 0.95, True), (16, 300, 0.95, False)),
+    ],
+)
+def test_few_answers_may_turn_even_where_recall_was_certain(
+    wrong: int, facts: int, share: float, passes: bool
+) -> None:
+    names = [f"s{i}" for i in range(facts)]
+    told = Answers((True,) * facts, (0.0,) * facts)
+    sure, none = Interval(1.0, 1.0, 1.0), Interval(0.0, 0.0, 0.0)
+    asked = {"facts": "", "shots": 4, "chat_template": False, "dtype": "", "tokens": "t"}
+    promised = Promise(
+        "test", **asked, relations=("r",) * facts, subjects=tuple(names), candidate=told,
+        reference=told, recall=sure, answer_loss=none,
+    )  # fmt: skip
+    answered = {
+        "relations": ["r"] * facts, "subjects": names, "tokens": "t", "loader": "l",
+        "correct": [i >= wrong for i in range(facts)], "log_prob_nats": [0.0] * facts,
+        "load_seconds": 0.0, "ask_seconds": 0.0,
+    }  # fmt: skip
+    compare = sys.modules["mpsearch.verify"]._compare
+    found = compare(Path("x"), [], answered, promised, share, told, None)
+    assert found.passed is passes, found.reasons
 
 
 @pytest.mark.usefixtures("here")

@@ -91,13 +91,14 @@ def _what(
         counts[fmt.name] = counts.get(fmt.name, 0) + 1
     named = ", ".join(f"{count} layers {name}" for name, count in counts.items())
     revision = f", revision {about['base_revision']}" if about["base_revision"] else ""
+    folded = " (AWQ's scales folded in)" if about["awq"] else ""
     stored, plain = about["stored_bytes"], about["target"] == DEQUANTIZED
     return [
         f"# {about['base_model']}, quantized",
         "",
         f"Made by mpsearch from {about['base_model']}{revision}, weights "
-        f"{about['base_fingerprint'][:16]}: {stored:,} bytes of tensors ({format_size(stored)}), "
-        f"{about['bits_per_weight']:.2f} bits a searched weight, for {about['target']}.",
+        f"{about['base_fingerprint'][:16]}{folded}: {stored:,} bytes of tensors "
+        f"({format_size(stored)}), {about['bits_per_weight']:.2f} bits a searched weight, for {about['target']}.",
         "",
         f"- Formats: {named}; everything else bf16"
         f"{', norms and biases float32' if about['target'] == 'gguf' else ''}."

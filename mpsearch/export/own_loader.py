@@ -101,7 +101,7 @@ def _load_gptq(folder: Path, device: torch.device) -> Any:
 
 def _load_transformers(folder: Path, method: str, device: torch.device) -> Any:
     # Of what it does not know it would load the weights as if they were not quantized.
-    if not any(known.startswith(method) for known in AUTO_QUANTIZATION_CONFIG_MAPPING):
+    if not {method, f"{method}_4bit"} & set(AUTO_QUANTIZATION_CONFIG_MAPPING):
         raise ModelError(f"checkpoint '{folder}' is quantized by '{method}', which transformers "
                          f"{version('transformers')} does not load")  # fmt: skip
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -121,6 +121,11 @@ def _load_transformers(folder: Path, method: str, device: torch.device) -> Any:
     if method == "compressed-tensors":
         module(torch.zeros(1, 1, dtype=torch.long))  # decompresses its weights on the first pass
         return _computing(module, device)
+    for layer in module.modules():
+        # On some CPUs bitsandbytes (0.50) packs 4-bit weights again, with scales rounded to bf16:
+        # other weights than were written, and than a GPU computes with.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     return module.to(device)
 
 
