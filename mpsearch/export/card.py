@@ -98,7 +98,8 @@ def _what(
         "",
         f"Made by mpsearch from {about['base_model']}{revision}, weights "
         f"{about['base_fingerprint'][:16]}{folded}: {stored:,} bytes of tensors "
-        f"({format_size(stored)}), {about['bits_per_weight']:.2f} bits a searched weight, for {about['target']}.",
+        f"({format_size(stored)}), {about['bits_per_weight']:.2f} bits a searched weight, for "
+        f"{about['target']}.",
         "",
         f"- Formats: {named}; everything else bf16"
         f"{', norms and biases float32' if about['target'] == 'gguf' else ''}."
