@@ -46,7 +46,7 @@ def test_every_command_of_the_readme_runs_in_its_order(
     for command in found:
         words = shlex.split(command.replace("builtin:smollm2-135m", str(tiny_folder)))[1:]
         words = [SMALL.get(word, word) for word in words]
-        if words[0] in ("search", "sensitivity", "recall", "compare", "verify"):
+        if words[0] in ("search", "sensitivity", "recall", "compare", "verify", "refine"):
             words += ["--facts", str(connected_file if "--two-hop" in words else facts_file)]
         if words[0] == "search":
             words += ["--trials", "3"]
