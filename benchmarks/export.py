@@ -36,6 +36,7 @@ from mpsearch.bank import Bank
 from mpsearch.console import quiet_libraries, say
 from mpsearch.evaluate import Bench, quantized_layers
 from mpsearch.export import EXPORT_TARGETS, tensor_bytes
+from mpsearch.export.dequantized import DEQUANTIZED, as_stored
 from mpsearch.facts import FactSet
 from mpsearch.models import Model
 from mpsearch.quantizers import get_quantizer
@@ -45,12 +46,13 @@ from mpsearch.space import ResolvedSpace
 from mpsearch.verify import ask_fresh
 
 MODEL = "builtin:smollm2-135m"
+TARGETS = (*EXPORT_TARGETS, DEQUANTIZED)
 SPACES = Path(__file__).parents[1] / "search_spaces"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--targets", nargs="+", choices=EXPORT_TARGETS, default=EXPORT_TARGETS)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--facts", type=int, default=320)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/export.json"))
     args = parser.parse_args()
@@ -89,7 +91,7 @@ def measure(model: Model, proxy: RecallProxy, target: str) -> dict[str, Any]:
             "target": target,
             "formats": sorted({fmt.name for fmt in formats}),
             "export_seconds": seconds,
-            "predicted_bytes": space.stored_bytes(candidate),
+            "predicted_bytes": space.stored_bytes(as_stored(candidate, target)),
             "stored_bytes": tensor_bytes(folder),
             "folder_bytes": sum(path.stat().st_size for path in folder.iterdir()),
             **agreement(scored, answered),
@@ -98,7 +100,7 @@ def measure(model: Model, proxy: RecallProxy, target: str) -> dict[str, Any]:
 
 
 def resolve(model: Model, target: str) -> ResolvedSpace:
-    """The space file of a target; of the first one that stores like it where it has none."""
+    """The space file of a target; what is dequantized has none, and gets packed integers."""
     path = SPACES / f"{target.replace('-', '_')}.yaml"
     own = path if path.exists() else SPACES / "compressed_tensors.yaml"
     return mps.SearchSpace.load(own).resolve(model)
