@@ -193,6 +193,5 @@ def _check_target(model: Model, formats: Mapping[str, Format], to: str) -> None:
     held = ", ".join(fmt.name for fmt in TARGETS[to].formats)
     raise UsageError(
         f"a checkpoint for {to} cannot hold this point: '{layer}' {what}{more}; it holds {held}: "
-        f"search a space with 'target: {to}'"
-        + (f", or export to {' or '.join(able)}" if able else "")
+        f"search a space with 'target: {to}', or export to {' or '.join((*able, DEQUANTIZED))}"
     )
