@@ -8,7 +8,6 @@ the same bf16 values.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from mpsearch.places import (
     find_places,
     why_kept,
 )
+from mpsearch.shards import Shards, weight_files
 
 # What transformers, tokenizers and safetensors raise for a damaged or strange folder.
 _FROM_BELOW = (
@@ -360,8 +360,8 @@ def check_folder(folder: Path, name: str) -> int:
     """Bytes of the safetensors files, after refusing what cannot be a reference.
 
     Raises:
-        ModelError: no config, weights only as pickle, none at all, a missing shard, or a
-            checkpoint that is already quantized.
+        ModelError: no config, weights only as pickle, none at all, a checkpoint that is already
+            quantized, or files that are not whole, as `mpsearch.shards.Shards` finds.
     """
     config = read_config(folder / "config.json", name)
     if quantization := config.get("quantization_config"):
@@ -374,8 +374,7 @@ def check_folder(folder: Path, name: str) -> int:
             f"model '{name}' is already quantized ({method}); the reference must be unquantized: "
             "pass the model it was made from"
         )
-    files = weight_files(folder, name)
-    if not files:
+    if not weight_files(folder, name):
         pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
         if pickles:
             raise ModelError(
@@ -383,43 +382,4 @@ def check_folder(folder: Path, name: str) -> int:
                 "convert it with save_pretrained to safetensors"
             )
         raise ModelError(f"model '{name}': '{folder}' holds no .safetensors weights")
-    return sum(file.stat().st_size for file in files)
-
-
-def weight_files(folder: Path, name: str) -> list[Path]:
-    """The safetensors files of a folder: the shards of its index, or all that there are.
-
-    Raises:
-        ModelError: an index is none, or names a file outside the folder, one that is no safetensors
-            file, or one that is missing.
-    """
-    # All indices are looked at: gptqmodel prefers one of another name.
-    shards = {i.name: _shards(i, name) for i in folder.glob("*.safetensors.index.json")}
-    named = shards.get("model.safetensors.index.json")
-    if named is None:
-        return sorted(folder.glob("*.safetensors"))
-    if missing := [file.name for file in named if not file.exists()]:
-        raise ModelError(f"model '{name}': shard {missing[0]} is missing; download it again")
-    return named
-
-
-def _shards(index: Path, name: str) -> list[Path]:
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(map(str, set(places.values())))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise ModelError(
-            f"model '{name}': {index.name} is no index of shards; get it again"
-        ) from None
-    for shard in shards:
-        wrong = None
-        if Path(shard).name != shard:
-            wrong = "lies outside its folder"
-        elif not shard.endswith(".safetensors"):
-            wrong = "is no safetensors file"  # transformers would read it as pickle
-        if wrong:
-            raise ModelError(
-                f"model '{name}': {index.name} names '{shard}', which {wrong}; do not use this "
-                "checkpoint"
-            )
-    return [index.parent / shard for shard in shards]
+    return Shards(folder, name).file_bytes

@@ -220,7 +220,6 @@ def test_an_unknown_builtin_is_refused_with_the_one_there_is() -> None:
 def test_too_little_memory_is_refused_before_loading(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    (folder / "model.safetensors").write_bytes(b"never read")
     monkeypatch.setattr(device, "available_memory_bytes", lambda of: 1000)
     assert f"loading '{folder}' needs about" in refusal(folder, ResourceError)
 
