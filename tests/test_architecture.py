@@ -30,7 +30,7 @@ WITHOUT_TORCH = (
     *("outcome", "forecast", "promise", "manifest", "verify"),
 )
 WITH_TORCH = (
-    *("device", "builtin", "shards", "places", "blocks", "models", "forward", "reuse"),
+    *("device", "builtin", "shards", "places", "blocks", "models", "skeleton", "forward", "reuse"),
     *(
         "codecs",
         "quantizers",
