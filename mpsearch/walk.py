@@ -49,6 +49,8 @@ Packed = Callable[[str, Format], Stored]
 Own = tuple[tuple[str, Format], ...]
 """What a candidate holds in some layers beside reference weights."""
 
+_Owns = Mapping[int | None, Own]
+
 
 def resident(model: Model) -> Supply:
     """The parameters that a loaded model holds."""
@@ -110,6 +112,9 @@ class Walk:
         # Of the layers in blocks: which block, and which parameter they lie in.
         self._depth = {layer: depth_of[part] for layer, part in places.items() if part in depth_of}
         self._within = {layer: name_of[places[layer]] for layer in self._depth}
+        self._layers: list[list[str]] = [[] for _ in self._blocks]
+        for layer, depth in self._depth.items():
+            self._layers[depth].append(layer)
         self._names: list[list[str]] = [[] for _ in self._blocks]
         for part, name in name_of.items():
             self._names[depth_of[part]].append(name)
@@ -132,14 +137,7 @@ class Walk:
         Raises:
             ResourceError: hidden states fill the disk.
         """
-        owns = [
-            tuple(
-                (layer, candidate[layer])
-                for layer in sorted(candidate)
-                if candidate[layer].quantized
-            )
-            for candidate in candidates
-        ]
+        owns = [self._own(candidate) for candidate in candidates]
         most_bytes = self._states_bytes
         if most_bytes is None:
             most_bytes = int(available_memory_bytes(self._work.model.device) * _MOST_MEMORY)
@@ -157,49 +155,50 @@ class Walk:
         for index, own in enumerate(owns):
             yield self._left(branch_of[index], own)
 
-    def _at(self, depth: int | None, own: Own) -> Own:
-        """What of a candidate's own lies in one block, or in none."""
-        return tuple((layer, fmt) for layer, fmt in own if self._depth.get(layer) == depth)
+    def _own(self, candidate: Mapping[str, Format]) -> dict[int | None, Own]:
+        """What a candidate holds in each block, and under None in none of them."""
+        own: dict[int | None, list[tuple[str, Format]]] = {}
+        for layer in sorted(candidate):
+            if candidate[layer].quantized:
+                own.setdefault(self._depth.get(layer), []).append((layer, candidate[layer]))
+        return {depth: tuple(items) for depth, items in own.items()}
 
-    def _fetch(self, depth: int, owns: Sequence[Own]) -> _Fetched:
+    def _fetch(self, depth: int, owns: Sequence[_Owns]) -> _Fetched:
         """Read what some candidate holds in a block; another thread runs this."""
-        here = [dict(self._at(depth, own)) for own in owns]
-        shared = {  # parameters with a layer of which some candidate holds the reference
-            self._within[layer]
-            for layer, at in self._depth.items()
-            if at == depth and not all(layer in own for own in here)
-        }
-        replaced = set(self._within.values()) - shared
+        here = [dict(own.get(depth, ())) for own in owns]
+        layers = self._layers[depth]
+        # A parameter is read if some candidate holds the reference in it, of an expert at least.
+        shared = {self._within[x] for x in layers if not all(x in own for own in here)}
+        replaced = {self._within[x] for x in layers} - shared
         names = [name for name in self._names[depth] if name not in replaced]
         wanted = dict.fromkeys(item for own in here for item in own.items())
         return _Fetched(self._supply(names), {item: self._packed(*item) for item in wanted})
 
     @torch.inference_mode()
-    def _entered(self, owns: Sequence[Own], room: StateRoom) -> list[_Branch]:
+    def _entered(self, owns: Sequence[_Owns], room: StateRoom) -> list[_Branch]:
         """Everything before the first block."""
         groups: dict[Own, list[int]] = {}
         for index, own in enumerate(owns):
             groups.setdefault(self._before(own), []).append(index)
         branches = []
-        for own, members in groups.items():
-            weights = self._decoded(own)
-            calls, entering = [], []
-            for row in self._work.rows:
+        for before, members in groups.items():
+            weights = self._decoded(before)
+            with self._outside(weights):
+                first = self._calls(self._work.rows[0], self._as_tuple)[0][0]
+            size_bytes = first.nbytes // first.shape[1] * self._work.tokens
+            calls, states = [], room.states(size_bytes)
+            for index, row in enumerate(self._work.rows):
                 with self._outside(weights):
                     noted = self._calls(row, self._as_tuple)
-                entering.append(noted[0][0])
+                states[index] = noted[0][0]
                 calls.append([call for _, call in noted])
-            size_bytes = sum(state.nbytes for state in entering)
-            states = room.states(size_bytes)
-            for index, state in enumerate(entering):
-                states[index] = state
             branches.append(_Branch(members, calls, states, size_bytes))
         return branches
 
-    def _before(self, own: Own) -> Own:
+    def _before(self, own: _Owns) -> Own:
         """What of a candidate's own decides what enters the first block."""
         head = self._work.model.head
-        return tuple(item for item in self._at(None, own) if not head or item[0] != head.name)
+        return tuple(item for item in own.get(None, ()) if not head or item[0] != head.name)
 
     @torch.inference_mode()
     def _through(
@@ -207,25 +206,24 @@ class Walk:
         depth: int,
         fetched: _Fetched,
         branches: Iterable[_Branch],
-        owns: Sequence[Own],
+        owns: Sequence[_Owns],
         room: StateRoom,
     ) -> list[_Branch]:
         """All rows of all candidates through one block; candidates that differ in it part."""
-        block = self._blocks[depth]
+        block, of = self._blocks[depth], self._work.model.places
         parting = []
         for branch in branches:
             parts: dict[Own, list[int]] = {}
             for member in branch.members:
-                parts.setdefault(self._at(depth, owns[member]), []).append(member)
+                parts.setdefault(owns[member].get(depth, ()), []).append(member)
             parting.append((branch, parts))
         uses = Counter(item for _, parts in parting for own in parts for item in own)
         decoded: dict[tuple[str, Format], Tensor] = {}
         through = []
         with self._holding(fetched.reference):
             places = {
-                layer: replace(place, loaded=place.parameter.data)
-                for layer, place in self._work.model.places.items()
-                if self._depth.get(layer) == depth
+                layer: replace(of[layer], loaded=of[layer].parameter.data)
+                for layer in self._layers[depth]
             }
             for branch, parts in parting:
                 for number, (own, members) in enumerate(parts.items(), start=1):
@@ -244,9 +242,9 @@ class Walk:
         return through
 
     @torch.inference_mode()
-    def _left(self, branch: _Branch, own: Own) -> Iterator[Tensor]:
+    def _left(self, branch: _Branch, own: _Owns) -> Iterator[Tensor]:
         """Everything behind the last block, row by row."""
-        weights = self._decoded(self._at(None, own))
+        weights = self._decoded(own.get(None, ()))
         for index, row in enumerate(self._work.rows):
             with self._outside(weights):
                 logits = self._behind(row, branch.states[index])
