@@ -4,8 +4,8 @@ Opening reads the headers alone, a few kilobytes a file, and so finds in millise
 otherwise break a load, or an hour of work, half way: a shard that is missing or cut short, a tensor
 that the index promises and no shard has, one that two shards have, shards of two precisions.
 
-A file is mapped into memory while one of its tensors is read and not beyond, so that what has been
-read is not counted as this process's memory.
+A tensor is read into memory of its own and no file is mapped: under a limit of address space a file
+larger than it could not be, and mapped pages count as this process's memory beside the copy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mpsearch.errors import ModelError
@@ -49,6 +48,7 @@ class StoredTensor:
     """What a header says of one tensor."""
 
     file: Path
+    offset: int  # in bytes, in the file
     dtype: torch.dtype
     shape: tuple[int, ...]
 
@@ -110,7 +110,7 @@ class Shards(Mapping[str, StoredTensor]):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> dict[str, Tensor]:
-        """Copies of some tensors, which hold no file open.
+        """Some tensors, which hold no file open.
 
         Args:
             device: by default the CPU.
@@ -118,23 +118,30 @@ class Shards(Mapping[str, StoredTensor]):
         Raises:
             ModelError: a file has changed since it was opened.
         """
-        by_file: dict[Path, list[str]] = {}
-        for tensor in tensors:
-            by_file.setdefault(self[tensor].file, []).append(tensor)
         found: dict[str, Tensor] = {}
-        for file, names in by_file.items():
-            try:
-                with safe_open(file, framework="pt") as mapped:
-                    for tensor in names:
-                        part = mapped.get_tensor(tensor)
-                        wanted = dtype if part.is_floating_point() else None
-                        found[tensor] = part.to(device or "cpu", wanted or part.dtype, copy=True)
-                        del part  # it keeps the whole file mapped
-            except (OSError, SafetensorError) as error:
-                raise ModelError(
-                    f"'{file}' was changed while it was in use ({error}); put it back or run again"
-                ) from None
+        for tensor in tensors:
+            part = _read_tensor(self[tensor])
+            wanted = dtype if part.is_floating_point() else None
+            found[tensor] = part.to(device or "cpu", wanted or part.dtype)
         return found
+
+
+def _read_tensor(stored: StoredTensor) -> Tensor:
+    read = torch.empty(stored.shape, dtype=stored.dtype)
+    content = read.view(-1).view(torch.uint8).numpy().data
+    try:
+        with stored.file.open("rb", buffering=0) as file:
+            file.seek(stored.offset)
+            done = 0
+            while done < len(content) and (more := file.readinto(content[done:])):
+                done += more
+        if done < len(content):
+            raise OSError("it has become shorter")
+    except OSError as error:
+        raise ModelError(
+            f"'{stored.file}' was changed while it was in use ({error}); put it back and run again"
+        ) from None
+    return read
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
@@ -200,7 +207,9 @@ def _read_header(file: Path, name: str) -> dict[str, StoredTensor]:
                     f"model '{name}': {file.name} stores '{tensor}' as {said['dtype']}, which is "
                     f"not read here; a reference has {', '.join(_DTYPES)}"
                 )
-            found[tensor] = StoredTensor(file, _DTYPES[said["dtype"]], tuple(said["shape"]))
+            found[tensor] = StoredTensor(
+                file, 8 + length + start, _DTYPES[said["dtype"]], tuple(said["shape"])
+            )
             if end - start != found[tensor].nbytes:
                 raise ValueError
     except (OSError, ValueError, LookupError, TypeError, AttributeError):

@@ -247,10 +247,23 @@ def load_skeleton(
         _compute_buffers(module, device)
         checkpoint = Checkpoint(name, module, Shards(folder, name), device, dtype)
     stored = list(module.state_dict())
+    fingerprint = _fingerprint(name, checkpoint, stored)  # before anything is in memory
     _empty(module, device, dtype)
     _fill_outside_blocks(name, module, checkpoint, stored)
     model = _model(name, folder, module, tokenizer, checkpoint, stored)
-    return Skeleton(replace(model, chat=chat_template), checkpoint)
+    model = replace(model, chat=chat_template, fingerprint=fingerprint)
+    return Skeleton(model, checkpoint)
+
+
+def _fingerprint(name: str, checkpoint: Checkpoint, stored: Iterable[str]) -> str:
+    """Of all weights, which are read one after another and must be finite."""
+
+    def finite(key: str) -> Tensor:
+        tensor = checkpoint.read_plain([key])[key]
+        require_finite(name, key, tensor)
+        return tensor
+
+    return fingerprint_of(_Read(stored, finite))
 
 
 def _compute_buffers(module: Any, device: torch.device) -> None:
@@ -336,11 +349,6 @@ def _model(
     def plain(key: str) -> Tensor:
         return checkpoint.read_plain([key])[key]
 
-    def finite(key: str) -> Tensor:
-        tensor = plain(key)
-        require_finite(name, key, tensor)
-        return tensor
-
     return Model(
         name=name,
         folder=folder,
@@ -353,5 +361,5 @@ def _model(
         originals=_Read(places, original),
         kept=_Read(kept, plain),
         why_kept=why_kept(module, kept),
-        fingerprint=fingerprint_of(_Read(stored, finite)),
+        fingerprint="",
     )

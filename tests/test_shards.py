@@ -83,11 +83,21 @@ def mapped(folder: Path) -> bool:
     return str(folder) in Path("/proc/self/maps").read_text()
 
 
-def test_no_file_stays_mapped(folder: Path) -> None:
+def test_no_file_stays_mapped_or_open(folder: Path) -> None:
     shards = Shards(folder, "m")
-    assert not mapped(folder)
     kept = shards.read([DOWN, UP])
-    assert not mapped(folder) and kept
+    assert kept and not mapped(folder)
+    links = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    opened = [str(path.readlink()) for path in links if path.is_symlink()]
+    assert not any(str(folder) in path for path in opened)
+
+
+def test_scalars_and_empty_tensors_are_read(tmp_path: Path) -> None:
+    stored = {"scalar": torch.tensor(2.5), "none": torch.empty(0, 3)}
+    save_file(stored, tmp_path / "model.safetensors")
+    found = Shards(tmp_path, "m").read(stored)
+    assert torch.equal(found["scalar"], stored["scalar"])
+    assert found["none"].shape == (0, 3)
 
 
 def test_opening_reads_no_tensor(tmp_path: Path) -> None:
@@ -172,9 +182,12 @@ def test_a_dtype_that_no_reference_has(folder: Path) -> None:
     assert f"{FIRST} stores 'a' as F4, which is not read here" in refusal(folder)
 
 
-def test_a_file_that_vanishes_while_it_is_in_use(folder: Path) -> None:
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: os.truncate(path, 200)])
+def test_a_file_that_changes_while_it_is_in_use(
+    folder: Path, change: Callable[[Path], object]
+) -> None:
     shards = Shards(folder, "m")
-    (folder / FIRST).unlink()
+    change(folder / FIRST)
     with pytest.raises(ModelError, match="was changed while it was in use"):
         shards.read([DOWN])
 
