@@ -52,17 +52,17 @@ class _Recipe:
     sources: tuple[tuple[str, str | None], ...]
     converter: Any
 
-    def make(self, module: Any, read: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def make(self, module: Any, read: dict[str, Tensor]) -> dict[str, Tensor]:
         """Name to tensor.
 
         Args:
-            read: every source's tensor; emptied as they are used.
+            read: every source's tensor; taken out, so that none is held beside what it becomes.
         """
         if self.converter is None:
-            return {self.target: read[self.sources[0][0]]}
+            return {self.target: read.pop(self.sources[0][0])}
         converter = deepcopy(self.converter)
         for source, pattern in self.sources:
-            converter.add_tensor(self.target, source, pattern, read[source])
+            converter.add_tensor(self.target, source, pattern, read.pop(source))
         made = converter.convert(self.target, model=module, config=module.config)
         return {name: part[0] if isinstance(part, list) else part for name, part in made.items()}
 

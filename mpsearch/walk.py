@@ -11,9 +11,10 @@ computes. Several candidates share a walk. A block's reference weights are fetch
 some candidate holds them; a candidate's own are decoded where it differs; and candidates are one
 until they differ.
 
-Held at a time: embedding, norm and head; two blocks (three tensors of a size where one is put
-together of many); what of one block candidates hold beside it, one candidate's at a time and what
-a later one holds too; all rows' hidden states a candidate, which lie on disk above a limit.
+Held at a time: embedding, norm and head; two blocks, and the parts of a stack of experts while it
+is put together; in one block, one candidate's decoded weights and those of them that a later one
+holds too; the packed codes of all candidates in two blocks; and the hidden states of all rows for
+each candidate that differs, which lie on disk above a limit.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _Owns = Mapping[int | None, Own]
 
 
 def resident(model: Model) -> Supply:
-    """The parameters that a loaded model holds."""
+    """The parameters of a loaded model, which must hold its reference weights."""
     parameters = dict(model.module.named_parameters(remove_duplicate=False))
     return lambda names: {name: parameters[name].data for name in names}
 
