@@ -1,10 +1,12 @@
-"""The model's blocks: find them, record what they return, let them return something else."""
+"""The model's blocks: find them, note how they are called and what they return, or let them return
+something else."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -50,6 +52,44 @@ def returning(blocks: Sequence[nn.Module], output: Any) -> Iterator[None]:
     finally:
         for block in blocks:
             vars(block).pop("forward", None)  # the class's own shows again
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a model calls one of its blocks with, beside hidden states, which come first."""
+
+    others: tuple[Any, ...]
+    named: Mapping[str, Any]
+
+    def of(self, block: nn.Module, state: Tensor) -> Tensor:
+        """What a block makes of hidden states `(1, tokens, hidden)`."""
+        output = block(state, *self.others, **self.named)
+        made: Tensor = output[0] if isinstance(output, tuple) else output
+        return made
+
+
+@contextmanager
+def called(
+    blocks: Sequence[nn.Module], as_tuple: bool = False
+) -> Iterator[list[tuple[Tensor, Call]]]:
+    """A list of how these blocks are called meanwhile; they return the states that they are given.
+
+    Args:
+        as_tuple: whether they return them in a tuple.
+    """
+    calls: list[tuple[Tensor, Call]] = []
+
+    def note(state: Tensor, *others: Any, **named: Any) -> Any:
+        calls.append((state, Call(others, named)))
+        return (state,) if as_tuple else state
+
+    try:
+        for block in blocks:
+            vars(block)["forward"] = note
+        yield calls
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
 
 
 def hand_on_all(

@@ -8,8 +8,8 @@ the same bf16 values.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ from mpsearch.places import (
     find_places,
     why_kept,
 )
+from mpsearch.shards import Shards, weight_files
+
+ATTENTION = "sdpa"  # transformers' one that takes a general mask
 
 # What transformers, tokenizers and safetensors raise for a damaged or strange folder.
 _FROM_BELOW = (
@@ -73,8 +76,8 @@ class Model:
     embedding: Layer | None
     head: Layer | None
     places: dict[str, Place]
-    originals: dict[str, Tensor]
-    kept: dict[str, Tensor]
+    originals: Mapping[str, Tensor]
+    kept: Mapping[str, Tensor]
     why_kept: dict[str, str]
     fingerprint: str
     preparation: Mapping[str, Any] = field(default_factory=dict)
@@ -159,45 +162,71 @@ def load_model(name: str, chat_template: bool = False) -> Model:
         CheckError: a weight is NaN or infinite.
         ResourceError: memory or disk is too small.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoTokenizer,
-    )
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    folder = _locate(name)
+    folder = locate(name)
     weights_bytes = check_folder(folder, name)
     device = pick_device()
     dtype = compute_dtype(device)
     # In bf16, and again in the computing dtype where that is another; room for one pass.
     require_memory(int(weights_bytes * 1.3) + 500_000_000, device, f"loading '{name}'")
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        plain = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        auto: Any = AutoModelForCausalLM if plain else AutoModelForImageTextToText
-        module, loaded = auto.from_pretrained(
+    with one_line(name):
+        module, loaded = loader(folder).from_pretrained(
             folder,
             output_loading_info=True,
             dtype=torch.bfloat16,
-            attn_implementation="sdpa",
+            attn_implementation=ATTENTION,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except (*_FROM_BELOW, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"model '{name}' does not load: {reason}") from error
+        tokenizer = read_tokenizer(folder, name, chat_template)
     if missing := sorted(loaded["missing_keys"]):
         raise ModelError(
             f"model '{name}': its checkpoint lacks '{missing[0]}' and {len(missing) - 1} more "
             "weights that its architecture has; get it again"
         )
+    model = from_module(name, folder, module, tokenizer, device, dtype)
+    return replace(model, chat=chat_template)
+
+
+@contextmanager
+def one_line(name: str) -> Iterator[None]:
+    """What the libraries below raise for a damaged or strange folder becomes a `ModelError`."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (*_FROM_BELOW, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"model '{name}' does not load: {reason}") from error
+
+
+def loader(folder: Path) -> Any:
+    """transformers' class that makes the causal language model of a folder."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    plain = config_of(folder).model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForCausalLM if plain else AutoModelForImageTextToText
+
+
+def config_of(folder: Path) -> Any:
+    """The folder's config, as transformers reads it."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def read_tokenizer(folder: Path, name: str, chat_template: bool) -> Any:
+    """The folder's tokenizer, if it can do what recall needs of it.
+
+    Raises:
+        ModelError: it is not a fast one, or lacks a chat template that is asked for.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     if not tokenizer.is_fast:
         raise ModelError(
             f"model '{name}' has no fast tokenizer, which locating answers needs; "
@@ -207,8 +236,7 @@ def load_model(name: str, chat_template: bool = False) -> Model:
         raise ModelError(
             f"model '{name}' has no chat template in its tokenizer; leave --chat-template away"
         )
-    model = from_module(name, folder, module, tokenizer, device, dtype)
-    return replace(model, chat=chat_template)
+    return tokenizer
 
 
 def from_module(
@@ -228,12 +256,7 @@ def from_module(
     module = module.eval().requires_grad_(False)
     _cast(module, torch.bfloat16)
     for tensor_name, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise CheckError(
-                f"model '{name}': '{tensor_name}' holds {bad} NaN or infinite of "
-                f"{tensor.numel()} values; the checkpoint is damaged, get it again"
-            )
+        require_finite(name, tensor_name, tensor)
     searched = {place.parameter for place in find_places(module).values()}
     if not searched:
         raise ModelError(f"model '{name}' has no linear layers that could be quantized")
@@ -243,12 +266,12 @@ def from_module(
         if tensor.data_ptr() not in seen:
             seen.add(tensor.data_ptr())
             kept[tensor_name] = tensor.detach().cpu()
-    fingerprint = _fingerprint(module)
+    fingerprint = fingerprint_of(module.state_dict())
     module = module.to(device)
     _cast(module, dtype)
     # Again, now that its tensors are those that it computes with.
     found = find_places(module), find_embedding(module), find_head(module)
-    layers, embedding, head = map(_layers, found)
+    layers, embedding, head = map(layers_at, found)
     places = {layer: place for part in found for layer, place in part.items()}
     _check_attention(name, module, device, any(".experts." in layer for layer in places))
     return Model(
@@ -267,7 +290,21 @@ def from_module(
     )
 
 
-def _layers(places: Mapping[str, Place]) -> tuple[Layer, ...]:
+def require_finite(name: str, tensor_name: str, tensor: Tensor) -> None:
+    """Raise `CheckError` if a tensor of model `name` holds a NaN or an infinity."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    # A NaN is the least and the greatest; this needs no second tensor of the size.
+    if not all(extreme.isfinite() for extreme in tensor.aminmax()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise CheckError(
+            f"model '{name}': '{tensor_name}' holds {bad} NaN or infinite of "
+            f"{tensor.numel()} values; the checkpoint is damaged, get it again"
+        )
+
+
+def layers_at(places: Mapping[str, Place]) -> tuple[Layer, ...]:
+    """The layers whose weights live at these places."""
     shapes = {name: place.original.shape for name, place in places.items()}
     return tuple(
         Layer(name, rows, columns, places[name].tied) for name, (rows, columns) in shapes.items()
@@ -324,15 +361,17 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _fingerprint(module: Any) -> str:
+def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
+    """Hex digest of a state dict in bf16: over names, shapes, dtypes and values."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name in sorted(tensors):
+        tensor = tensors[name]  # looked up once, as one may be read from disk for it
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _locate(name: str) -> Path:
+def locate(name: str) -> Path:
     """The folder of a model, downloading it from the hub if it is neither built in nor local."""
     if name.startswith("builtin:"):
         if name != BUILTIN_NAME:
@@ -360,8 +399,8 @@ def check_folder(folder: Path, name: str) -> int:
     """Bytes of the safetensors files, after refusing what cannot be a reference.
 
     Raises:
-        ModelError: no config, weights only as pickle, none at all, a missing shard, or a
-            checkpoint that is already quantized.
+        ModelError: no config, weights only as pickle, none at all, a checkpoint that is already
+            quantized, or files that are not whole, as `mpsearch.shards.Shards` finds.
     """
     config = read_config(folder / "config.json", name)
     if quantization := config.get("quantization_config"):
@@ -374,8 +413,7 @@ def check_folder(folder: Path, name: str) -> int:
             f"model '{name}' is already quantized ({method}); the reference must be unquantized: "
             "pass the model it was made from"
         )
-    files = weight_files(folder, name)
-    if not files:
+    if not weight_files(folder, name):
         pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
         if pickles:
             raise ModelError(
@@ -383,43 +421,4 @@ def check_folder(folder: Path, name: str) -> int:
                 "convert it with save_pretrained to safetensors"
             )
         raise ModelError(f"model '{name}': '{folder}' holds no .safetensors weights")
-    return sum(file.stat().st_size for file in files)
-
-
-def weight_files(folder: Path, name: str) -> list[Path]:
-    """The safetensors files of a folder: the shards of its index, or all that there are.
-
-    Raises:
-        ModelError: an index is none, or names a file outside the folder, one that is no safetensors
-            file, or one that is missing.
-    """
-    # All indices are looked at: gptqmodel prefers one of another name.
-    shards = {i.name: _shards(i, name) for i in folder.glob("*.safetensors.index.json")}
-    named = shards.get("model.safetensors.index.json")
-    if named is None:
-        return sorted(folder.glob("*.safetensors"))
-    if missing := [file.name for file in named if not file.exists()]:
-        raise ModelError(f"model '{name}': shard {missing[0]} is missing; download it again")
-    return named
-
-
-def _shards(index: Path, name: str) -> list[Path]:
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(map(str, set(places.values())))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise ModelError(
-            f"model '{name}': {index.name} is no index of shards; get it again"
-        ) from None
-    for shard in shards:
-        wrong = None
-        if Path(shard).name != shard:
-            wrong = "lies outside its folder"
-        elif not shard.endswith(".safetensors"):
-            wrong = "is no safetensors file"  # transformers would read it as pickle
-        if wrong:
-            raise ModelError(
-                f"model '{name}': {index.name} names '{shard}', which {wrong}; do not use this "
-                "checkpoint"
-            )
-    return [index.parent / shard for shard in shards]
+    return Shards(folder, name).file_bytes

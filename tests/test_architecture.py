@@ -30,9 +30,11 @@ WITHOUT_TORCH = (
     *("outcome", "forecast", "promise", "manifest", "verify"),
 )
 WITH_TORCH = (
-    *("device", "builtin", "places", "blocks", "models", "forward", "reuse"),
+    *("device", "builtin", "shards", "places", "blocks", "models", "skeleton"),
+    *("states", "forward", "reuse"),
     *(
         "codecs",
+        "walk",
         "quantizers",
         "wanted",
         "calibration",

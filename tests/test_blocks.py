@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpsearch.blocks import find_blocks, hand_on_all, recorded, returning
+from mpsearch.blocks import called, find_blocks, hand_on_all, recorded, returning
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,33 @@ def test_outputs_are_recorded_and_replaced_only_meanwhile() -> None:
     assert torch.equal(first(inputs), expected)
     assert len(outputs) == 1
     assert "forward" not in vars(first)
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_calls_are_noted_and_repeat_what_the_model_does(as_tuple: bool) -> None:
+    class Scaling(nn.Module):
+        def forward(self, state: torch.Tensor, factor: float, *, shift: float) -> object:
+            state = state * factor + shift
+            return (state, "more") if as_tuple else state
+
+    blocks, inputs = [Scaling(), Scaling()], torch.arange(3.0)
+
+    def model() -> torch.Tensor:
+        state = inputs
+        for depth, block in enumerate(blocks):
+            output = block(state, 2.0, shift=float(depth))
+            state = output[0] if as_tuple else output
+        return state
+
+    expected = model()
+    with called(blocks, as_tuple) as calls:
+        assert model() is inputs
+    assert [state is inputs for state, _ in calls] == [True, True]
+    state = inputs
+    for block, (_, call) in zip(blocks, calls, strict=True):
+        state = call.of(block, state)
+    assert torch.equal(state, expected)
+    assert not any("forward" in vars(block) for block in blocks)
 
 
 class Block(nn.Module):

@@ -26,7 +26,8 @@ from mpsearch.errors import ModelError, MpsearchError
 from mpsearch.export.gguf import GGUF_FILE, is_gguf
 from mpsearch.export.gguf_reload import load_gguf
 from mpsearch.export.reload import load_any
-from mpsearch.models import Model, weight_files
+from mpsearch.models import Model
+from mpsearch.shards import weight_files
 
 
 def load_as_served(name: str, chat_template: bool = False) -> tuple[Model, str]:

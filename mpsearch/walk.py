@@ -1,0 +1,337 @@
+"""The walk: all rows of a pass through one block, then all through the next.
+
+A loaded model runs a row through all its blocks, and so has all their weights. A walk has those of
+one block, and the hidden states of every row; what fits no memory at once so passes through it. The
+blocks, their masks and positions, the embedding before and the norm and head behind them are the
+model's own code, called as the model calls it, so a walk says to the bit what the model says.
+
+Whose weights a block holds meanwhile is an argument: those of the loaded model (`resident`), or of
+its checkpoint (`mpsearch.skeleton.Checkpoint.read`), fetched for the next block while this one
+computes. Several candidates share a walk. A block's reference weights are fetched once, and only if
+some candidate holds them; a candidate's own are decoded where it differs; and candidates are one
+until they differ.
+
+Held at a time: embedding, norm and head; two blocks, and the parts of a stack of experts while it
+is put together; in one block, one candidate's decoded weights and those of them that a later one
+holds too; the packed codes of all candidates in two blocks; and the hidden states of all rows for
+each candidate that differs, which lie on disk above a limit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpsearch.blocks import Call, called, find_blocks, returning
+from mpsearch.codecs import Stored, decode
+from mpsearch.device import available_memory_bytes
+from mpsearch.errors import ModelError
+from mpsearch.formats import Format
+from mpsearch.forward import Pass, PreparedRow
+from mpsearch.models import Model
+from mpsearch.places import Place
+from mpsearch.states import StateRoom, States
+
+_MOST_MEMORY = 1 / 8  # of what is available, for hidden states
+
+Supply = Callable[[Sequence[str]], Mapping[str, Tensor]]
+"""Gives parameters of the reference by their names in the model, ready to compute with."""
+
+Packed = Callable[[str, Format], Stored]
+"""Gives the stored tensors of a layer in a format, as `Bank.stored`."""
+
+Own = tuple[tuple[str, Format], ...]
+"""What a candidate holds in some layers beside reference weights."""
+
+_Owns = Mapping[int | None, Own]
+
+
+def resident(model: Model) -> Supply:
+    """The parameters of a loaded model, which must hold its reference weights."""
+    parameters = dict(model.module.named_parameters(remove_duplicate=False))
+    return lambda names: {name: parameters[name].data for name in names}
+
+
+@dataclass(frozen=True, eq=False)
+class _Branch:
+    """Candidates that have been one so far.
+
+    Attributes:
+        members: their indices.
+        calls: by row, how each block is called on it.
+        states: what the next block is called with on each row.
+        states_bytes: of all of these.
+    """
+
+    members: list[int]
+    calls: list[list[Call]]
+    states: States
+    states_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Fetched:
+    """A block's weights: the reference's parameters, and packed layers of candidates."""
+
+    reference: Mapping[str, Tensor]
+    packed: Mapping[tuple[str, Format], Stored]
+
+
+class Walk:
+    """Candidates asked all rows of a pass, block by block.
+
+    Args:
+        work: whose rows are run.
+        supply: of reference weights.
+        packed: of candidates' own weights.
+        states_bytes: hidden states in memory at most; others lie on disk. By default an eighth of
+            the memory that is available.
+    Raises:
+        ModelError: the model's blocks hand on more than hidden states.
+    """
+
+    def __init__(self, work: Pass, supply: Supply, packed: Packed, states_bytes: int | None = None):
+        model = work.model
+        self._work, self._supply, self._packed = work, supply, packed
+        self._states_bytes = states_bytes
+        self._blocks = find_blocks(model.module, model.places)
+        self._parameters = dict(model.module.named_parameters(remove_duplicate=False))
+        paths = {id(module): path for path, module in model.module.named_modules()}
+        depth_of, name_of = {}, {}
+        for depth, block in enumerate(self._blocks):
+            for name, parameter in block.named_parameters():
+                name_of[id(parameter)] = f"{paths[id(block)]}.{name}"
+                depth_of[id(parameter)] = depth
+        places = {layer: id(place.parameter) for layer, place in model.places.items()}
+        # Of the layers in blocks: which block, and which parameter they lie in.
+        self._depth = {layer: depth_of[part] for layer, part in places.items() if part in depth_of}
+        self._within = {layer: name_of[places[layer]] for layer in self._depth}
+        self._layers: list[list[str]] = [[] for _ in self._blocks]
+        for layer, depth in self._depth.items():
+            self._layers[depth].append(layer)
+        self._names: list[list[str]] = [[] for _ in self._blocks]
+        for part, name in name_of.items():
+            self._names[depth_of[part]].append(name)
+        self._as_tuple = False
+        if not self._blocks or not any(map(self._hands_on_states, (False, True))):
+            raise ModelError(
+                f"model '{model.name}' ({type(model.module).__name__}) hands on more between its "
+                "blocks than hidden states, so it cannot be run one block at a time; give it the "
+                "memory to be loaded whole"
+            )
+
+    def run(self, candidates: Sequence[Mapping[str, Format]]) -> Iterator[Iterator[Tensor]]:
+        """For each candidate in order what `Pass.logits` gives for each row, in order.
+
+        The first is there when all have been through all blocks. Take a candidate's rows before the
+        next candidate.
+
+        Args:
+            candidates: layer to format; layers left out and unquantized ones hold the reference.
+        Raises:
+            ResourceError: hidden states fill the disk.
+        """
+        owns = [self._own(candidate) for candidate in candidates]
+        most_bytes = self._states_bytes
+        if most_bytes is None:
+            most_bytes = int(available_memory_bytes(self._work.model.device) * _MOST_MEMORY)
+        room = StateRoom(most_bytes)
+        with ThreadPoolExecutor(1, "fetch") as ahead:
+            fetching = ahead.submit(self._fetch, 0, owns)
+            branches = self._entered(owns, room)
+            for depth in range(len(self._blocks)):
+                fetched = fetching.result()
+                if depth + 1 < len(self._blocks):
+                    fetching = ahead.submit(self._fetch, depth + 1, owns)
+                branches = self._through(depth, fetched, branches, owns, room)
+            del fetched, fetching
+        branch_of = {member: branch for branch in branches for member in branch.members}
+        for index, own in enumerate(owns):
+            yield self._left(branch_of[index], own)
+
+    def _own(self, candidate: Mapping[str, Format]) -> dict[int | None, Own]:
+        """What a candidate holds in each block, and under None in none of them."""
+        own: dict[int | None, list[tuple[str, Format]]] = {}
+        for layer in sorted(candidate):
+            if candidate[layer].quantized:
+                own.setdefault(self._depth.get(layer), []).append((layer, candidate[layer]))
+        return {depth: tuple(items) for depth, items in own.items()}
+
+    def _fetch(self, depth: int, owns: Sequence[_Owns]) -> _Fetched:
+        """Read what some candidate holds in a block; another thread runs this."""
+        here = [dict(own.get(depth, ())) for own in owns]
+        layers = self._layers[depth]
+        # A parameter is read if some candidate holds the reference in it, of an expert at least.
+        shared = {self._within[x] for x in layers if not all(x in own for own in here)}
+        replaced = {self._within[x] for x in layers} - shared
+        names = [name for name in self._names[depth] if name not in replaced]
+        wanted = dict.fromkeys(item for own in here for item in own.items())
+        return _Fetched(self._supply(names), {item: self._packed(*item) for item in wanted})
+
+    @torch.inference_mode()
+    def _entered(self, owns: Sequence[_Owns], room: StateRoom) -> list[_Branch]:
+        """Everything before the first block."""
+        groups: dict[Own, list[int]] = {}
+        for index, own in enumerate(owns):
+            groups.setdefault(self._before(own), []).append(index)
+        branches = []
+        for before, members in groups.items():
+            weights = self._decoded(before)
+            with self._outside(weights):
+                first = self._calls(self._work.rows[0], self._as_tuple)[0][0]
+            size_bytes = first.nbytes // first.shape[1] * self._work.tokens
+            calls, states = [], room.states(size_bytes)
+            for index, row in enumerate(self._work.rows):
+                with self._outside(weights):
+                    noted = self._calls(row, self._as_tuple)
+                states[index] = noted[0][0]
+                calls.append([call for _, call in noted])
+            branches.append(_Branch(members, calls, states, size_bytes))
+        return branches
+
+    def _before(self, own: _Owns) -> Own:
+        """What of a candidate's own decides what enters the first block."""
+        head = self._work.model.head
+        return tuple(item for item in own.get(None, ()) if not head or item[0] != head.name)
+
+    @torch.inference_mode()
+    def _through(
+        self,
+        depth: int,
+        fetched: _Fetched,
+        branches: Iterable[_Branch],
+        owns: Sequence[_Owns],
+        room: StateRoom,
+    ) -> list[_Branch]:
+        """All rows of all candidates through one block; candidates that differ in it part."""
+        block, of = self._blocks[depth], self._work.model.places
+        parting = []
+        for branch in branches:
+            parts: dict[Own, list[int]] = {}
+            for member in branch.members:
+                parts.setdefault(owns[member].get(depth, ()), []).append(member)
+            parting.append((branch, parts))
+        uses = Counter(item for _, parts in parting for own in parts for item in own)
+        decoded: dict[tuple[str, Format], Tensor] = {}
+        through = []
+        with self._holding(fetched.reference):
+            places = {
+                layer: replace(of[layer], loaded=of[layer].parameter.data)
+                for layer in self._layers[depth]
+            }
+            for branch, parts in parting:
+                for number, (own, members) in enumerate(parts.items(), start=1):
+                    for item in own:
+                        if item not in decoded:
+                            decoded[item] = self._decode(item[1], fetched.packed[item])
+                    # Those that part last go on in the room of them all.
+                    last = number == len(parts)
+                    states = branch.states if last else room.states(branch.states_bytes)
+                    with _put(places, {layer: decoded[layer, fmt] for layer, fmt in own}):
+                        for row, calls in enumerate(branch.calls):
+                            states[row] = calls[depth].of(block, branch.states[row])
+                    through.append(replace(branch, members=members, states=states))
+                    uses.subtract(own)
+                    decoded = {item: weight for item, weight in decoded.items() if uses[item]}
+        return through
+
+    @torch.inference_mode()
+    def _left(self, branch: _Branch, own: _Owns) -> Iterator[Tensor]:
+        """Everything behind the last block, row by row."""
+        weights = self._decoded(own.get(None, ()))
+        for index, row in enumerate(self._work.rows):
+            with self._outside(weights):
+                logits = self._behind(row, branch.states[index])
+            yield logits
+
+    # ------------------------------------------------------------ the model around its blocks
+
+    def _calls(self, row: PreparedRow, as_tuple: bool) -> list[tuple[Tensor, Call]]:
+        """How the model calls its blocks on a row, were they to compute nothing."""
+        with called(self._blocks, as_tuple) as calls:
+            self._work.model.module.get_decoder()(**row.inputs, use_cache=False)
+        return calls
+
+    def _behind(self, row: PreparedRow, state: Tensor, before: Tensor | None = None) -> Tensor:
+        """The row's logits, given what the last block returns, and those before it if that is
+        something else."""
+        blocks, (last, other) = self._blocks, (
+            (output,) if self._as_tuple else output
+            for output in (state, state if before is None else before)
+        )  # fmt: skip
+        with returning(blocks[:-1], other), returning(blocks[-1:], last):
+            return self._work.logits(row)
+
+    @torch.inference_mode()
+    def _hands_on_states(self, as_tuple: bool) -> bool:
+        """Whether hidden states, returned in a tuple or alone, are all that blocks hand on.
+
+        Tried on one row, whose blocks compute nothing: what one returns is what the next is called
+        with, there is nothing else through which it could be reached, and of all that they return
+        only the last decides the logits.
+        """
+        row = min(self._work.rows, key=lambda row: row.inputs["input_ids"].shape[1])
+        self._as_tuple = as_tuple
+        try:
+            calls = self._calls(row, as_tuple)
+            if len(calls) != len(self._blocks) or any(s is not calls[0][0] for s, _ in calls):
+                return False
+            if not all(_is_fixed((call.others, call.named)) for _, call in calls):
+                return False
+            state = calls[0][0]
+            return torch.equal(self._behind(row, state), self._behind(row, state, state + 1))
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
+            return False
+
+    # ------------------------------------------------------------------------------------ weights
+
+    def _decode(self, fmt: Format, stored: Stored) -> Tensor:
+        model = self._work.model
+        moved = {name: tensor.to(model.device) for name, tensor in stored.items()}
+        return decode(moved, fmt).to(model.dtype)
+
+    def _decoded(self, own: Own) -> dict[str, Tensor]:
+        return {layer: self._decode(fmt, self._packed(layer, fmt)) for layer, fmt in own}
+
+    def _outside(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        return _put(self._work.model.places, weights)
+
+    @contextmanager
+    def _holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model's parameters point at these meanwhile."""
+        before = {name: self._parameters[name].data for name in tensors}
+        try:
+            for name, tensor in tensors.items():
+                self._parameters[name].data = tensor
+            yield
+        finally:
+            for name, tensor in before.items():
+                self._parameters[name].data = tensor
+
+
+@contextmanager
+def _put(places: Mapping[str, Place], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Layers compute with these `(rows, columns)` weights meanwhile."""
+    try:
+        for layer, weight in weights.items():
+            places[layer].put(weight)
+        yield
+    finally:
+        for layer in weights:
+            places[layer].restore()
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether nothing can be left in it for another block to find."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_fixed, value))
+    if isinstance(value, Mapping):
+        return all(map(_is_fixed, value.values()))
+    return value is None or isinstance(value, Tensor | bool | int | float | str)
