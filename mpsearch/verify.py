@@ -22,6 +22,9 @@ from mpsearch.manifest import faults, read_manifest
 from mpsearch.promise import Answers, Promise
 
 AGREEMENT = 0.99  # of answers: kernels round in other ways than what scored the candidate
+# Where the loader computes in another dtype than the search did. transformers itself agrees with
+# itself on 97.5 % of 200 facts between bf16 and float32, and gptqmodel's fp16 on 98.4 % of 320.
+AGREEMENT_OTHER_DTYPE = 0.96
 AGREEMENT_INT8 = 0.95  # LLM.int8's kernels round inputs to 8 bits, too, on every device
 # By how much kernels may move the mean answer loss; another point's weights move it more.
 _NEAR_NATS, _NEAR_SHARE = 0.1, 0.1
@@ -158,7 +161,7 @@ def verify(
         report("asking the reference", 1, 1)
         checks.append(_of_reference(asked, answered, about, said_by_reference))
         said_by_reference = Answers.of(asked)
-    enough = _enough(about)
+    enough = _enough(about, promise, answered)
     return _compare(folder, checks, answered, promise, enough, said_by_reference, max_loss_nats)
 
 
@@ -266,11 +269,15 @@ def _of_reference(
     return Check("reference", same, said)
 
 
-def _enough(about: Mapping[str, Any] | None) -> float:
+def _enough(
+    about: Mapping[str, Any] | None, promise: Promise | None, answered: Mapping[str, Any]
+) -> float:
     """Share of the facts that have to be answered as promised."""
-    if about is not None and about.get("target") == "bitsandbytes":
-        return AGREEMENT_INT8 if "int8" in about["assignment"].values() else AGREEMENT
-    return AGREEMENT
+    bitsandbytes = about is not None and about.get("target") == "bitsandbytes"
+    if about is not None and bitsandbytes and "int8" in about["assignment"].values():
+        return AGREEMENT_INT8
+    other = promise is not None and promise.dtype != answered["dtype"]
+    return AGREEMENT_OTHER_DTYPE if other else AGREEMENT
 
 
 def _compare(
@@ -304,7 +311,8 @@ def _compare(
                 "answers",
                 len(relations) - agreeing <= max(1, (1 - enough) * len(relations)),
                 f"{agreeing} of {len(relations)} {promise.partition} facts are answered as "
-                f"promised ({share:.1%}; {enough:.0%} are enough)",
+                f"promised ({share:.1%}; {enough:.0%} are enough, computed in "
+                f"{answered['dtype'].removeprefix('torch.')})",
             )
         )
         low, high = promise.recall.low, promise.recall.high

@@ -82,7 +82,7 @@ def make_run(tmp_path: Path) -> MakeRun:
                 "target": "compressed-tensors", "formats": FORMATS, "source": "by hand",
                 "kept_bytes": 1000, "groups": groups,
             },
-            "asked": {"validation": ["a"] * 6},
+            "asked": {"search": [], "validation": ["a"] * 6},
             "reference_validation": {"recall": 0.9, "top1": 0.8, "chance": 0.125},
         }  # fmt: skip
         (folder / "run.json").write_text(json.dumps(content), encoding="utf-8")

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -270,11 +271,30 @@ def test_few_answers_may_turn_even_where_recall_was_certain(
     answered = {
         "relations": ["r"] * facts, "subjects": names, "tokens": "t", "loader": "l",
         "correct": [i >= wrong for i in range(facts)], "log_prob_nats": [0.0] * facts,
-        "load_seconds": 0.0, "ask_seconds": 0.0,
+        "load_seconds": 0.0, "ask_seconds": 0.0, "dtype": "torch.float16",
     }  # fmt: skip
     compare = sys.modules["mpsearch.verify"]._compare
     found = compare(Path("x"), [], answered, promised, share, told, None)
     assert found.passed is passes, found.reasons
+
+
+@pytest.mark.parametrize(
+    ("target", "fmt", "dtype", "share"),
+    [
+        ("compressed-tensors", "int4-g64", "torch.bfloat16", 0.99),
+        ("gptq", "gptq4-g64", "torch.float16", 0.96),
+        ("bitsandbytes", "nf4", "torch.bfloat16", 0.99),
+        ("bitsandbytes", "int8", "torch.bfloat16", 0.95),
+        ("dequantized", "int8", "torch.bfloat16", 0.99),
+    ],
+)
+def test_more_answers_may_turn_where_the_arithmetic_is_another(
+    made: Path, target: str, fmt: str, dtype: str, share: float
+) -> None:
+    promised = replace(Promise.of(read_manifest(made)["promise"]), dtype="torch.bfloat16")
+    about = {"target": target, "assignment": {"a": "bf16", "b": fmt}}
+    enough = sys.modules["mpsearch.verify"]._enough
+    assert enough(about, promised, {"dtype": dtype}) == share
 
 
 @pytest.mark.usefixtures("here")

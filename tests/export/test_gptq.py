@@ -21,7 +21,7 @@ from mpsearch.codecs import decode
 from mpsearch.errors import UsageError
 from mpsearch.export.gptq import quantization_config
 from mpsearch.formats import BF16, FORMATS
-from mpsearch.models import Model
+from mpsearch.models import Model, load_model
 from mpsearch.quantizers import get_quantizer
 from mpsearch.space import ResolvedSpace, SearchSpace
 
@@ -104,23 +104,21 @@ def in_a_fresh_process(script: str, folder: Path, tmp_path: Path) -> dict[str, t
     return load_file(out)
 
 
-def test_one_width_loads_in_transformers_too(tiny: Model, tmp_path: Path) -> None:
+def test_one_width_loads_in_transformers_too(tiny_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("gptqmodel")
+    model = load_model(str(tiny_folder))  # of its own, as its dtype is changed
     text = "version: 1\ntarget: auto-gptq\nformats: [gptq4-g32]\n"
-    space = SearchSpace.parse(text, "test").resolve(tiny)
+    space = SearchSpace.parse(text, "test").resolve(model)
     out = tmp_path / "export"
-    folder = mps.export(tiny, space.smallest, to="auto-gptq", out=out, space=space)
+    folder = mps.export(model, space.smallest, to="auto-gptq", out=out, space=space)
     found = in_a_fresh_process(BY_TRANSFORMERS, folder, tmp_path)["logits"].float()
-    bank = Bank(tiny, get_quantizer(None, "gptq"))
-    module = tiny.module.float()  # the exact weights: bf16 would round them
-    for name, fmt in space.layer_formats(space.smallest).items():
-        tiny.places[name].parameter.data = decode(bank.stored(name, fmt), fmt).float()
+    bank = Bank(model, get_quantizer(None, "gptq"))
+    module = model.module.float()  # the exact weights: bf16 would round them
     with torch.inference_mode():
+        unquantized = module(torch.tensor([TOKENS])).logits
+        for name, fmt in space.layer_formats(space.smallest).items():
+            model.places[name].parameter.data = decode(bank.stored(name, fmt), fmt).float()
         logits = module(torch.tensor([TOKENS])).logits
-    tiny.module.to(tiny.originals["model.layers.0.mlp.up_proj"].dtype)
-    tiny.restore()
-    with torch.inference_mode():
-        unquantized = tiny.module(torch.tensor([TOKENS])).logits.float()
     # Its kernel for CPUs rounds scales to bf16; what is not rounding would show as much more.
     assert (found - logits).std() < 0.02 * logits.std()
     assert (found - logits).std() < 0.2 * (found - unquantized).std()
