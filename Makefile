@@ -1,4 +1,4 @@
-# make demo   install, prepare the model, search, plot, export and reload it
+# make demo   install, prepare the model, search, plot, export, verify and reload it
 # make test   install, lint, type-check and run the tests
 # make test-autogptq   compare with auto-gptq, in an environment of its own
 # make test-vllm       serve an export with vLLM, in an environment of its own (4 GB, minutes)
@@ -25,6 +25,7 @@ demo: .venv/installed
 		--search-facts 200 -o runs/demo
 	$(BIN)/mpsearch plot runs/demo -o runs/demo/tradeoff.png
 	$(BIN)/mpsearch export runs/demo best -o exports/demo
+	$(BIN)/mpsearch verify exports/demo
 	$(BIN)/python examples/reload.py exports/demo
 
 check: .venv/installed
@@ -83,6 +84,8 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/evaluation_cost.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/export.py
+	$(BIN)/python benchmarks/streaming.py
 
 # Resumes; on two cores it takes days, so give it parts: PEERS='--sizes midway --seeds 0 --minutes 60'
 bench-peers: .venv/installed
