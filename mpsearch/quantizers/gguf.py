@@ -7,7 +7,6 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from gguf.quants import quantize
 from torch import Tensor
 
 from mpsearch.codecs import block_type
@@ -36,6 +35,8 @@ class Gguf:
     def quantize(
         self, weight: Tensor, formats: Sequence[Format], statistics: InputStatistics | None
     ) -> dict[str, dict[str, Tensor]]:
+        from gguf.quants import quantize  # not where auto-gptq has an environment of its own
+
         largest = float(weight.abs().max())
         if not largest <= _MOST:  # as no scale or minimum can be then
             raise CheckError(
