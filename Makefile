@@ -34,7 +34,7 @@ check: .venv/installed
 	$(BIN)/mypy
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 AUTOGPTQ := .venv-autogptq/bin/python
 AUTOGPTQ_PIP := $(AUTOGPTQ) -m pip install --quiet --disable-pip-version-check \
