@@ -44,9 +44,10 @@ def export(args: argparse.Namespace) -> None:
 
     run = Run.open(args.run)
     point = run.find(args.point)
-    from mpsearch.export import check_out, export, tensor_bytes
+    from mpsearch.export import check_out, export
 
     check_out(Path(args.out), args.overwrite)
+    from mpsearch.manifest import read_manifest
     from mpsearch.searched import searched_model
 
     out = export(
@@ -57,7 +58,7 @@ def export(args: argparse.Namespace) -> None:
         run=run,
         overwrite=args.overwrite,
     )
-    stored_bytes = tensor_bytes(out)
+    stored_bytes = read_manifest(out)["stored_bytes"]
     written = {"folder": str(out), "id": point.id, "stored_bytes": stored_bytes}
     if args.json:
         emit_json(written)

@@ -6,7 +6,6 @@ Here the loader's own modules answer, as they will for whoever serves the checkp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -23,9 +22,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from mpsearch.codecs import import_gptqmodel
 from mpsearch.device import compute_dtype, pick_device
 from mpsearch.errors import ModelError, MpsearchError
-from mpsearch.export.gguf import GGUF_FILE, is_gguf
+from mpsearch.export.gguf import GGUF_FILE
 from mpsearch.export.gguf_reload import load_gguf
-from mpsearch.export.reload import load_any
+from mpsearch.export.reload import load_any, quantization_of
 from mpsearch.models import Model
 from mpsearch.shards import weight_files
 
@@ -80,17 +79,6 @@ _LIBRARIES = {"compressed-tensors": ("compressed-tensors",), "bitsandbytes": ("b
 
 def _named(*libraries: str) -> str:
     return " with ".join(f"{library} {version(library)}" for library in libraries)
-
-
-def quantization_of(folder: Path) -> dict[str, Any]:
-    """The `quantization_config` of a local folder; empty where there is none."""
-    if is_gguf(folder):  # whose config.json is the unquantized model's
-        return {"quant_method": "gguf"}
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return dict(config.get("quantization_config") or {})
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}  # not an export; load_model says what else is wrong
 
 
 def _load_gptq(folder: Path, device: torch.device) -> Any:

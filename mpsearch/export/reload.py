@@ -49,15 +49,20 @@ def load_any(name: str, chat_template: bool = False) -> Model:
         CheckError, ResourceError: as `load_model`.
     """
     folder = Path(name).expanduser()
-    quantization = _field(folder / "config.json", "quantization_config")
-    if is_gguf(folder):  # whose config.json is the unquantized model's
-        quantization = {"quant_method": "gguf"}
-    if quantization and isinstance(quantization, dict):
+    if quantization := quantization_of(folder):
         return replace(load_export(name, quantization), chat=chat_template)
     model = load_model(name, chat_template)
     if _field(folder / "mpsearch.json", "target") == DEQUANTIZED:
         _put_halves(model, folder)
     return model
+
+
+def quantization_of(folder: Path) -> dict[str, Any]:
+    """The `quantization_config` of a local folder; empty where there is none."""
+    if is_gguf(folder):  # whose config.json is the unquantized model's
+        return {"quant_method": "gguf"}
+    found = _field(folder / "config.json", "quantization_config")
+    return found if isinstance(found, dict) else {}
 
 
 def load_export(name: str, quantization: dict[str, Any]) -> Model:
