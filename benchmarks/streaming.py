@@ -144,10 +144,10 @@ def write_model(folder: Path, depth: int) -> dict[str, int]:
     )
     del module
     skeleton = load_skeleton(str(folder))
-    bank = Bank(skeleton.model, Rounding(), root=folder / "home" / "bank")
-    first = [layer for layer in skeleton.model.layers if ".0." in layer.name]
+    bank = Bank(skeleton, Rounding(), root=folder / "home" / "bank")
+    first = [layer for layer in skeleton.layers if ".0." in layer.name]
     bank.build([(layer, FORMATS["int4-g64"]) for layer in first])
-    for layer in skeleton.model.layers:  # quantizing them all would say nothing more
+    for layer in skeleton.layers:  # quantizing them all would say nothing more
         alike = next(other for other in first if other.name.endswith(layer.name.split(".", 3)[3]))
         source, copy = (bank.path(one.name, FORMATS["int4-g64"]) for one in (alike, layer))
         if source != copy:
@@ -165,12 +165,10 @@ def peak_of(folder: Path, way: str) -> dict[str, int]:
         _pass(load_model(str(folder)), _MEMORY_FACTS).run()
     elif way == "streamed":
         skeleton = load_skeleton(str(folder))
-        bank = Bank(skeleton.model, Rounding())
-        work = _pass(skeleton.model, _MEMORY_FACTS)
-        walk = Walk(work, skeleton.checkpoint.read, bank.stored)
-        candidate = {layer.name: FORMATS["int4-g64"] for layer in skeleton.model.layers[::2]}
-        for logits in walk.run([candidate]):
-            work.run(logits=logits)
+        bank = Bank(skeleton, Rounding())
+        work = _pass(skeleton, _MEMORY_FACTS)
+        coded = bank.stored, FORMATS["int4-g64"]
+        work.run(logits=Walk(work).logits({layer.name: coded for layer in skeleton.layers[::2]}))
     return {"peak_bytes": _status_bytes("VmHWM")}
 
 
@@ -249,7 +247,9 @@ def _streamed(
     space: ResolvedSpace, bank: Bank, assignments: Sequence[Assignment], facts: int
 ) -> Run:
     skeleton = load_skeleton(MODEL)
-    work = _pass(skeleton.model, facts)
+    checkpoint = skeleton.checkpoint
+    assert checkpoint is not None
+    work = _pass(skeleton, facts)
     packed_bytes = 0
 
     def packed(layer: str, fmt: Format) -> Mapping[str, Tensor]:
@@ -258,13 +258,16 @@ def _streamed(
         packed_bytes += sum(tensor.nbytes for tensor in stored.values())
         return stored
 
-    walk = Walk(work, skeleton.checkpoint.read, packed)
-    candidates = [space.layer_formats(assignment) for assignment in assignments]
+    walk = Walk(work)
+    candidates = [
+        {layer.name: (packed, fmt) for layer, fmt in quantized_layers(space, assignment)}
+        for assignment in assignments
+    ]
 
     def run() -> tuple[list[Tensor], int]:
-        before = skeleton.checkpoint.read_bytes + packed_bytes
+        before = checkpoint.read_bytes + packed_bytes
         found = [work.run(logits=logits) for logits in walk.run(candidates)]
-        return found, skeleton.checkpoint.read_bytes + packed_bytes - before
+        return found, checkpoint.read_bytes + packed_bytes - before
 
     return run
 

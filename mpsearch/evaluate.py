@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 
 from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank
+from mpsearch.errors import CheckError
 from mpsearch.estimates import Estimate, relation_mean
 from mpsearch.formats import Format
 from mpsearch.layers import Layer
 from mpsearch.recall import RecallProxy
 from mpsearch.scores import FactScores
 from mpsearch.space import ResolvedSpace
+from mpsearch.walk import Coded
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,15 +51,16 @@ class Bench:
 
     Swapping points a layer at another tensor of the bank (an expert's is copied into its stack):
     only layers whose format changed are touched, and the reference's own tensors are never written
-    to. Use it as a context manager; it leaves the reference in place, whatever happens.
+    to. Use it as a context manager; it leaves the reference in place, whatever happens. In a model
+    whose blocks hold no weights it only notes what is to be in place: a walk puts it there.
     """
 
     def __init__(self, space: ResolvedSpace, bank: Bank):
         self.space = space
         self.bank = bank
         self._banks: dict[str, Bank] = {}
-        # Layer to what names the weight that it holds; None for its reference weight.
-        self._in_place: dict[str, Hashable] = {}
+        # Layer to the codes that it holds; None for its reference weight.
+        self._in_place: dict[str, Coded | None] = {}
         self.swapped_layers = 0
 
     def __enter__(self) -> Bench:
@@ -75,18 +78,19 @@ class Bench:
         """Give every layer the weight of its assigned format."""
         bank = self._bank_of(assignment)
         for layer, fmt in self.space.layer_formats(assignment).items():
-            name = (bank.folder, fmt.name) if fmt.quantized else None
-            if self._in_place.get(layer) != name:
-                weight = bank.weight(layer, fmt)
+            coded = (bank.stored, fmt) if fmt.quantized else None
+            if self._in_place.get(layer) != coded:
+                weight = None if bank.model.streamed else bank.weight(layer, fmt)
                 # Recorded first: an interrupt in between then makes restore() undo it.
-                self._in_place[layer] = name
-                self.bank.model.places[layer].put(weight)
+                self._in_place[layer] = coded
+                if weight is not None:
+                    bank.model.places[layer].put(weight)
                 self.swapped_layers += 1
 
     @property
-    def held(self) -> dict[str, Hashable]:
-        """Layer to bank and format, of those that do not hold their reference weights."""
-        return {layer: name for layer, name in self._in_place.items() if name is not None}
+    def held(self) -> dict[str, Coded]:
+        """The codes that layers hold, of those that do not hold their reference weights."""
+        return {layer: coded for layer, coded in self._in_place.items() if coded is not None}
 
     def _bank_of(self, assignment: Mapping[str, str]) -> Bank:
         if not isinstance(assignment, Assignment) or not assignment.refined:
@@ -114,6 +118,44 @@ class Bench:
         start = time.perf_counter()
         self.put(assignment)
         scores = proxy.score(self.held)
+        return self._evaluation(assignment, proxy, scores, time.perf_counter() - start)
+
+    def evaluate_all(
+        self, assignments: Sequence[Assignment], proxy: RecallProxy
+    ) -> list[Evaluation | CheckError]:
+        """Score several assignments, in one walk where the model is streamed.
+
+        Returns:
+            For each its evaluation, or what `evaluate` raises where it gives NaN. The seconds are
+            an equal share of all.
+        """
+        start = time.perf_counter()
+        found: list[FactScores | CheckError] = []
+        if self.bank.model.streamed:
+            held = []
+            for assignment in assignments:
+                self.put(assignment)
+                held.append(self.held)
+            found += proxy.score_all(held)
+        else:
+            for assignment in assignments:
+                self.put(assignment)
+                try:
+                    found.append(proxy.score(self.held))
+                except CheckError as error:
+                    found.append(error)
+        seconds = (time.perf_counter() - start) / max(1, len(assignments))
+        return [
+            scores
+            if isinstance(scores, CheckError)
+            else self._evaluation(assignment, proxy, scores, seconds)
+            for assignment, scores in zip(assignments, found, strict=True)
+        ]
+
+    @staticmethod
+    def _evaluation(
+        assignment: Assignment, proxy: RecallProxy, scores: FactScores, seconds: float
+    ) -> Evaluation:
         loss = proxy.reference.log_prob - scores.log_prob
         relations = proxy.relations
         return Evaluation(
@@ -124,7 +166,7 @@ class Bench:
             recall=None if scores.correct is None else relation_mean(scores.correct, relations),
             scores=scores,
             loss_per_fact=loss,
-            seconds=time.perf_counter() - start,
+            seconds=seconds,
         )
 
 

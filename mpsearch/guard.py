@@ -13,7 +13,7 @@ Source: forward KL as a fitness, EvoPress (arXiv:2410.14649).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from mpsearch.errors import CheckError, UsageError
 from mpsearch.fluency import TextScores
 from mpsearch.forward import Pass, TokenSequence
 from mpsearch.models import Model
-from mpsearch.reuse import Reuse
+from mpsearch.walk import Held, runner
 
 LENGTH = 256  # tokens, at which a longer paragraph is cut
 MOST_TOKENS = 4096  # of a text; further paragraphs are left out
@@ -72,7 +72,7 @@ class TextGuard:
         self._sequences = tuple(piece for cut in pieces for piece in cut)
         self._paragraph_of = [number for number, cut in enumerate(pieces) for _ in cut]
         self._pass = Pass(model, self._sequences)
-        self._reuse = Reuse(self._pass)
+        self._runner = runner(self._pass)
         if against is not None and against.sequences != self._sequences:
             raise UsageError(
                 f"'{model.name}' reads the text as other tokens than '{against.model_name}', so "
@@ -81,19 +81,19 @@ class TextGuard:
         self.said = against
         self.reference = self.score()
 
-    def score(self, held: Mapping[str, Hashable] | None = None) -> TextScores:
+    def score(self, held: Held | None = None) -> TextScores:
         """Let the weights that the model holds now predict the text.
 
         Args:
-            held: layer to what names the weight that it holds, but for reference weights. Where it
-                is given, first blocks that held the same in an earlier scoring are not run again.
+            held: as `RecallProxy.score` takes it.
         Raises:
             CheckError: a log-probability is NaN; the weights or the arithmetic broke.
         """
         paragraphs = self._paragraph_of[-1] + 1
         counts, log_prob, kl = np.zeros(paragraphs, dtype=int), *np.zeros((2, paragraphs))
         said: dict[int, tuple[Tensor, Tensor]] = {}
-        logits = None if held is None else self._reuse.logits(held)
+        plain = held is None and not self._model.streamed
+        logits = None if plain else self._runner.logits(held or {})
         for index, log_probs, tokens in self._pass.continuations(logits):
             paragraph = self._paragraph_of[index]
             counts[paragraph] += len(tokens)

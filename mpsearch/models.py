@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mpsearch.architecture import read_config
 from mpsearch.builtin import builtin_folder
+from mpsearch.checkpoint import Checkpoint
 from mpsearch.device import compute_dtype, pick_device, require_memory
 from mpsearch.errors import CheckError, ModelError
 from mpsearch.formats import ITEM_BYTES
@@ -66,6 +67,8 @@ class Model:
         preparation: what was folded into the weights that were loaded, as JSON; see
             `mpsearch.awq`.
         chat: whether it is asked through its tokenizer's chat template.
+        checkpoint: what the weights of its blocks are read from when they are needed; None where
+            they are in memory. `originals` and `kept` are then read anew each time.
     """
 
     name: str
@@ -82,6 +85,12 @@ class Model:
     fingerprint: str
     preparation: Mapping[str, Any] = field(default_factory=dict)
     chat: bool = False
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def streamed(self) -> bool:
+        """Whether its blocks hold no weights, so that only `mpsearch.walk` can run it."""
+        return self.checkpoint is not None
 
     @property
     def device(self) -> torch.device:

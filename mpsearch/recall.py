@@ -17,7 +17,7 @@ Answer loss is the reference's log-probability of the answer minus the candidate
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,6 @@ from mpsearch.errors import CheckError, UsageError
 from mpsearch.facts import Fact, FactSet
 from mpsearch.forward import MAX_NODES, Pass, TokenSequence, differentiable
 from mpsearch.models import Model
-from mpsearch.reuse import Reuse
 from mpsearch.scores import (
     FactScores,
     NoiseFloor,
@@ -38,6 +37,7 @@ from mpsearch.scores import (
     by_relation,
     summarize,
 )
+from mpsearch.walk import Held, Walk, runner
 
 SHOTS = 4
 _NOISE_ROW_TOKENS = 192  # a row size that no other pass uses
@@ -112,7 +112,7 @@ class RecallProxy:
         self._contrast = contrast
         self._sequences = tuple(sequences)
         self._pass = Pass(model, sequences, row_tokens)
-        self._reuse = Reuse(self._pass)
+        self._runner = runner(self._pass)
         if against is not None and against.sequences != self._sequences:
             raise UsageError(
                 f"'{model.name}' reads these facts as other tokens than '{against.model_name}', so "
@@ -133,15 +133,37 @@ class RecallProxy:
         asked = [(sequence.tokens, sequence.start) for sequence in self._sequences]
         return hashlib.sha256(repr(asked).encode()).hexdigest()
 
-    def score(self, held: Mapping[str, Hashable] | None = None) -> FactScores:
+    def score(self, held: Held | None = None) -> FactScores:
         """Ask all facts of the weights that the model holds now.
 
         Args:
-            held: layer to what names the weight that it holds, but for reference weights. Where it
-                is given, first blocks that held the same in an earlier scoring are not run again.
+            held: the codes that layers hold, but for reference weights. Where they are given, first
+                blocks that held the same in an earlier scoring are not run again; a streamed model
+                has no others.
         Raises:
             CheckError: a log-probability is NaN; the weights or the arithmetic broke.
         """
+        if held is None and not self._model.streamed:
+            return self._scores(None)
+        return self._scores(self._runner.logits(held or {}))
+
+    def score_all(self, candidates: Sequence[Held]) -> list[FactScores | CheckError]:
+        """Ask all facts of several candidates of a streamed model in one walk.
+
+        Returns:
+            For each its scores, or what `score` raises.
+        """
+        assert isinstance(self._runner, Walk)
+        found: list[FactScores | CheckError] = []
+        for logits in self._runner.run(candidates):
+            try:
+                found.append(self._scores(logits))
+            except CheckError as error:
+                found.append(error)
+        return found
+
+    def _scores(self, logits: Iterable[Tensor] | None) -> FactScores:
+        """Of the rows' logits; by default those of the weights in place."""
         fact_of = {answers[0]: index for index, answers in enumerate(self._answers_of)}
         kl = np.zeros(len(self.facts))
         first_tokens = np.zeros(len(self.facts), dtype=np.int64)
@@ -158,7 +180,6 @@ class RecallProxy:
             else:
                 kl[fact] = kl_divergence(reference[fact].to(first.device), first)
 
-        logits = None if held is None else self._reuse.logits(held)
         sums = self._pass.run(visit, logits).numpy()
         if not np.isfinite(sums).all():
             raise CheckError(

@@ -6,10 +6,10 @@ blocks, their masks and positions, the embedding before and the norm and head be
 model's own code, called as the model calls it, so a walk says to the bit what the model says.
 
 Whose weights a block holds meanwhile is an argument: those of the loaded model (`resident`), or of
-its checkpoint (`mpsearch.skeleton.Checkpoint.read`), fetched for the next block while this one
-computes. Several candidates share a walk. A block's reference weights are fetched once, and only if
-some candidate holds them; a candidate's own are decoded where it differs; and candidates are one
-until they differ.
+its checkpoint (`mpsearch.checkpoint`), fetched for the next block while this one computes. Several
+candidates share a walk. A block's reference weights are fetched once, and only if some candidate
+holds them; a candidate's own are decoded where it differs; and candidates are one until they
+differ.
 
 Held at a time: embedding, norm and head; two blocks, and the parts of a stack of experts while it
 is put together; in one block, one candidate's decoded weights and those of them that a later one
@@ -37,6 +37,7 @@ from mpsearch.formats import Format
 from mpsearch.forward import Pass, PreparedRow
 from mpsearch.models import Model
 from mpsearch.places import Place
+from mpsearch.reuse import Reuse
 from mpsearch.states import StateRoom, States
 
 _MOST_MEMORY = 1 / 8  # of what is available, for hidden states
@@ -47,8 +48,14 @@ Supply = Callable[[Sequence[str]], Mapping[str, Tensor]]
 Packed = Callable[[str, Format], Stored]
 """Gives the stored tensors of a layer in a format, as `Bank.stored`."""
 
-Own = tuple[tuple[str, Format], ...]
-"""What a candidate holds in some layers beside reference weights."""
+Coded = tuple[Packed, Format]
+"""A weight as codes: who has them, and in which format."""
+
+Held = Mapping[str, Coded]
+"""What a candidate's layers hold, but for those that hold reference weights."""
+
+Own = tuple[tuple[str, Coded], ...]
+"""The same of some layers, in order of their names."""
 
 _Owns = Mapping[int | None, Own]
 
@@ -81,7 +88,7 @@ class _Fetched:
     """A block's weights: the reference's parameters, and packed layers of candidates."""
 
     reference: Mapping[str, Tensor]
-    packed: Mapping[tuple[str, Format], Stored]
+    packed: Mapping[tuple[str, Coded], Stored]
 
 
 class Walk:
@@ -89,17 +96,17 @@ class Walk:
 
     Args:
         work: whose rows are run.
-        supply: of reference weights.
-        packed: of candidates' own weights.
+        supply: of reference weights; by default the model's checkpoint, or what it has loaded.
         states_bytes: hidden states in memory at most; others lie on disk. By default an eighth of
             the memory that is available.
     Raises:
         ModelError: the model's blocks hand on more than hidden states.
     """
 
-    def __init__(self, work: Pass, supply: Supply, packed: Packed, states_bytes: int | None = None):
+    def __init__(self, work: Pass, supply: Supply | None = None, states_bytes: int | None = None):
         model = work.model
-        self._work, self._supply, self._packed = work, supply, packed
+        read = resident(model) if model.checkpoint is None else model.checkpoint.read
+        self._work, self._supply = work, supply or read
         self._states_bytes = states_bytes
         self._blocks = find_blocks(model.module, model.places)
         self._parameters = dict(model.module.named_parameters(remove_duplicate=False))
@@ -127,14 +134,19 @@ class Walk:
                 "memory to be loaded whole"
             )
 
-    def run(self, candidates: Sequence[Mapping[str, Format]]) -> Iterator[Iterator[Tensor]]:
+    def logits(self, held: Held) -> Iterator[Tensor]:
+        """What `Pass.logits` gives for each row, in order, of one candidate; as `run`."""
+        (logits,) = self.run([held])
+        return logits
+
+    def run(self, candidates: Sequence[Held]) -> Iterator[Iterator[Tensor]]:
         """For each candidate in order what `Pass.logits` gives for each row, in order.
 
         The first is there when all have been through all blocks. Take a candidate's rows before the
         next candidate.
 
         Args:
-            candidates: layer to format; layers left out and unquantized ones hold the reference.
+            candidates: those that hold the same weight in a layer hold equal `Coded` there.
         Raises:
             ResourceError: hidden states fill the disk.
         """
@@ -156,12 +168,11 @@ class Walk:
         for index, own in enumerate(owns):
             yield self._left(branch_of[index], own)
 
-    def _own(self, candidate: Mapping[str, Format]) -> dict[int | None, Own]:
+    def _own(self, candidate: Held) -> dict[int | None, Own]:
         """What a candidate holds in each block, and under None in none of them."""
-        own: dict[int | None, list[tuple[str, Format]]] = {}
+        own: dict[int | None, list[tuple[str, Coded]]] = {}
         for layer in sorted(candidate):
-            if candidate[layer].quantized:
-                own.setdefault(self._depth.get(layer), []).append((layer, candidate[layer]))
+            own.setdefault(self._depth.get(layer), []).append((layer, candidate[layer]))
         return {depth: tuple(items) for depth, items in own.items()}
 
     def _fetch(self, depth: int, owns: Sequence[_Owns]) -> _Fetched:
@@ -173,7 +184,8 @@ class Walk:
         replaced = {self._within[x] for x in layers} - shared
         names = [name for name in self._names[depth] if name not in replaced]
         wanted = dict.fromkeys(item for own in here for item in own.items())
-        return _Fetched(self._supply(names), {item: self._packed(*item) for item in wanted})
+        packed = {(layer, (get, fmt)): get(layer, fmt) for layer, (get, fmt) in wanted}
+        return _Fetched(self._supply(names), packed)
 
     @torch.inference_mode()
     def _entered(self, owns: Sequence[_Owns], room: StateRoom) -> list[_Branch]:
@@ -219,7 +231,7 @@ class Walk:
                 parts.setdefault(owns[member].get(depth, ()), []).append(member)
             parting.append((branch, parts))
         uses = Counter(item for _, parts in parting for own in parts for item in own)
-        decoded: dict[tuple[str, Format], Tensor] = {}
+        decoded: dict[tuple[str, Coded], Tensor] = {}
         through = []
         with self._holding(fetched.reference):
             places = {
@@ -230,11 +242,11 @@ class Walk:
                 for number, (own, members) in enumerate(parts.items(), start=1):
                     for item in own:
                         if item not in decoded:
-                            decoded[item] = self._decode(item[1], fetched.packed[item])
+                            decoded[item] = self._decode(item[1][1], fetched.packed[item])
                     # Those that part last go on in the room of them all.
                     last = number == len(parts)
                     states = branch.states if last else room.states(branch.states_bytes)
-                    with _put(places, {layer: decoded[layer, fmt] for layer, fmt in own}):
+                    with _put(places, {item[0]: decoded[item] for item in own}):
                         for row, calls in enumerate(branch.calls):
                             states[row] = calls[depth].of(block, branch.states[row])
                     through.append(replace(branch, members=members, states=states))
@@ -298,7 +310,7 @@ class Walk:
         return decode(moved, fmt).to(model.dtype)
 
     def _decoded(self, own: Own) -> dict[str, Tensor]:
-        return {layer: self._decode(fmt, self._packed(layer, fmt)) for layer, fmt in own}
+        return {layer: self._decode(fmt, packed(layer, fmt)) for layer, (packed, fmt) in own}
 
     def _outside(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         return _put(self._work.model.places, weights)
@@ -314,6 +326,11 @@ class Walk:
         finally:
             for name, tensor in before.items():
                 self._parameters[name].data = tensor
+
+
+def runner(work: Pass) -> Reuse | Walk:
+    """What runs a pass for one candidate after another, as the model's weights allow."""
+    return Walk(work) if work.model.streamed else Reuse(work)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ WITHOUT_TORCH = (
     *("outcome", "forecast", "promise", "manifest", "verify"),
 )
 WITH_TORCH = (
-    *("device", "builtin", "shards", "places", "blocks", "models", "skeleton"),
+    *("device", "builtin", "shards", "checkpoint", "places", "blocks", "models", "skeleton"),
     *("states", "forward", "reuse"),
     *(
         "codecs",

@@ -164,7 +164,7 @@ def test_a_candidate_that_gives_nan_spoils_nothing(
             expected = plain.score()
             assert (found.log_prob == expected.log_prob).all()
             assert (found.kl == expected.kl).all()
-    assert proxy._reuse.blocks_to_run(model.layers[-1:]) == 1  # NaN did not decide that it is all
+    assert proxy._runner.blocks_to_run(model.layers[-1:]) == 1  # NaN did not decide that it is all
 
 
 def test_a_run_that_is_broken_off_leaves_nothing(tmp_path: Path) -> None:

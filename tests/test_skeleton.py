@@ -60,8 +60,8 @@ def test_it_is_the_loaded_model_tensor_for_tensor(
 ) -> None:
     kind, changes = MODELS[family]
     folder = saved(tmp_path, kind, **changes)  # type: ignore[arg-type]
-    expected, found = loaded(folder, dtype), load_skeleton(str(folder), device=CPU, dtype=dtype)
-    model = found.model
+    expected, model = loaded(folder, dtype), load_skeleton(str(folder), device=CPU, dtype=dtype)
+    assert model.checkpoint is not None and expected.checkpoint is None
     assert model.layers == expected.layers
     assert (model.embedding, model.head) == (expected.embedding, expected.head)
     assert model.fingerprint == expected.fingerprint
@@ -73,7 +73,7 @@ def test_it_is_the_loaded_model_tensor_for_tensor(
             assert ours[name].dtype == tensor.dtype
             assert torch.equal(ours[name], tensor), name
     theirs = dict(expected.module.named_parameters())
-    read = found.checkpoint.read(theirs)
+    read = model.checkpoint.read(theirs)
     for name, tensor in theirs.items():
         assert read[name].dtype == tensor.dtype
         assert torch.equal(read[name], tensor), name
@@ -85,7 +85,7 @@ def test_it_is_the_loaded_model_tensor_for_tensor(
 
 
 def test_blocks_hold_nothing_and_all_else_is_there(tmp_path: Path) -> None:
-    model = load_skeleton(str(saved(tmp_path, "llama")), device=CPU, dtype=torch.float32).model
+    model = load_skeleton(str(saved(tmp_path, "llama")), device=CPU, dtype=torch.float32)
     inside = [p for block in find_blocks(model.module, model.places) for p in block.parameters()]
     assert all(p.untyped_storage().nbytes() == 4 and p.isnan().all() for p in inside)
     outside = {id(p) for p in model.module.parameters()} - {id(p) for p in inside}
@@ -101,14 +101,16 @@ def test_other_precisions_are_read_as_the_loader_reads_them(
 ) -> None:
     folder = saved(tmp_path, "llama", dtype)
     found = load_skeleton(str(folder), device=CPU, dtype=torch.float32)
-    assert found.model.fingerprint == loaded(folder, torch.float32).fingerprint
+    assert found.fingerprint == loaded(folder, torch.float32).fingerprint
 
 
 def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
-    found = load_skeleton(str(saved(tmp_path, "mixtral")), device=CPU, dtype=torch.float32)
-    before = found.checkpoint.read_bytes
-    found.checkpoint.read(["model.layers.0.mlp.experts.gate_up_proj", "model.norm.weight"])
-    assert found.checkpoint.read_bytes - before == 2 * (4 * 2 * 128 * 64 + 64)
+    model = load_skeleton(str(saved(tmp_path, "mixtral")), device=CPU, dtype=torch.float32)
+    checkpoint = model.checkpoint
+    assert checkpoint is not None
+    before = checkpoint.read_bytes
+    checkpoint.read(["model.layers.0.mlp.experts.gate_up_proj", "model.norm.weight"])
+    assert checkpoint.read_bytes - before == 2 * (4 * 2 * 128 * 64 + 64)
 
 
 def spoil(folder: Path, name: str, change: str) -> None:

@@ -23,9 +23,9 @@ from mpsearch.formats import FORMATS, Format
 from mpsearch.forward import Pass, TokenSequence
 from mpsearch.models import Model
 from mpsearch.quantizers.rounding import Rounding
-from mpsearch.skeleton import Skeleton, load_skeleton
+from mpsearch.skeleton import load_skeleton
 from mpsearch.space import SearchSpace
-from mpsearch.walk import Walk, resident
+from mpsearch.walk import Held, Packed, Walk
 
 INT2, INT8 = FORMATS["int2-g64"], FORMATS["int8-g64"]
 FAMILIES = {
@@ -91,6 +91,16 @@ def plainly(bench: Bench, assignment: Mapping[str, str], work: Pass) -> list[Ten
         return [work.logits(row).clone() for row in work.rows]
 
 
+def held(bench: Bench, assignment: Mapping[str, str]) -> Held:
+    """What a candidate's layers hold."""
+    formats = bench.space.layer_formats(assignment).items()
+    return {layer: (bench.bank.stored, fmt) for layer, fmt in formats if fmt.quantized}
+
+
+def of(packed: Packed, formats: Mapping[str, Format]) -> Held:
+    return {layer: (packed, fmt) for layer, fmt in formats.items()}
+
+
 def equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     return len(found) == len(expected) and all(map(torch.equal, found, expected))
 
@@ -104,25 +114,25 @@ def test_both_ways_say_to_the_bit_what_the_loaded_model_says(tmp_path: Path, nam
         asked = assignments(bench)
         expected = [plainly(bench, assignment, some_pass(whole)) for assignment in asked]
         assert not equal(expected[0], expected[2])  # so that weights matter
-        candidates = [bench.space.layer_formats(assignment) for assignment in asked]
+        candidates = [held(bench, assignment) for assignment in asked]
         skeleton = load_skeleton(str(folder), device=CPU, dtype=dtype)
-        for model, supply in ((whole, resident(whole)), (skeleton.model, skeleton.checkpoint.read)):
-            walk = Walk(some_pass(model), supply, bench.bank.stored)
+        for model in (whole, skeleton):
+            walk = Walk(some_pass(model))
             for logits, theirs in zip(walk.run(candidates), expected, strict=True):
                 assert equal(list(logits), theirs)
         for layer, place in whole.places.items():
-            assert torch.equal(place.weight, skeleton.model.originals[layer])
+            assert torch.equal(place.weight, skeleton.originals[layer])
         assert empty(skeleton)
 
 
-def empty(skeleton: Skeleton) -> bool:
+def empty(skeleton: Model) -> bool:
     """Whether no block holds a weight."""
-    blocks = find_blocks(skeleton.model.module, skeleton.model.places)
+    blocks = find_blocks(skeleton.module, skeleton.places)
     return all(p.untyped_storage().nbytes() <= 4 for b in blocks for p in b.parameters())
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> tuple[Skeleton, Bench]:
+def opened(tmp_path: Path) -> tuple[Model, Bench]:
     folder = folder_of(tmp_path, "llama")
     return (
         load_skeleton(str(folder), device=CPU, dtype=torch.float32),
@@ -131,33 +141,35 @@ def opened(tmp_path: Path) -> tuple[Skeleton, Bench]:
 
 
 def test_summed_log_probabilities_come_from_the_rows_of_a_walk(
-    opened: tuple[Skeleton, Bench],
+    opened: tuple[Model, Bench],
 ) -> None:
     skeleton, bench = opened
-    work = some_pass(skeleton.model)
-    walk = Walk(work, skeleton.checkpoint.read, bench.bank.stored)
-    (logits,) = walk.run([{}])
-    assert torch.equal(work.run(logits=logits), some_pass(bench.bank.model).run())
+    work = some_pass(skeleton)
+    assert torch.equal(work.run(logits=Walk(work).logits({})), some_pass(bench.bank.model).run())
 
 
 @pytest.mark.parametrize("states_bytes", [0, 40_000])
-def test_states_on_disk_change_nothing(opened: tuple[Skeleton, Bench], states_bytes: int) -> None:
+def test_states_on_disk_change_nothing(opened: tuple[Model, Bench], states_bytes: int) -> None:
     skeleton, bench = opened
-    candidates = [bench.space.layer_formats(assignment) for assignment in assignments(bench)]
-    work = some_pass(skeleton.model)
-    arguments = (work, skeleton.checkpoint.read, bench.bank.stored)
-    in_memory = [list(logits) for logits in Walk(*arguments).run(candidates)]
-    on_disk = [list(logits) for logits in Walk(*arguments, states_bytes).run(candidates)]
+    candidates = [held(bench, assignment) for assignment in assignments(bench)]
+    work = some_pass(skeleton)
+    in_memory = [list(logits) for logits in Walk(work).run(candidates)]
+    on_disk = [list(logits) for logits in Walk(work, states_bytes=states_bytes).run(candidates)]
     assert all(map(equal, on_disk, in_memory))
 
 
 # ------------------------------------------------------------------------------ what is read
 
 
+def read(skeleton: Model, names: Sequence[str]) -> Mapping[str, Tensor]:
+    assert skeleton.checkpoint is not None
+    return skeleton.checkpoint.read(names)
+
+
 class Watched:
     """A supply and packed weights that note what they are asked for, and by which thread."""
 
-    def __init__(self, skeleton: Skeleton, bench: Bench):
+    def __init__(self, skeleton: Model, bench: Bench):
         self._skeleton, self._bench = skeleton, bench
         self.read: list[str] = []
         self.own: list[tuple[str, Format]] = []
@@ -166,7 +178,7 @@ class Watched:
     def supply(self, names: Sequence[str]) -> Mapping[str, Tensor]:
         self.read += names
         self.threads.add(threading.current_thread().name)
-        return self._skeleton.checkpoint.read(names)
+        return read(self._skeleton, names)
 
     def packed(self, layer: str, fmt: Format) -> Mapping[str, Tensor]:
         self.own.append((layer, fmt))
@@ -174,17 +186,18 @@ class Watched:
 
 
 def test_each_weight_is_fetched_once_for_all_candidates_and_ahead(
-    opened: tuple[Skeleton, Bench],
+    opened: tuple[Model, Bench],
 ) -> None:
     skeleton, bench = opened
     watched = Watched(skeleton, bench)
-    walk = Walk(some_pass(skeleton.model), watched.supply, watched.packed)
+    walk = Walk(some_pass(skeleton), watched.supply)
     up, down = (f"model.layers.1.mlp.{word}_proj" for word in ("up", "down"))
-    for logits in walk.run([{}, {up: INT2}, {up: INT2, down: INT8}, {up: INT8}]):
+    candidates = ({}, {up: INT2}, {up: INT2, down: INT8}, {up: INT8})
+    for logits in walk.run([of(watched.packed, formats) for formats in candidates]):
         list(logits)
     assert max(Counter(watched.read).values()) == 1
     assert watched.own == [(up, INT2), (down, INT8), (up, INT8)]
-    inside = [name for name, _ in skeleton.model.module.named_parameters() if ".layers." in name]
+    inside = [name for name, _ in skeleton.module.named_parameters() if ".layers." in name]
     assert sorted(watched.read) == sorted(inside)
     assert all(name.startswith("fetch") for name in watched.threads)
 
@@ -194,9 +207,9 @@ def test_reference_weights_that_no_candidate_holds_are_not_read(tmp_path: Path, 
     folder = folder_of(tmp_path, name)
     skeleton = load_skeleton(str(folder), device=CPU, dtype=torch.float32)
     watched = Watched(skeleton, bench_of(loaded(folder, torch.float32), tmp_path))
-    walk = Walk(some_pass(skeleton.model), watched.supply, watched.packed)
-    layers = [layer.name for layer in skeleton.model.layers]
-    for logits in walk.run([dict.fromkeys(layers, INT8), dict.fromkeys(layers, INT2)]):
+    walk = Walk(some_pass(skeleton), watched.supply)
+    layers = [layer.name for layer in skeleton.layers]
+    for logits in walk.run([of(watched.packed, dict.fromkeys(layers, f)) for f in (INT8, INT2)]):
         assert not any(row.isnan().any() for row in logits)
     assert watched.read
     assert not any(word in name for name in watched.read for word in ("proj", "experts"))
@@ -204,50 +217,48 @@ def test_reference_weights_that_no_candidate_holds_are_not_read(tmp_path: Path, 
 
 
 def test_candidates_are_one_until_they_differ(
-    opened: tuple[Skeleton, Bench], module_calls: Counter[nn.Module]
+    opened: tuple[Model, Bench], module_calls: Counter[nn.Module]
 ) -> None:
     skeleton, bench = opened
-    work = some_pass(skeleton.model)
-    walk = Walk(work, skeleton.checkpoint.read, bench.bank.stored)
+    work = some_pass(skeleton)
+    walk = Walk(work)
     ups = [f"model.layers.{block}.mlp.up_proj" for block in range(3)]
     module_calls.clear()
-    candidates = [{}, {ups[1]: INT2}, {ups[1]: INT2, ups[2]: INT8}, {ups[2]: INT8}]
-    for logits in walk.run(candidates):
+    candidates = ({}, {ups[1]: INT2}, {ups[1]: INT2, ups[2]: INT8}, {ups[2]: INT8})
+    for logits in walk.run([of(bench.bank.stored, formats) for formats in candidates]):
         list(logits)
-    blocks = find_blocks(skeleton.model.module, skeleton.model.places)
+    blocks = find_blocks(skeleton.module, skeleton.places)
     assert [module_calls[block] // len(work.rows) for block in blocks] == [1, 2, 4]
 
 
-def test_no_more_than_two_blocks_are_in_memory(opened: tuple[Skeleton, Bench]) -> None:
-    skeleton, bench = opened
-    read: list[weakref.ref[Tensor]] = []
+def test_no_more_than_two_blocks_are_in_memory(opened: tuple[Model, Bench]) -> None:
+    skeleton, _ = opened
+    seen: list[weakref.ref[Tensor]] = []
     most = 0
 
     def supply(names: Sequence[str]) -> Mapping[str, Tensor]:
         nonlocal most
-        weights = skeleton.checkpoint.read(names)
-        read.extend(map(weakref.ref, weights.values()))
-        most = max(most, sum(tensor() is not None for tensor in read))
+        weights = read(skeleton, names)
+        seen.extend(map(weakref.ref, weights.values()))
+        most = max(most, sum(tensor() is not None for tensor in seen))
         return weights
 
-    walk = Walk(some_pass(skeleton.model), supply, bench.bank.stored)
-    for logits in walk.run([{}]):
-        list(logits)
-    assert len(read) == 3 * 9
+    list(Walk(some_pass(skeleton), supply).logits({}))
+    assert len(seen) == 3 * 9
     assert most <= 2 * 9
-    assert not any(tensor() is not None for tensor in read)
+    assert not any(tensor() is not None for tensor in seen)
 
 
 # ------------------------------------------------------------------------------ broken off
 
 
 def test_a_walk_that_is_broken_off_leaves_the_model_as_it_was(
-    opened: tuple[Skeleton, Bench],
+    opened: tuple[Model, Bench],
 ) -> None:
     skeleton, bench = opened
     whole, layers = bench.bank.model, [layer.name for layer in bench.bank.model.layers]
     before = [parameter.data_ptr() for parameter in whole.module.parameters()]
-    for model, supply in ((whole, resident(whole)), (skeleton.model, skeleton.checkpoint.read)):
+    for model in (whole, skeleton):
         calls = 0
 
         def packed(layer: str, fmt: Format) -> Mapping[str, Tensor]:
@@ -257,8 +268,8 @@ def test_a_walk_that_is_broken_off_leaves_the_model_as_it_was(
                 raise KeyboardInterrupt
             return bench.bank.stored(layer, fmt)
 
-        walk = Walk(some_pass(model), supply, packed)
-        candidates = [dict.fromkeys(layers, INT8), {}]
+        walk = Walk(some_pass(model))
+        candidates = [of(packed, dict.fromkeys(layers, INT8)), {}]
         with pytest.raises(KeyboardInterrupt):
             list(walk.run(candidates))
         calls = 100
@@ -276,7 +287,7 @@ def test_a_model_that_reads_more_than_the_last_block_is_refused() -> None:
     blocks[0].register_forward_hook(lambda block, inputs, output: first.append(output))
     model.module.model.norm.register_forward_pre_hook(lambda norm, args: args[0] + first[-1])
     with pytest.raises(ModelError, match="hands on more between its blocks than hidden states"):
-        Walk(some_pass(model), resident(model), lambda *_: {})
+        Walk(some_pass(model))
 
 
 def test_a_model_whose_blocks_share_something_is_refused() -> None:
@@ -287,4 +298,4 @@ def test_a_model_whose_blocks_share_something_is_refused() -> None:
             lambda block, args, kwargs: (args, {**kwargs, "shared": shared}), with_kwargs=True
         )
     with pytest.raises(ModelError, match="hands on more between its blocks than hidden states"):
-        Walk(some_pass(model), resident(model), lambda *_: {})
+        Walk(some_pass(model))
