@@ -149,6 +149,10 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--text", metavar="FILE", help="text to read beside facts (a built-in one)")
     search.add_argument("--time", metavar="10m", help="stop proposing after this time")
     search.add_argument("--sampler", default="level-switch", help="level-switch, nsga2 or tpe")
+    search.add_argument(
+        "--at-once", type=int, metavar="N",
+        help="proposals scored together, which share a walk block by block (1, or 4 in a walk)",
+    )  # fmt: skip
     search.add_argument("--resume", action="store_true", help="continue the run in RUN")
     search.set_defaults(
         defaults={"trials": 150, "search_facts": 500, "sampler": "level-switch", "seed": 0}

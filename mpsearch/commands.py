@@ -57,6 +57,7 @@ def search(args: argparse.Namespace) -> None:
             facts=facts,
             text=text,
             max_text_kl_nats=args.max_text_kl,
+            at_once=args.at_once,
             device_budget=device_budget,
             resume=args.resume,
             report=report,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -15,12 +15,14 @@ from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank
 from mpsearch.errors import CheckError
 from mpsearch.estimates import Estimate, relation_mean
+from mpsearch.fluency import TextScores
 from mpsearch.formats import Format
+from mpsearch.guard import TextGuard
 from mpsearch.layers import Layer
 from mpsearch.recall import RecallProxy
 from mpsearch.scores import FactScores
 from mpsearch.space import ResolvedSpace
-from mpsearch.walk import Coded
+from mpsearch.walk import Coded, Held
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,28 +131,45 @@ class Bench:
             For each its evaluation, or what `evaluate` raises where it gives NaN. The seconds are
             an equal share of all.
         """
-        start = time.perf_counter()
-        found: list[FactScores | CheckError] = []
         if self.bank.model.streamed:
-            held = []
-            for assignment in assignments:
-                self.put(assignment)
-                held.append(self.held)
-            found += proxy.score_all(held)
-        else:
-            for assignment in assignments:
-                self.put(assignment)
-                try:
-                    found.append(proxy.score(self.held))
-                except CheckError as error:
-                    found.append(error)
-        seconds = (time.perf_counter() - start) / max(1, len(assignments))
-        return [
-            scores
-            if isinstance(scores, CheckError)
-            else self._evaluation(assignment, proxy, scores, seconds)
-            for assignment, scores in zip(assignments, found, strict=True)
-        ]
+            start = time.perf_counter()
+            scored = list(proxy.score_all(self._all_held(assignments)))
+            seconds = (time.perf_counter() - start) / max(1, len(assignments))
+            return [
+                scores
+                if isinstance(scores, CheckError)
+                else self._evaluation(assignment, proxy, scores, seconds)
+                for assignment, scores in zip(assignments, scored, strict=True)
+            ]
+        found: list[Evaluation | CheckError] = []
+        for assignment in assignments:
+            try:
+                found.append(self.evaluate(assignment, proxy))
+            except CheckError as error:
+                found.append(error)
+        return found
+
+    def read_all(
+        self, assignments: Sequence[Assignment], guard: TextGuard
+    ) -> list[TextScores | CheckError]:
+        """Let several assignments predict text, as `evaluate_all`."""
+        if self.bank.model.streamed:
+            return list(guard.score_all(self._all_held(assignments)))
+        found: list[TextScores | CheckError] = []
+        for assignment in assignments:
+            self.put(assignment)
+            try:
+                found.append(guard.score(self.held))
+            except CheckError as error:
+                found.append(error)
+        return found
+
+    def _all_held(self, assignments: Iterable[Assignment]) -> list[Held]:
+        held: list[Held] = []
+        for assignment in assignments:
+            self.put(assignment)
+            held.append(self.held)
+        return held
 
     @staticmethod
     def _evaluation(

@@ -13,7 +13,7 @@ Source: forward KL as a fitness, EvoPress (arXiv:2410.14649).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from mpsearch.errors import CheckError, UsageError
 from mpsearch.fluency import TextScores
 from mpsearch.forward import Pass, TokenSequence
 from mpsearch.models import Model
-from mpsearch.walk import Held, runner
+from mpsearch.walk import Held, each_scored, runner
 
 LENGTH = 256  # tokens, at which a longer paragraph is cut
 MOST_TOKENS = 4096  # of a text; further paragraphs are left out
@@ -89,11 +89,19 @@ class TextGuard:
         Raises:
             CheckError: a log-probability is NaN; the weights or the arithmetic broke.
         """
+        if held is None and not self._model.streamed:
+            return self._scores(None)
+        return self._scores(self._runner.logits(held or {}))
+
+    def score_all(self, candidates: Sequence[Held]) -> Iterator[TextScores | CheckError]:
+        """As `RecallProxy.score_all`."""
+        return each_scored(self._runner, candidates, self._scores)
+
+    def _scores(self, logits: Iterable[Tensor] | None) -> TextScores:
+        """Of the rows' logits; by default those of the weights in place."""
         paragraphs = self._paragraph_of[-1] + 1
         counts, log_prob, kl = np.zeros(paragraphs, dtype=int), *np.zeros((2, paragraphs))
         said: dict[int, tuple[Tensor, Tensor]] = {}
-        plain = held is None and not self._model.streamed
-        logits = None if plain else self._runner.logits(held or {})
         for index, log_probs, tokens in self._pass.continuations(logits):
             paragraph = self._paragraph_of[index]
             counts[paragraph] += len(tokens)

@@ -37,8 +37,10 @@ def open_study(run: Run, space: ResolvedSpace) -> Study:
         if counts(trial) and not space.allows(trial.params):
             raise RunError(_refusal(run, f"holds trial {trial.number} of another search space"))
     for trial in trials:
-        if trial.state == TrialState.RUNNING:
-            study.tell(trial.number, state=TrialState.FAIL)  # a killed process left it
+        if trial.state == TrialState.RUNNING:  # a killed process left it
+            study.tell(trial.number, state=TrialState.FAIL)
+            if space.allows(trial.params):  # as others of its batch may have been told
+                study.enqueue_trial(trial.params)
     return study
 
 

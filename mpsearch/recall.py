@@ -17,7 +17,7 @@ Answer loss is the reference's log-probability of the answer minus the candidate
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ from mpsearch.scores import (
     by_relation,
     summarize,
 )
-from mpsearch.walk import Held, Walk, runner
+from mpsearch.walk import Held, each_scored, runner
 
 SHOTS = 4
 _NOISE_ROW_TOKENS = 192  # a row size that no other pass uses
@@ -147,20 +147,13 @@ class RecallProxy:
             return self._scores(None)
         return self._scores(self._runner.logits(held or {}))
 
-    def score_all(self, candidates: Sequence[Held]) -> list[FactScores | CheckError]:
+    def score_all(self, candidates: Sequence[Held]) -> Iterator[FactScores | CheckError]:
         """Ask all facts of several candidates of a streamed model in one walk.
 
-        Returns:
+        Yields:
             For each its scores, or what `score` raises.
         """
-        assert isinstance(self._runner, Walk)
-        found: list[FactScores | CheckError] = []
-        for logits in self._runner.run(candidates):
-            try:
-                found.append(self._scores(logits))
-            except CheckError as error:
-                found.append(error)
-        return found
+        return each_scored(self._runner, candidates, self._scores)
 
     def _scores(self, logits: Iterable[Tensor] | None) -> FactScores:
         """Of the rows' logits; by default those of the weights in place."""

@@ -7,6 +7,8 @@ run limits its KL, beside test facts none.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,11 @@ from numpy.typing import NDArray
 from mpsearch.asked import asked_facts
 from mpsearch.assignment import Assignment
 from mpsearch.bank import Report
+from mpsearch.errors import CheckError
 from mpsearch.estimates import relation_mean
 from mpsearch.evaluate import Bench, Evaluation
 from mpsearch.facts import FactSet
+from mpsearch.fluency import TextScores
 from mpsearch.guard import TextGuard
 from mpsearch.models import Model
 from mpsearch.points import Score, rivals
@@ -26,6 +30,20 @@ from mpsearch.run import Run
 from mpsearch.slopes import EVALUATIONS, measure_slopes
 from mpsearch.stages import halves, hopeless
 from mpsearch.text import Text
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What came of asking one assignment.
+
+    Attributes:
+        score: the evaluation; an estimate of the answer loss, in nats, where it was stopped early;
+            or what is wrong with a candidate that gives NaN.
+        fact_tokens: tokens of facts that were pushed through the model for it.
+    """
+
+    score: Score | float | CheckError
+    fact_tokens: int
 
 
 class Scorer:
@@ -55,19 +73,32 @@ class Scorer:
         Raises:
             CheckError: the candidate gives NaN.
         """
-        score = self._score(assignment, kind, partition)
-        assert isinstance(score, Score)  # nothing to lose to
-        return score
+        (scored,) = self.score_all([(assignment, kind)], partition)
+        if isinstance(scored.score, CheckError):
+            raise scored.score
+        assert isinstance(scored.score, Score)  # nothing to lose to
+        return scored.score
 
-    def compete(self, assignment: Assignment, kind: str, best: Score | None) -> Score | float:
-        """An evaluation on search facts that stops when it cannot beat another one.
+    def score_all(
+        self,
+        asked: Sequence[tuple[Assignment, str]],
+        partition: str,
+        bests: Mapping[Assignment, Score | None] | None = None,
+    ) -> list[Scored]:
+        """Evaluations of several assignments, which share the walks of a streamed model.
 
-        Returns:
-            The score, or where it was stopped an estimate of the answer loss, in nats.
-        Raises:
-            CheckError: the candidate gives NaN.
+        Args:
+            asked: assignments and their kinds.
+            bests: the score that one has to beat on search facts: it is stopped when it hardly can.
         """
-        return self._score(assignment, kind, "search", best)
+        found = {
+            assignment: Scored(score, 0)
+            for assignment, _ in asked
+            if (score := self._cache.get((partition, assignment))) is not None
+        }
+        new = {assignment: kind for assignment, kind in asked if assignment not in found}
+        found |= self._measure(new, partition, bests or {})
+        return [found[assignment] for assignment, _ in asked]
 
     def slopes(self, assignment: Assignment) -> dict[tuple[str, str], float]:
         """How answer loss on search facts changes from there, to first order; see `slopes.py`."""
@@ -79,32 +110,69 @@ class Scorer:
         """Answer loss of a score, in nats."""
         return relation_mean(score.loss_per_fact, self._run.relations(score.partition)).mean
 
-    def _score(
-        self, assignment: Assignment, kind: str, partition: str, best: Score | None = None
-    ) -> Score | float:
-        """As `compete`; without a best one to beat it is not stopped."""
-        if (found := self._cache.get((partition, assignment))) is not None:
-            return found
+    def _measure(
+        self,
+        kinds: Mapping[Assignment, str],
+        partition: str,
+        bests: Mapping[Assignment, Score | None],
+    ) -> dict[Assignment, Scored]:
+        """As `score_all`, of assignments that are not in the cache."""
+        if not kinds:
+            return {}
         asked, guard = self._asked(partition), self._guard(partition)
         began = time.perf_counter()
-        evaluations: list[Evaluation] = []
-        for places, proxy in asked:
-            evaluations.append(self._bench.evaluate(assignment, proxy))
-            self.fact_tokens += proxy.tokens
-            if best is not None and len(evaluations) < len(asked):
-                there = np.array(best.loss_per_fact)[places]
-                behind = hopeless(evaluations[-1].loss_per_fact, there, proxy.relations)
-                if behind is not None:
-                    return self.loss(best) + behind
-        text = None if guard is None else guard.score(self._bench.held)
-        order = np.argsort(np.concatenate([places for places, _ in asked]))
+        found: dict[Assignment, Scored] = {}
+        evaluations: dict[Assignment, list[Evaluation]] = {a: [] for a in kinds}
+        for number, (places, proxy) in enumerate(asked, start=1):
+            left = [a for a in kinds if a not in found]
+            so_far = sum(proxy.tokens for _, proxy in asked[:number])
+            self.fact_tokens += proxy.tokens * len(left)
+            for assignment, evaluation in zip(
+                left, self._bench.evaluate_all(left, proxy), strict=True
+            ):
+                if isinstance(evaluation, CheckError):
+                    found[assignment] = Scored(evaluation, so_far)
+                    continue
+                evaluations[assignment].append(evaluation)
+                best = bests.get(assignment)
+                if best is not None and number < len(asked):
+                    there = np.array(best.loss_per_fact)[places]
+                    behind = hopeless(evaluation.loss_per_fact, there, proxy.relations)
+                    if behind is not None:
+                        found[assignment] = Scored(self.loss(best) + behind, so_far)
+        whole = [a for a in kinds if a not in found]
+        texts = [None] * len(whole) if guard is None else self._bench.read_all(whole, guard)
+        seconds = (time.perf_counter() - began) / len(kinds)
+        tokens = sum(proxy.tokens for _, proxy in asked)
+        for assignment, text in zip(whole, texts, strict=True):
+            if isinstance(text, CheckError):
+                found[assignment] = Scored(text, tokens)
+                continue
+            kind, parts = kinds[assignment], evaluations[assignment]
+            score = self._joined(assignment, kind, partition, parts, seconds, text)
+            self._run.add(score)
+            self._cache[partition, assignment] = score
+            found[assignment] = Scored(score, tokens)
+        return found
+
+    def _joined(
+        self,
+        assignment: Assignment,
+        kind: str,
+        partition: str,
+        evaluations: Sequence[Evaluation],
+        seconds: float,
+        text: TextScores | None,
+    ) -> Score:
+        """One score of the evaluations on a partition's parts."""
+        order = np.argsort(np.concatenate([places for places, _ in self._asked(partition)]))
         relations = self._run.relations(partition)
 
         def joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
             return np.asarray(np.concatenate(parts)[order])
 
         correct = [e.scores.correct for e in evaluations if e.scores.correct is not None]
-        score = Score(
+        return Score(
             assignment,
             kind,
             partition,
@@ -112,22 +180,22 @@ class Scorer:
             relation_mean(joined([e.scores.kl for e in evaluations]), relations).mean,
             relation_mean(joined([e.scores.top1 for e in evaluations]), relations).mean,
             tuple(map(bool, joined(correct))) if correct else None,
-            time.perf_counter() - began,
+            seconds,
             text,
         )
-        self._run.add(score)
-        self._cache[partition, assignment] = score
-        return score
 
-    def read_test(self, report: Report) -> None:
+    def read_test(self, report: Report, at_once: int = 1) -> None:
         """Read the test facts: for the pick, its rivals that fit, and the reference."""
         front = self._run.front()
         if front.pick is None:
             return
         asked = [front.pick, *rivals(front, self._run.budget_bytes)]
-        for index, point in enumerate(asked):
-            report("test facts", index, len(asked))
-            self.score(point.assignment, point.kind, "test")
+        for start in range(0, len(asked), at_once):
+            report("test facts", start, len(asked))
+            some = [(point.assignment, point.kind) for point in asked[start : start + at_once]]
+            for scored in self.score_all(some, "test"):
+                if isinstance(scored.score, CheckError):
+                    raise scored.score
         self.record_reference("test")
         report("test facts", len(asked), len(asked))
 

@@ -44,7 +44,7 @@ from mpsearch.space import ResolvedSpace, SearchSpace
 from mpsearch.study import FINALISTS, SPREAD, TRIAL_COST, SearchStudy
 from mpsearch.text import Text
 from mpsearch.wanted import check_formats
-from mpsearch.wish import TRIALS, Wish, check_wish
+from mpsearch.wish import AT_ONCE, TRIALS, Wish, check_wish
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ def search(
     facts: FactSet | None = None,
     text: Text | None = None,
     max_text_kl_nats: float | None = None,
+    at_once: int | None = None,
     device_budget: DeviceBudget | None = None,
     resume: bool = False,
     report: Report = silent,
@@ -90,7 +91,7 @@ def search(
     """
     wish = Wish(
         budget, trials, seconds, seed, sampler, quantizer, search_facts, calibration, text,
-        max_text_kl_nats,
+        max_text_kl_nats, at_once,
     )  # fmt: skip
     if isinstance(space, SearchSpace):
         space = space.resolve(model)
@@ -153,9 +154,17 @@ class _Search:
         if resume:
             run = Run.open(out)
             run.check_question(self.question)
+            at_once = run.content.get("at_once", 1)
+            if self.wish.at_once not in (None, at_once):
+                raise RunError(
+                    f"'{out}' scores {at_once} proposals at once, and {self.wish.at_once} are "
+                    "asked for; continue as it was begun"
+                )
         else:
             self._check_resources(out)
             run = Run.create(out, self.question, self.space, self.model.preparation)
+            at_once = self.wish.at_once or (AT_ONCE if self.model.streamed else 1)
+            run.content["at_once"] = at_once
         with run.locked():
             run.mend()
             run.content["finished"] = False
@@ -174,7 +183,7 @@ class _Search:
             self._took(run, "sensitivity")
             with Bench(self.space, self.bank) as bench:
                 scorer = Scorer(self.model, self.facts, self.text, run, bench)
-                work = SearchStudy(self.space, self.wish, run, scorer, self.report)
+                work = SearchStudy(self.space, self.wish, run, scorer, self.report, at_once)
                 work.baselines(damage)
                 self._took(run, "baselines")
                 work.loop(damage)

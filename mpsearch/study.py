@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import numpy as np
 import optuna
 from optuna.study import Study
-from optuna.trial import TrialState
+from optuna.trial import Trial, TrialState
 
 from mpsearch.allocate import feasible, greedy, knapsack, uniform
 from mpsearch.assignment import Assignment
@@ -27,7 +27,7 @@ from mpsearch.samplers import (
     distributions,
     make_sampler,
 )
-from mpsearch.scorer import Scorer
+from mpsearch.scorer import Scored, Scorer
 from mpsearch.space import ResolvedSpace
 from mpsearch.wish import Wish
 
@@ -40,12 +40,20 @@ SPREAD = (0.2, 0.4, 0.6, 0.8)  # of the feasible range, for the knapsack's furth
 
 
 class SearchStudy:
-    """An Optuna study in a run's folder; each step skips what an earlier process has done."""
+    """An Optuna study in a run's folder; each step skips what an earlier process has done.
 
-    def __init__(self, space: ResolvedSpace, wish: Wish, run: Run, scorer: Scorer, report: Report):
+    Args:
+        at_once: proposals that are scored together, and so know nothing of each other's scores.
+    """
+
+    def __init__(
+        self, space: ResolvedSpace, wish: Wish, run: Run, scorer: Scorer, report: Report,
+        at_once: int = 1,
+    ):  # fmt: skip
         self.space, self.wish, self.run, self.scorer, self.report = (
             space, wish, run, scorer, report,
         )  # fmt: skip
+        self.at_once = at_once
         self.study: Study = open_study(run, space)
 
     # ----------------------------------------------------------------- baselines
@@ -63,39 +71,43 @@ class SearchStudy:
         chosen += [("knapsack", assignment) for assignment in knapsack(space, damage, sizes)]
         distinct = list({assignment: kind for kind, assignment in reversed(chosen)}.items())[::-1]
         told = tried(self.study, space)
-        for index, (assignment, kind) in enumerate(distinct):
-            self.report("baselines", index, len(distinct))
-            if assignment not in told:
-                self._add(assignment, kind)
-        for index, (assignment, kind) in enumerate(distinct):
-            self.report("baselines on validation facts", index, len(distinct))
-            self._score_or_warn(assignment, kind, "validation")
-        self.report("baselines on validation facts", len(distinct), len(distinct))
+        new = [(assignment, kind) for assignment, kind in distinct if assignment not in told]
+        for assignment, kind, scored in self._scored("baselines", new, "search"):
+            if isinstance(scored.score, Score):
+                self._add(assignment, kind, scored.score, scored.fact_tokens)
+        for _ in self._scored("baselines on validation facts", distinct, "validation"):
+            pass
 
-    def _add(self, assignment: Assignment, kind: str) -> None:
+    def _scored(
+        self, stage: str, chosen: Sequence[tuple[Assignment, str]], partition: str
+    ) -> Iterator[tuple[Assignment, str, Scored]]:
+        """Each (assignment, kind) with its score, so many at once; warns of those without."""
+        for start in range(0, len(chosen), self.at_once):
+            self.report(stage, start, len(chosen))
+            some = chosen[start : start + self.at_once]
+            found = self.scorer.score_all(some, partition)
+            for (assignment, kind), scored in zip(some, found, strict=True):
+                if isinstance(scored.score, CheckError):
+                    log.warning(
+                        "%s assignment %s is left out: %s", kind, assignment.id, scored.score
+                    )
+                yield assignment, kind, scored
+        self.report(stage, len(chosen), len(chosen))
+
+    def _add(self, assignment: Assignment, kind: str, score: Score, fact_tokens: int) -> None:
         """A trial for a given assignment, written when it is complete."""
-        before = self.scorer.fact_tokens
-        if (score := self._score_or_warn(assignment, kind, "search")) is None:
-            return
         self.study.add_trial(
             optuna.create_trial(
                 params=dict(assignment),
                 distributions=distributions(self.space),
                 values=self._values(score),
-                user_attrs={"kind": kind, "fact_tokens": self.scorer.fact_tokens - before},
+                user_attrs={"kind": kind, "fact_tokens": fact_tokens},
                 constraints={
                     "over_budget_bytes": self._over_budget(assignment),
                     **self._over_text_kl(score),
                 },
             )
         )
-
-    def _score_or_warn(self, assignment: Assignment, kind: str, partition: str) -> Score | None:
-        try:
-            return self.scorer.score(assignment, kind, partition)
-        except CheckError as error:
-            log.warning("%s assignment %s is left out: %s", kind, assignment.id, error)
-            return None
 
     # ----------------------------------------------------------------- proposals
 
@@ -119,10 +131,13 @@ class SearchStudy:
                 log.warning("every assignment within the budget has been tried; the search ends")
                 break
             self.report(f"search, best {self._best()}", done, wish.trials)
-            if isinstance(sampler, LevelSwitchSampler):
+            # Of a batch that a kill broke off, its rest.
+            begun = done % self.at_once
+            if isinstance(sampler, LevelSwitchSampler) and not begun:
                 self._measure_slopes(sampler)
-            self.propose()
-            done += 1
+            count = min(self.at_once - begun, wish.trials - done)
+            self.propose(count)
+            done += count
         self.report(f"search, best {self._best()}", done, done)
         if isinstance(sampler, LevelSwitchSampler):
             found = sampler.foresight(self.study)
@@ -140,21 +155,29 @@ class SearchStudy:
             slopes = {}
         sampler.record(self.study, trial, slopes, self.scorer.fact_tokens - before)
 
-    def propose(self) -> None:
-        """One trial: the sampler's proposal, scored on search facts."""
-        trial = self.study.ask(distributions(self.space))
-        assignment = assignment_of(trial, self.space)
-        trial.set_user_attr("kind", "search")
-        trial.set_constraint("over_budget_bytes", self._over_budget(assignment))
-        before = self.scorer.fact_tokens
-        try:
-            score = self.scorer.compete(assignment, "search", self._best_within(assignment))
-        except CheckError as error:
-            trial.set_user_attr("refused", str(error))
+    def propose(self, count: int = 1) -> None:
+        """So many trials, each the sampler's proposal, scored together on search facts."""
+        trials = [self.study.ask(distributions(self.space)) for _ in range(count)]
+        assignments = [assignment_of(trial, self.space) for trial in trials]
+        for trial, assignment in zip(trials, assignments, strict=True):
+            trial.set_user_attr("kind", "search")
+            trial.set_constraint("over_budget_bytes", self._over_budget(assignment))
+        found = self.scorer.score_all(
+            [(assignment, "search") for assignment in assignments],
+            "search",
+            {assignment: self._best_within(assignment) for assignment in assignments},
+        )
+        for trial, assignment, scored in zip(trials, assignments, found, strict=True):
+            self._tell(trial, assignment, scored)
+
+    def _tell(self, trial: Trial, assignment: Assignment, scored: Scored) -> None:
+        score = scored.score
+        if isinstance(score, CheckError):
+            trial.set_user_attr("refused", str(score))
             self.study.tell(trial, state=TrialState.FAIL)
-            log.warning("assignment %s is refused: %s", assignment.id, error)
+            log.warning("assignment %s is refused: %s", assignment.id, score)
             return
-        trial.set_user_attr("fact_tokens", self.scorer.fact_tokens - before)
+        trial.set_user_attr("fact_tokens", scored.fact_tokens)
         if not isinstance(score, Score):
             trial.set_user_attr(HOPELESS_LOSS, score)
             self.study.tell(trial, state=TrialState.PRUNED)
@@ -225,15 +248,14 @@ class SearchStudy:
         best = [a for _, _, a in ranked if a in searched][:FINALISTS]
         others = [a for _, _, a in front if a in searched and a not in best]
         chosen = best + _spread_out(others, FINALISTS)
-        for index, assignment in enumerate(chosen):
-            self.report("finalists on validation facts", index, len(chosen))
-            self._score_or_warn(assignment, "search", "validation")
-        self.report("finalists on validation facts", len(chosen), len(chosen))
+        finalists = [(assignment, "search") for assignment in chosen]
+        for _ in self._scored("finalists on validation facts", finalists, "validation"):
+            pass
 
     def test(self) -> None:
         """Read the test facts, now that everything is chosen."""
         self.scorer.record_reference("validation")
-        self.scorer.read_test(self.report)
+        self.scorer.read_test(self.report, self.at_once)
 
 
 def _spread_out(entries: Sequence[Assignment], most: int) -> list[Assignment]:

@@ -18,6 +18,7 @@ from mpsearch.text import Text
 log = logging.getLogger(__name__)
 
 TRIALS = 150
+AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Wish:
         max_text_kl_nats: KL from the reference on search text, a token, that no recommended
             assignment exceeds; every candidate then reads that text. None for no limit. What is
             reported is of held-out text.
+        at_once: proposals that are scored together, by one walk if the model is streamed, and so
+            know nothing of each other's scores; None for 1, or `AT_ONCE` if it is streamed.
     """
 
     budget: str | int
@@ -47,6 +50,7 @@ class Wish:
     calibration: Calibration | None = None
     text: Text | None = None
     max_text_kl_nats: float | None = None
+    at_once: int | None = None
 
     @property
     def budget_bytes(self) -> int:
@@ -66,6 +70,8 @@ def check_wish(space: ResolvedSpace, wish: Wish) -> None:
         )
     if wish.seed < 0:
         raise UsageError(f"seed {wish.seed} is negative; use 0 or more")
+    if wish.at_once is not None and wish.at_once < 1:
+        raise UsageError(f"proposals scored at once {wish.at_once}: at least 1 is needed")
     check_max_text_kl(wish.max_text_kl_nats)
     if wish.sampler not in SAMPLERS:
         raise UsageError(f"no sampler '{wish.sampler}'{nearest(wish.sampler, SAMPLERS)}")
