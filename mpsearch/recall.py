@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpsearch.device import available_memory_bytes
 from mpsearch.errors import CheckError, UsageError
 from mpsearch.facts import Fact, FactSet
 from mpsearch.forward import MAX_NODES, Pass, TokenSequence, differentiable
@@ -37,11 +38,13 @@ from mpsearch.scores import (
     by_relation,
     summarize,
 )
+from mpsearch.states import StateRoom, States
 from mpsearch.walk import Held, each_scored, runner
 
 SHOTS = 4
 _NOISE_ROW_TOKENS = 192  # a row size that no other pass uses
 _NOISE_FACTS = 128
+_MOST_MEMORY = 1 / 16  # of what is available, for what the reference said
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +52,13 @@ class FirstTokens:
     """What KL is measured from, without the model that said it.
 
     Attributes:
-        log_probs: `(facts, vocab)` at the first answer token with visible characters.
+        log_probs: by fact `(vocab,)` at the first answer token with visible characters, in memory
+            up to a limit, on disk beyond it.
     """
 
     model_name: str
     sequences: tuple[TokenSequence, ...]
-    log_probs: Tensor
+    log_probs: States
 
 
 class RecallProxy:
@@ -161,15 +165,17 @@ class RecallProxy:
         kl = np.zeros(len(self.facts))
         first_tokens = np.zeros(len(self.facts), dtype=np.int64)
         reference = None if self.first is None else self.first.log_probs
-        firsts: list[tuple[int, Tensor]] = []
+        kept: States | None = None
 
         def visit(index: int, log_probs: Tensor) -> None:
+            nonlocal kept
             if (fact := fact_of.get(index)) is None:
                 return
             first = log_probs[self._first_visible[fact]]
             first_tokens[fact] = int(first.argmax())
             if reference is None:
-                firsts.append((fact, first.cpu()))
+                kept = kept or self._room(first.nbytes)
+                kept[fact] = first.to("cpu", copy=True)  # not a view of all that was read
             else:
                 kl[fact] = kl_divergence(reference[fact].to(first.device), first)
 
@@ -179,9 +185,8 @@ class RecallProxy:
                 f"{int((~np.isfinite(sums)).sum())} of {sums.size} answer log-probabilities are "
                 "NaN or infinite; the weights in place are broken"
             )
-        if reference is None:
-            ordered = torch.stack([lp for _, lp in sorted(firsts, key=lambda f: f[0])])
-            self.first = FirstTokens(self._model.name, self._sequences, ordered)
+        if kept is not None:
+            self.first = FirstTokens(self._model.name, self._sequences, kept)
         top1 = [
             _is_prefix(self._model.tokenizer.decode([int(token)]), fact)
             for token, fact in zip(first_tokens, self.facts, strict=True)
@@ -194,6 +199,11 @@ class RecallProxy:
             lead = np.array([np.diff(np.sort(option)[-2:])[0] for option in options])
         log_prob = sums[[answers[0] for answers in self._answers_of]]
         return FactScores(log_prob, kl, np.array(top1, dtype=bool), margin, lead)
+
+    def _room(self, size_bytes: int) -> States:
+        """For the reference's first tokens, each of so many bytes."""
+        available = available_memory_bytes(torch.device("cpu"))
+        return StateRoom(int(available * _MOST_MEMORY)).states(size_bytes * len(self.facts))
 
     def _blank_tokens(self, sequence: TokenSequence) -> int:
         """How many tokens of an answer come before the first one with visible characters."""

@@ -132,6 +132,26 @@ def test_kl_is_that_of_the_first_answer_token(taught: Model, wordy: FactSet) -> 
     np.testing.assert_allclose(found, expected, atol=ROUNDING, rtol=1e-4)
 
 
+def test_what_the_reference_said_lies_on_disk_where_memory_is_short(
+    taught: Model, wordy: FactSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = wordy.part("validation")
+    proxies = []
+    for share in (recall._MOST_MEMORY, 0.0):
+        monkeypatch.setattr(recall, "_MOST_MEMORY", share)
+        proxies.append(RecallProxy(taught, wordy, facts, contrast=False))
+        assert proxies[-1].first is not None
+        assert proxies[-1].first.log_probs.in_memory == (share > 0)
+    layer = "model.layers.1.mlp.gate_proj"
+    taught.places[layer].put(taught.originals[layer] * -1)
+    try:
+        in_memory, on_disk = (proxy.score().kl for proxy in proxies)
+    finally:
+        taught.places[layer].put(taught.originals[layer])
+    assert in_memory.min() > 0
+    assert np.array_equal(in_memory, on_disk)
+
+
 @pytest.mark.parametrize("contrast", [False, True])
 def test_the_reference_has_no_kl_and_no_loss_against_itself(
     tiny: Model, tiny_facts: FactSet, contrast: bool
