@@ -78,7 +78,6 @@ PEERS_PIP := .venv-peers/bin/python -m pip install --quiet --disable-pip-version
 	touch $@
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/bank.py
 	$(BIN)/python benchmarks/recall_speed.py
 	$(BIN)/python benchmarks/evaluation_cost.py
@@ -86,6 +85,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/streaming.py
+	$(BIN)/python benchmarks/both_ways.py
 
 # Resumes; on two cores it takes days, so give it parts: PEERS='--sizes midway --seeds 0 --minutes 60'
 bench-peers: .venv/installed
