@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpsearch.backward import gradients
 from mpsearch.device import available_memory_bytes
 from mpsearch.errors import CheckError, UsageError
 from mpsearch.facts import Fact, FactSet
-from mpsearch.forward import MAX_NODES, Pass, TokenSequence, differentiable
+from mpsearch.forward import MAX_NODES, Pass, PreparedRow, TokenSequence
 from mpsearch.models import Model
 from mpsearch.scores import (
     FactScores,
@@ -212,33 +213,38 @@ class RecallProxy:
         return next((place for place, text in enumerate(texts) if text.strip()), 0)
 
     def loss_gradients(
-        self, parameters: Sequence[torch.nn.Parameter], weights: Sequence[float]
-    ) -> list[Tensor]:
-        """Gradients of the facts' answer losses, weighted and summed, at the weights held now.
+        self, layers: Sequence[str], weights: Sequence[float], held: Held
+    ) -> Iterator[dict[str, Tensor]]:
+        """Gradients of the facts' answer losses, weighted and summed, a part of the model at once.
 
         Args:
-            parameters: of the model.
+            layers: whose gradients are wanted.
             weights: one a fact.
-        Returns:
-            One float32 tensor a parameter, in nats; zeros where no token reached it.
+            held: what a streamed model's layers hold; a loaded one holds what it holds.
+        Yields:
+            For each part that `mpsearch.backward.gradients` knows, layer to its `(rows, columns)`
+            in float32, in nats; zeros where no token reached it.
         """
         weight_of = {answers[0]: w for answers, w in zip(self._answers_of, weights, strict=True)}
-        totals = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
-        with differentiable(parameters):
-            for row in self._pass.rows:
-                log_probs = self._pass.logits(row).log_softmax(-1)
-                loss = -sum(
-                    weight_of[index] * log_probs[places, tokens].sum()
-                    for index, (places, tokens) in zip(row.indices, row.spans, strict=True)
-                    if index in weight_of
-                )
-                if isinstance(loss, Tensor):
-                    gradients = torch.autograd.grad(
-                        loss, parameters, allow_unused=True, materialize_grads=True
-                    )
-                    for total, gradient in zip(totals, gradients, strict=True):
-                        total += gradient
-        return totals
+
+        def loss(row: PreparedRow, logits: Tensor) -> list[Tensor]:
+            log_probs = logits.log_softmax(-1)
+            total = -sum(
+                weight_of[index] * log_probs[places, tokens].sum()
+                for index, (places, tokens) in zip(row.indices, row.spans, strict=True)
+                if index in weight_of
+            )
+            return [total] if isinstance(total, Tensor) else []
+
+        for part in gradients(self._pass, held, layers, loss):
+            totals: dict[str, Tensor] = {}
+            for _, _, of_layers in part:
+                for layer, gradient in of_layers.items():
+                    if layer in totals:
+                        totals[layer] += gradient
+                    else:
+                        totals[layer] = gradient.to(torch.float32, copy=True)
+            yield totals
 
     def noise_floor(self) -> NoiseFloor:
         """What packing the facts into other rows changes; the model must hold the reference.

@@ -26,18 +26,19 @@ Source: the Fisher approximation of KL, with sampled labels (Kunstner et al., ar
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from statistics import median
 
 import torch
 from torch import Tensor
 
+from mpsearch.backward import Sample, gradients
 from mpsearch.bank import Bank, Report, silent
 from mpsearch.device import available_memory_bytes
 from mpsearch.errors import CheckError
 from mpsearch.evaluate import Bench
 from mpsearch.facts import Fact, FactSet
-from mpsearch.forward import Pass, PreparedRow, differentiable
+from mpsearch.forward import Pass, PreparedRow
 from mpsearch.geometry import geometry, gram_bytes, read_inputs
 from mpsearch.measures import Sensitivity
 from mpsearch.perturb import perturb_one
@@ -50,7 +51,7 @@ log = logging.getLogger(__name__)
 
 _ROW_NODES = 128  # smaller rows than for scoring: each gives one independent sample a draw
 _SAMPLES = 64  # independent samples at least, over all rows and draws
-_AT_ONCE = 4  # gradients of the whole model that are held together
+_MOST_MEMORY = 1 / 8  # of what is available, for gradients that are held together
 _BACKWARD = 3  # forward passes that a draw takes about, with the products of all formats
 
 
@@ -151,58 +152,40 @@ def _fisher(
     space: ResolvedSpace, bank: Bank, work: Pass, seed: int, report: Report
 ) -> tuple[dict[tuple[str, str], float], set[str]]:
     """Damage of each (group, format) by KL-Fisher, and the names of the layers with gradients."""
-    model = bank.model
-    squared = {
-        (group, fmt.name): 0.0 for group, formats in space.options.items() for fmt in formats
-    }
-    reached: set[str] = set()
-    generator = torch.Generator().manual_seed(seed)
     draws = _draws(len(work.rows))
-    places = {
-        layer.name: model.places[layer.name] for group in space.groups for layer in group.layers
-    }
-    parameters = list(dict.fromkeys(place.parameter for place in places.values()))
-    with differentiable(parameters):
-        for index, row in enumerate(work.rows):
-            report("sensitivity", index, len(work.rows))
-            samples = _sampled_sums(work, row, draws, generator)
-            for first in range(0, draws, _AT_ONCE):
-                drawn = [
-                    torch.autograd.grad(
-                        # An expert in a module of its own that no token enters is not used.
-                        log_prob, parameters, retain_graph=True, allow_unused=True,
-                        materialize_grads=True,
-                    )
-                    for log_prob in samples[first : first + _AT_ONCE]
-                ]  # fmt: skip
-                of_parameter = dict(zip(parameters, zip(*drawn, strict=True), strict=True))
-                gradients = {
-                    name: [place.part(gradient) for gradient in of_parameter[place.parameter]]
-                    for name, place in places.items()
-                }
-                reached.update(
-                    name for name in places.keys() - reached if any(map(torch.any, gradients[name]))
-                )
-                _add_squares(squared, space, bank, gradients)
-    report("sensitivity", len(work.rows), len(work.rows))
-    damage = {key: value / (2 * draws * work.count) for key, value in squared.items()}
+    found = _Derivatives(space, bank, len(work.rows) * draws)
+    generator = torch.Generator().manual_seed(seed)
+    parts = gradients(
+        work,
+        {},
+        [layer.name for group in space.groups for layer in group.layers],
+        lambda row, logits: _sampled_sums(logits, row, draws, generator),
+        most=draws,
+        report=lambda done, total: report("sensitivity", done, total),
+    )
+    for part in parts:
+        for together in _batches(part, bank.model.device):
+            found.add([(row * draws + draw, of_layers) for row, draw, of_layers in together])
+        if bank.model.streamed:
+            bank.forget()  # no other part needs these weights
+    damage = {key: value / (2 * draws * work.count) for key, value in found.squared.items()}
     if not all(value < float("inf") for value in damage.values()):
         broken = next(key for key, value in damage.items() if not value < float("inf"))
         raise CheckError(
             f"the gradient of '{broken[0]}' is NaN or infinite; cannot score {broken[1]}"
         )
-    return damage, reached
+    return damage, found.reached
 
 
 def _sampled_sums(
-    work: Pass, row: PreparedRow, draws: int, generator: torch.Generator
+    logits: Tensor, row: PreparedRow, draws: int, generator: torch.Generator
 ) -> list[Tensor]:
     """For each draw, the log-probability of answers sampled for all of the row's facts, summed.
 
     Each answer token is drawn from the reference given the true answer's tokens before it, and
     counts once for each fact that reads it.
     """
-    log_probs = work.logits(row).log_softmax(-1)
+    log_probs = logits.log_softmax(-1)
     chances = log_probs.detach().exp().cpu()
     places = torch.tensor([place for span, _ in row.spans for place in span])
     sums = []
@@ -212,27 +195,69 @@ def _sampled_sums(
     return sums
 
 
-def _add_squares(
-    squared: dict[tuple[str, str], float],
-    space: ResolvedSpace,
-    bank: Bank,
-    gradients: Mapping[str, Sequence[Tensor]],
-) -> None:
-    """Add each (group, format)'s squared directional derivatives, one a draw.
+def _batches(samples: Iterable[Sample], device: torch.device) -> Iterator[list[Sample]]:
+    """As many as their share of memory holds, for all of which a weight is decoded once."""
+    batch: list[Sample] = []
+    for sample in samples:
+        batch.append(sample)
+        size_bytes = sum(gradient.nbytes for gradient in sample[2].values())
+        if len(batch) == 1:
+            most_bytes = available_memory_bytes(device) * _MOST_MEMORY
+        if (len(batch) + 1) * size_bytes > most_bytes:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
-    Along the difference of two weights a derivative is the difference of that along either, which
-    needs no copy of any weight.
+
+class _Derivatives:
+    """Log-probabilities of samples, derived along each (group, format)'s change of the weights.
+
+    Args:
+        space, bank: as of `measure_sensitivity`.
+        samples: how many there will be.
+    Attributes:
+        reached: names of the layers whose gradients were not all zero so far.
     """
-    for group in space.groups:
-        derivatives = {fmt.name: torch.zeros(()) for fmt in space.options[group.name]}
-        for layer in group.layers:
-            drawn = torch.stack([g.float().flatten() for g in gradients[layer.name]])
-            at_original = drawn @ bank.model.originals[layer.name].float().flatten()
-            for fmt in space.options[group.name]:
-                quantized = drawn @ bank.weight(layer.name, fmt).float().flatten()
-                derivatives[fmt.name] = derivatives[fmt.name] + (quantized - at_original).cpu()
-        for name, of_draws in derivatives.items():
-            squared[group.name, name] += float(of_draws.double().square().sum())
+
+    def __init__(self, space: ResolvedSpace, bank: Bank, samples: int):
+        self._space, self._bank = space, bank
+        self._along = {
+            (group, fmt.name): torch.zeros(samples)
+            for group, formats in space.options.items()
+            for fmt in formats
+        }
+        self.reached: set[str] = set()
+
+    @property
+    def squared(self) -> dict[tuple[str, str], float]:
+        """Of each (group, format) the squares, summed over samples."""
+        return {key: float(along.double().square().sum()) for key, along in self._along.items()}
+
+    def add(self, samples: Sequence[tuple[int, Mapping[str, Tensor]]]) -> None:
+        """Add what some layers contribute to some samples.
+
+        Along the difference of two weights a derivative is the difference of that along either,
+        which needs no copy of any weight.
+
+        Args:
+            samples: the index of each, and its gradients of the same layers, which hold their
+                reference weights.
+        """
+        indices = [index for index, _ in samples]
+        for group in self._space.groups:
+            for name in (layer.name for layer in group.layers if layer.name in samples[0][1]):
+                drawn = [of_layers[name].float().flatten() for _, of_layers in samples]
+                if name not in self.reached and any(map(torch.any, drawn)):
+                    self.reached.add(name)
+                original = self._bank.model.places[name].weight.float().flatten()
+                at_original = torch.stack([gradient @ original for gradient in drawn])
+                for fmt in self._space.options[group.name]:
+                    weight = original
+                    if fmt.quantized:
+                        weight = self._bank.weight(name, fmt).float().flatten()
+                    at_weight = torch.stack([gradient @ weight for gradient in drawn])
+                    self._along[group.name, fmt.name][indices] += (at_weight - at_original).cpu()
 
 
 def _layer_errors(

@@ -14,9 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from mpsearch.assignment import Assignment
 from mpsearch.errors import CheckError
 from mpsearch.evaluate import Bench
@@ -39,36 +36,26 @@ def measure_slopes(
         CheckError: a slope is NaN or infinite.
     """
     bench.put(assignment)
-    model = bench.bank.model
-    groups = bench.space.groups
-    places = {layer.name: model.places[layer.name] for group in groups for layer in group.layers}
-    parameters = list(dict.fromkeys(place.parameter for place in places.values()))
-    gradients = _gradients(proxies, parameters)
-    slopes = {}
-    for group in groups:
-        options = [fmt.name for fmt in bench.space.options[group.name]]
-        along = dict.fromkeys(options, 0.0)
-        for layer in group.layers:
-            place = places[layer.name]
-            gradient = place.part(gradients[place.parameter]).flatten()
-            for fmt in bench.space.options[group.name]:
-                weight = bench.bank.weight(layer.name, fmt).float().flatten()
-                along[fmt.name] += float(gradient @ weight)
-        for name in options:
-            slopes[group.name, name] = along[name] - along[assignment[group.name]]
+    bank, groups = bench.bank, bench.space.groups
+    layers = [layer.name for group in groups for layer in group.layers]
+    relations = len({relation for proxy in proxies for relation in proxy.relations})
+    # Of the mean over relations of the means within them, along each format's weights.
+    along = {(group.name, f.name): 0.0 for group in groups for f in bench.space.options[group.name]}
+    for proxy in proxies:
+        weights = [1 / (relations * proxy.relations.count(name)) for name in proxy.relations]
+        for gradients in proxy.loss_gradients(layers, weights, bench.held):
+            for group in groups:
+                for name in (layer.name for layer in group.layers if layer.name in gradients):
+                    gradient = gradients[name].flatten()
+                    for fmt in bench.space.options[group.name]:
+                        weight = bank.weight(name, fmt).float().flatten()
+                        along[group.name, fmt.name] += float(gradient @ weight)
+            if bank.model.streamed:
+                bank.forget()  # no other part of the model needs these weights
+    slopes = {
+        (group, name): value - along[group, assignment[group]]
+        for (group, name), value in along.items()
+    }
     if not all(abs(value) < float("inf") for value in slopes.values()):
         raise CheckError(f"the slopes at assignment {assignment.id} are NaN or infinite")
     return slopes
-
-
-def _gradients(
-    proxies: Sequence[RecallProxy], parameters: Sequence[torch.nn.Parameter]
-) -> dict[torch.nn.Parameter, Tensor]:
-    """Of the mean over relations of the means within them."""
-    relations = len({relation for proxy in proxies for relation in proxy.relations})
-    totals: list[Tensor] = []
-    for proxy in proxies:
-        weights = [1 / (relations * proxy.relations.count(name)) for name in proxy.relations]
-        found = proxy.loss_gradients(parameters, weights)
-        totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
-    return dict(zip(parameters, totals, strict=True))

@@ -75,6 +75,9 @@ class States:
     def in_memory(self) -> bool:
         return self._file is None
 
+    def __contains__(self, row: int) -> bool:
+        return row in self._rows or row in self._written
+
     def __setitem__(self, row: int, state: Tensor) -> None:
         """Keep a row's state in place of its earlier one, whose size it has.
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -59,7 +59,11 @@ Held = Mapping[str, Coded]
 Own = tuple[tuple[str, Coded], ...]
 """The same of some layers, in order of their names."""
 
-_Owns = Mapping[int | None, Own]
+Owns = Mapping[int | None, Own]
+"""The same of each block, and under None of what is in none of them."""
+
+Codes = Mapping[tuple[str, Coded], Stored]
+"""Packed layers of candidates."""
 
 
 def resident(model: Model) -> Supply:
@@ -69,7 +73,7 @@ def resident(model: Model) -> Supply:
 
 
 @dataclass(frozen=True, eq=False)
-class _Branch:
+class Branch:
     """Candidates that have been one so far.
 
     Attributes:
@@ -90,7 +94,7 @@ class _Fetched:
     """A block's weights: the reference's parameters, and packed layers of candidates."""
 
     reference: Mapping[str, Tensor]
-    packed: Mapping[tuple[str, Coded], Stored]
+    packed: Codes
 
 
 class Walk:
@@ -101,6 +105,9 @@ class Walk:
         supply: of reference weights; by default the model's checkpoint, or what it has loaded.
         states_bytes: hidden states in memory at most; others lie on disk. By default an eighth of
             the memory that is available.
+    Attributes:
+        blocks: of the model, in order.
+        layers: names of each block's layers.
     Raises:
         ModelError: the model's blocks hand on more than hidden states.
     """
@@ -110,11 +117,11 @@ class Walk:
         read = resident(model) if model.checkpoint is None else model.checkpoint.read
         self._work, self._supply = work, supply or read
         self._states_bytes = states_bytes
-        self._blocks = find_blocks(model.module, model.places)
+        self.blocks = find_blocks(model.module, model.places)
         self._parameters = dict(model.module.named_parameters(remove_duplicate=False))
         paths = {id(module): path for path, module in model.module.named_modules()}
         depth_of, name_of = {}, {}
-        for depth, block in enumerate(self._blocks):
+        for depth, block in enumerate(self.blocks):
             for name, parameter in block.named_parameters():
                 name_of[id(parameter)] = f"{paths[id(block)]}.{name}"
                 depth_of[id(parameter)] = depth
@@ -122,14 +129,14 @@ class Walk:
         # Of the layers in blocks: which block, and which parameter they lie in.
         self._depth = {layer: depth_of[part] for layer, part in places.items() if part in depth_of}
         self._within = {layer: name_of[places[layer]] for layer in self._depth}
-        self._layers: list[list[str]] = [[] for _ in self._blocks]
+        self.layers: list[list[str]] = [[] for _ in self.blocks]
         for layer, depth in self._depth.items():
-            self._layers[depth].append(layer)
-        self._names: list[list[str]] = [[] for _ in self._blocks]
+            self.layers[depth].append(layer)
+        self._names: list[list[str]] = [[] for _ in self.blocks]
         for part, name in name_of.items():
             self._names[depth_of[part]].append(name)
         self._as_tuple = False
-        if not self._blocks or not any(map(self._hands_on_states, (False, True))):
+        if not self.blocks or not any(map(self._hands_on_states, (False, True))):
             raise ModelError(
                 f"model '{model.name}' ({type(model.module).__name__}) hands on more between its "
                 "blocks than hidden states, so it cannot be run one block at a time; give it the "
@@ -152,35 +159,51 @@ class Walk:
         Raises:
             ResourceError: hidden states fill the disk.
         """
-        owns = [self._own(candidate) for candidate in candidates]
-        most_bytes = self._states_bytes
-        if most_bytes is None:
-            most_bytes = int(available_memory_bytes(self._work.model.device) * _MOST_MEMORY)
-        room = StateRoom(most_bytes)
-        with ThreadPoolExecutor(1, "fetch") as ahead:
-            fetching = ahead.submit(self._fetch, 0, owns)
-            branches = self._entered(owns, room)
-            for depth in range(len(self._blocks)):
-                fetched = fetching.result()
-                if depth + 1 < len(self._blocks):
-                    fetching = ahead.submit(self._fetch, depth + 1, owns)
-                branches = self._through(depth, fetched, branches, owns, room)
-            del fetched, fetching
+        owns = [self.own(candidate) for candidate in candidates]
+        room = self.room()
+        branches = self.entered(owns, room)
+        for depth, packed in self.fetched(range(len(self.blocks)), owns):
+            branches = self._through(depth, packed, branches, owns, room)
+            del packed
         branch_of = {member: branch for branch in branches for member in branch.members}
         for index, own in enumerate(owns):
             yield self._left(branch_of[index], own)
 
-    def _own(self, candidate: Held) -> dict[int | None, Own]:
-        """What a candidate holds in each block, and under None in none of them."""
+    def own(self, candidate: Held) -> dict[int | None, Own]:
+        """What a candidate holds in each block where it holds something of its own."""
         own: dict[int | None, list[tuple[str, Coded]]] = {}
         for layer in sorted(candidate):
             own.setdefault(self._depth.get(layer), []).append((layer, candidate[layer]))
         return {depth: tuple(items) for depth, items in own.items()}
 
-    def _fetch(self, depth: int, owns: Sequence[_Owns]) -> _Fetched:
+    def room(self) -> StateRoom:
+        """For the hidden states of one run."""
+        most_bytes = self._states_bytes
+        if most_bytes is None:
+            most_bytes = int(available_memory_bytes(self._work.model.device) * _MOST_MEMORY)
+        return StateRoom(most_bytes)
+
+    def fetched(self, depths: Sequence[int], owns: Sequence[Owns]) -> Iterator[tuple[int, Codes]]:
+        """One block after another, each fetched while the one before it computes.
+
+        Yields:
+            Which block it is, whose reference weights are in place until the next is asked for, and
+            its layers that some candidate holds.
+        """
+        with ThreadPoolExecutor(1, "fetch") as ahead:
+            fetching = ahead.submit(self._fetch, depths[0], owns)
+            for number, depth in enumerate(depths, start=1):
+                fetched = fetching.result()
+                if number < len(depths):
+                    fetching = ahead.submit(self._fetch, depths[number], owns)
+                with self._holding(fetched.reference):
+                    yield depth, fetched.packed
+                del fetched
+
+    def _fetch(self, depth: int, owns: Sequence[Owns]) -> _Fetched:
         """Read what some candidate holds in a block; another thread runs this."""
         here = [dict(own.get(depth, ())) for own in owns]
-        layers = self._layers[depth]
+        layers = self.layers[depth]
         # A parameter is read if some candidate holds the reference in it, of an expert at least.
         shared = {self._within[x] for x in layers if not all(x in own for own in here)}
         replaced = {self._within[x] for x in layers} - shared
@@ -189,43 +212,40 @@ class Walk:
         packed = {(layer, (get, fmt)): get(layer, fmt) for layer, (get, fmt) in wanted}
         return _Fetched(self._supply(names), packed)
 
-    @torch.inference_mode()
-    def _entered(self, owns: Sequence[_Owns], room: StateRoom) -> list[_Branch]:
+    @torch.no_grad()
+    def entered(self, owns: Sequence[Owns], room: StateRoom) -> list[Branch]:
         """Everything before the first block."""
         groups: dict[Own, list[int]] = {}
         for index, own in enumerate(owns):
             groups.setdefault(self._before(own), []).append(index)
         branches = []
         for before, members in groups.items():
-            weights = self._decoded(before)
-            with self._outside(weights):
-                first = self._calls(self._work.rows[0], self._as_tuple)[0][0]
-            size_bytes = first.nbytes // first.shape[1] * self._work.tokens
-            calls, states = [], room.states(size_bytes)
-            for index, row in enumerate(self._work.rows):
-                with self._outside(weights):
-                    noted = self._calls(row, self._as_tuple)
-                states[index] = noted[0][0]
-                calls.append([call for _, call in noted])
-            branches.append(_Branch(members, calls, states, size_bytes))
+            with self.outside(before):
+                first, _ = self.entering(self._work.rows[0])
+                size_bytes = first.nbytes // first.shape[1] * self._work.tokens
+                calls, states = [], room.states(size_bytes)
+                for index, row in enumerate(self._work.rows):
+                    states[index], of_row = self.entering(row)
+                    calls.append(of_row)
+            branches.append(Branch(members, calls, states, size_bytes))
         return branches
 
-    def _before(self, own: _Owns) -> Own:
+    def _before(self, own: Owns) -> Own:
         """What of a candidate's own decides what enters the first block."""
         head = self._work.model.head
         return tuple(item for item in own.get(None, ()) if not head or item[0] != head.name)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _through(
         self,
         depth: int,
-        fetched: _Fetched,
-        branches: Iterable[_Branch],
-        owns: Sequence[_Owns],
+        packed: Codes,
+        branches: Iterable[Branch],
+        owns: Sequence[Owns],
         room: StateRoom,
-    ) -> list[_Branch]:
+    ) -> list[Branch]:
         """All rows of all candidates through one block; candidates that differ in it part."""
-        block, of = self._blocks[depth], self._work.model.places
+        block, places = self.blocks[depth], self._places(depth)
         parting = []
         for branch in branches:
             parts: dict[Own, list[int]] = {}
@@ -235,55 +255,55 @@ class Walk:
         uses = Counter(item for _, parts in parting for own in parts for item in own)
         decoded: dict[tuple[str, Coded], Tensor] = {}
         through = []
-        with self._holding(fetched.reference):
-            places = {
-                layer: replace(of[layer], loaded=of[layer].parameter.data)
-                for layer in self._layers[depth]
-            }
-            for branch, parts in parting:
-                for number, (own, members) in enumerate(parts.items(), start=1):
-                    for item in own:
-                        if item not in decoded:
-                            decoded[item] = self._decode(item[1][1], fetched.packed[item])
-                    # Those that part last go on in the room of them all.
-                    last = number == len(parts)
-                    states = branch.states if last else room.states(branch.states_bytes)
-                    with _put(places, {item[0]: decoded[item] for item in own}):
-                        for row, calls in enumerate(branch.calls):
-                            states[row] = calls[depth].of(block, branch.states[row])
-                    through.append(replace(branch, members=members, states=states))
-                    uses.subtract(own)
-                    decoded = {item: weight for item, weight in decoded.items() if uses[item]}
+        for branch, parts in parting:
+            for number, (own, members) in enumerate(parts.items(), start=1):
+                for item in own:
+                    if item not in decoded:
+                        decoded[item] = self._decode(item[1][1], packed[item])
+                # Those that part last go on in the room of them all.
+                last = number == len(parts)
+                states = branch.states if last else room.states(branch.states_bytes)
+                with _put(places, {item[0]: decoded[item] for item in own}):
+                    for row, calls in enumerate(branch.calls):
+                        states[row] = calls[depth].of(block, branch.states[row])
+                through.append(replace(branch, members=members, states=states))
+                uses.subtract(own)
+                decoded = {item: weight for item, weight in decoded.items() if uses[item]}
         return through
 
-    @torch.inference_mode()
-    def _left(self, branch: _Branch, own: _Owns) -> Iterator[Tensor]:
+    @torch.no_grad()
+    def _left(self, branch: Branch, own: Owns) -> Iterator[Tensor]:
         """Everything behind the last block, row by row."""
         weights = self._decoded(own.get(None, ()))
         for index, row in enumerate(self._work.rows):
-            with self._outside(weights):
-                logits = self._behind(row, branch.states[index])
+            with _put(self._work.model.places, weights):
+                logits = self.behind(row, branch.states[index])
             yield logits
 
     # ------------------------------------------------------------ the model around its blocks
 
+    def entering(self, row: PreparedRow) -> tuple[Tensor, list[Call]]:
+        """What the model calls its first block with: hidden states, and how it calls each."""
+        noted = self._calls(row, self._as_tuple)
+        return noted[0][0], [call for _, call in noted]
+
     def _calls(self, row: PreparedRow, as_tuple: bool) -> list[tuple[Tensor, Call]]:
         """How the model calls its blocks on a row, were they to compute nothing."""
-        with called(self._blocks, as_tuple) as calls:
+        with called(self.blocks, as_tuple) as calls:
             self._work.model.module.get_decoder()(**row.inputs, use_cache=False)
         return calls
 
-    def _behind(self, row: PreparedRow, state: Tensor, before: Tensor | None = None) -> Tensor:
+    def behind(self, row: PreparedRow, state: Tensor, before: Tensor | None = None) -> Tensor:
         """The row's logits, given what the last block returns, and those before it if that is
         something else."""
-        blocks, (last, other) = self._blocks, (
+        blocks, (last, other) = self.blocks, (
             (output,) if self._as_tuple else output
             for output in (state, state if before is None else before)
         )  # fmt: skip
         with returning(blocks[:-1], other), returning(blocks[-1:], last):
             return self._work.logits(row)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _hands_on_states(self, as_tuple: bool) -> bool:
         """Whether hidden states, returned in a tuple or alone, are all that blocks hand on.
 
@@ -295,12 +315,12 @@ class Walk:
         self._as_tuple = as_tuple
         try:
             calls = self._calls(row, as_tuple)
-            if len(calls) != len(self._blocks) or any(s is not calls[0][0] for s, _ in calls):
+            if len(calls) != len(self.blocks) or any(s is not calls[0][0] for s, _ in calls):
                 return False
             if not all(_is_fixed((call.others, call.named)) for _, call in calls):
                 return False
             state = calls[0][0]
-            return torch.equal(self._behind(row, state), self._behind(row, state, state + 1))
+            return torch.equal(self.behind(row, state), self.behind(row, state, state + 1))
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
             return False
 
@@ -311,11 +331,34 @@ class Walk:
         moved = {name: tensor.to(model.device) for name, tensor in stored.items()}
         return decode(moved, fmt).to(model.dtype)
 
+    @contextmanager
+    def inside(self, depth: int, own: Owns, packed: Codes) -> Iterator[None]:
+        """A block holds what a candidate does meanwhile.
+
+        Args:
+            packed: as `fetched` yields them with the block.
+        """
+        items = own.get(depth, ())
+        weights = {item[0]: self._decode(item[1][1], packed[item]) for item in items}
+        with _put(self._places(depth), weights):
+            yield
+
+    @contextmanager
+    def outside(self, own: Own) -> Iterator[None]:
+        """Layers that are in no block hold these meanwhile."""
+        with _put(self._work.model.places, self._decoded(own)):
+            yield
+
     def _decoded(self, own: Own) -> dict[str, Tensor]:
         return {layer: self._decode(fmt, packed(layer, fmt)) for layer, (packed, fmt) in own}
 
-    def _outside(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        return _put(self._work.model.places, weights)
+    def _places(self, depth: int) -> dict[str, Place]:
+        """Of a block's layers while its reference weights are in place."""
+        of = self._work.model.places
+        return {
+            layer: replace(of[layer], loaded=of[layer].parameter.data)
+            for layer in self.layers[depth]
+        }
 
     @contextmanager
     def _holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:

@@ -35,6 +35,7 @@ WITH_TORCH = (
     *(
         "codecs",
         "walk",
+        "backward",
         "quantizers",
         "wanted",
         "calibration",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -144,8 +145,9 @@ def test_a_slope_that_is_no_number_is_named(
 ) -> None:
     assignment = uniform(bench.space)["int4-g64"]
 
-    def broken(parameters: list[torch.nn.Parameter], weights: object) -> list[torch.Tensor]:
-        return [torch.full_like(parameter, torch.nan) for parameter in parameters]
+    def broken(layers: list[str], *_: object) -> Iterator[dict[str, torch.Tensor]]:
+        originals = bench.bank.model.originals
+        yield {layer: torch.full_like(originals[layer], torch.nan) for layer in layers}
 
     monkeypatch.setattr(proxy, "loss_gradients", broken)
     with pytest.raises(CheckError, match=f"slopes at assignment {assignment.id} are NaN"):
