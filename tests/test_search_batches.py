@@ -8,11 +8,9 @@ from typing import Any
 
 import optuna
 import pytest
-import torch
 from test_search import Search, ask, evaluation_lines, interrupt_at, proposals, result, study_of
 from torch import Tensor
 
-from mpsearch.device import compute_dtype
 from mpsearch.errors import RunError, UsageError
 from mpsearch.evaluate import Bench
 from mpsearch.models import Model
@@ -115,8 +113,8 @@ def test_a_streamed_model_is_searched_to_the_same_front(
     assert proposals(run) == proposals(batched)
     tables = [(r.folder / "sensitivity.json").read_text(encoding="utf-8") for r in (run, batched)]
     assert tables[0] == tables[1]
-    hopeless = [t for t in study_of(run).trials if HOPELESS_LOSS in t.user_attrs]
-    assert len(hopeless) == len([t for t in study_of(batched).trials if HOPELESS_LOSS in t.user_attrs])
+    stopped = [[HOPELESS_LOSS in t.user_attrs for t in study_of(r).trials] for r in (run, batched)]
+    assert stopped[0] == stopped[1]
 
 
 def test_candidates_of_a_batch_share_its_walks(
@@ -135,7 +133,7 @@ def test_candidates_of_a_batch_share_its_walks(
     assert sum(count == AT_ONCE for count in walks) >= 4  # baselines twice, and two batches
 
 
-@pytest.mark.parametrize("number", [40, 90, 140, 170])
+@pytest.mark.parametrize("number", [8, 21, 34, 44])
 def test_a_search_killed_in_the_middle_of_a_walk_goes_on_to_the_same_front(
     number: int,
     batched: Run,
