@@ -17,7 +17,8 @@ Source: recomputation from kept inputs, Chen et al. (arXiv:1604.06174).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -31,6 +32,12 @@ Scalars = Callable[[PreparedRow, Tensor], Sequence[Tensor]]
 
 Sample = tuple[int, int, Mapping[str, Tensor]]
 """A row's index, the number of one of its scalars, and layer to its gradient `(rows, columns)`."""
+
+Samples = Generator[Sample, None, None]
+"""Of one part of a model, row after row."""
+
+Parts = Generator[Samples, None, None]
+"""Of one part of a model after another."""
 
 Progress = Callable[[int, int], None]
 """Gets how much is done, and of how much: rows of a loaded model, or parts of a streamed one."""
@@ -51,7 +58,7 @@ def gradients(
     *,
     most: int = 1,
     report: Progress = _unheard,
-) -> Iterator[Iterator[Sample]]:
+) -> Parts:
     """Gradients of some scalars of each row, a part of the model after another.
 
     A loaded model is one part. The parts of a streamed one are what is behind its blocks, each
@@ -63,19 +70,18 @@ def gradients(
         most: scalars of a row at most.
     Yields:
         For each part its rows in order, each with its scalars in order. Take all of a part before
-        the next. What a layer of the part holds is in place meanwhile.
+        the next. What a layer of the part holds is in place meanwhile; close what is broken off.
     Raises:
         ResourceError: hidden states fill the disk.
     """
     if not work.model.streamed:
-        yield _whole(work, layers, scalars, report)
+        with closing(_whole(work, layers, scalars, report)) as samples:
+            yield samples
         return
     yield from Backward(work).parts(held, layers, scalars, most=most, report=report)
 
 
-def _whole(
-    work: Pass, layers: Sequence[str], scalars: Scalars, report: Progress
-) -> Iterator[Sample]:
+def _whole(work: Pass, layers: Sequence[str], scalars: Scalars, report: Progress) -> Samples:
     """Of a loaded model: one graph a row."""
 
     def ends(index: int, row: PreparedRow) -> _Ends:
@@ -107,7 +113,7 @@ class Backward:
         *,
         most: int = 1,
         report: Progress = _unheard,
-    ) -> Iterator[Iterator[Sample]]:
+    ) -> Parts:
         """As `gradients` of a streamed model."""
         walk, own, wanted = self._walk, self._walk.own(held), set(layers)
         inside = [[layer for layer in names if layer in wanted] for names in walk.layers]
@@ -129,17 +135,28 @@ class Backward:
             report(next(reports), total)
 
         gradients = room.states(most * branch.states_bytes)
-        with walk.outside(own.get(None, ())):
-            yield self._behind(sorted(outside - untied), scalars, entered.pop(), gradients)
+        last = sorted(outside - untied)
+        with (
+            walk.outside(own.get(None, ())),
+            closing(self._behind(last, scalars, entered.pop(), gradients)) as samples,
+        ):
+            yield samples
         report(next(reports), total)
         for depth, packed in walk.fetched(range(len(walk.blocks))[::-1], [own]):
-            with walk.inside(depth, own, packed):
-                yield self._through(depth, inside[depth], branch, entered.pop(), gradients)
+            states, layers = entered.pop(), inside[depth]
+            with (
+                walk.inside(depth, own, packed),
+                closing(self._through(depth, layers, branch, states, gradients)) as samples,
+            ):
+                yield samples
             del packed
             report(next(reports), total)
         if in_front:
-            with walk.outside(own.get(None, ())):
-                yield self._in_front(in_front, gradients)
+            with (
+                walk.outside(own.get(None, ())),
+                closing(self._in_front(in_front, gradients)) as samples,
+            ):
+                yield samples
             report(next(reports), total)
 
     @torch.no_grad()
@@ -154,7 +171,7 @@ class Backward:
 
     def _behind(
         self, layers: Sequence[str], scalars: Scalars, states: States, gradients: States
-    ) -> Iterator[Sample]:
+    ) -> Samples:
         """Of norm and head."""
 
         def ends(index: int, row: PreparedRow) -> _Ends:
@@ -171,7 +188,7 @@ class Backward:
         branch: Branch,
         states: States,
         gradients: States,
-    ) -> Iterator[Sample]:
+    ) -> Samples:
         """Of one block."""
         block = self._walk.blocks[depth]
 
@@ -184,7 +201,7 @@ class Backward:
 
         return _samples(self._work, layers, ends, gradients)
 
-    def _in_front(self, layers: Sequence[str], gradients: States) -> Iterator[Sample]:
+    def _in_front(self, layers: Sequence[str], gradients: States) -> Samples:
         """Of what makes tokens hidden states."""
 
         def ends(index: int, row: PreparedRow) -> _Ends:
@@ -202,7 +219,7 @@ def _samples(
     layers: Sequence[str],
     ends: Callable[[int, PreparedRow], _Ends],
     gradients: States | None = None,
-) -> Iterator[Sample]:
+) -> Samples:
     """Gradients in one part of a model, row by row.
 
     Args:

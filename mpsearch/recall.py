@@ -17,7 +17,8 @@ Answer loss is the reference's log-probability of the answer minus the candidate
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,7 +215,7 @@ class RecallProxy:
 
     def loss_gradients(
         self, layers: Sequence[str], weights: Sequence[float], held: Held
-    ) -> Iterator[dict[str, Tensor]]:
+    ) -> Generator[dict[str, Tensor], None, None]:
         """Gradients of the facts' answer losses, weighted and summed, a part of the model at once.
 
         Args:
@@ -236,15 +237,16 @@ class RecallProxy:
             )
             return [total] if isinstance(total, Tensor) else []
 
-        for part in gradients(self._pass, held, layers, loss):
-            totals: dict[str, Tensor] = {}
-            for _, _, of_layers in part:
-                for layer, gradient in of_layers.items():
-                    if layer in totals:
-                        totals[layer] += gradient
-                    else:
-                        totals[layer] = gradient.to(torch.float32, copy=True)
-            yield totals
+        with closing(gradients(self._pass, held, layers, loss)) as parts:
+            for part in parts:
+                totals: dict[str, Tensor] = {}
+                for _, _, of_layers in part:
+                    for layer, gradient in of_layers.items():
+                        if layer in totals:
+                            totals[layer] += gradient
+                        else:
+                            totals[layer] = gradient.to(torch.float32, copy=True)
+                yield totals
 
     def noise_floor(self) -> NoiseFloor:
         """What packing the facts into other rows changes; the model must hold the reference.

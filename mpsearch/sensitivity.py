@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from statistics import median
 
 import torch
@@ -155,7 +156,7 @@ def _fisher(
     draws = _draws(len(work.rows))
     found = _Derivatives(space, bank, len(work.rows) * draws)
     generator = torch.Generator().manual_seed(seed)
-    parts = gradients(
+    derived = gradients(
         work,
         {},
         [layer.name for group in space.groups for layer in group.layers],
@@ -163,11 +164,12 @@ def _fisher(
         most=draws,
         report=lambda done, total: report("sensitivity", done, total),
     )
-    for part in parts:
-        for together in _batches(part, bank.model.device):
-            found.add([(row * draws + draw, of_layers) for row, draw, of_layers in together])
-        if bank.model.streamed:
-            bank.forget()  # no other part needs these weights
+    with closing(derived) as parts:
+        for part in parts:
+            for batch in _batches(part, bank.model.device):
+                found.add([(row * draws + draw, of_layers) for row, draw, of_layers in batch])
+            if bank.model.streamed:
+                bank.forget()  # no other part needs these weights
     damage = {key: value / (2 * draws * work.count) for key, value in found.squared.items()}
     if not all(value < float("inf") for value in damage.values()):
         broken = next(key for key, value in damage.items() if not value < float("inf"))

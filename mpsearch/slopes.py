@@ -12,7 +12,10 @@ hurt together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+
+from torch import Tensor
 
 from mpsearch.assignment import Assignment
 from mpsearch.errors import CheckError
@@ -43,15 +46,11 @@ def measure_slopes(
     along = {(group.name, f.name): 0.0 for group in groups for f in bench.space.options[group.name]}
     for proxy in proxies:
         weights = [1 / (relations * proxy.relations.count(name)) for name in proxy.relations]
-        for gradients in proxy.loss_gradients(layers, weights, bench.held):
-            for group in groups:
-                for name in (layer.name for layer in group.layers if layer.name in gradients):
-                    gradient = gradients[name].flatten()
-                    for fmt in bench.space.options[group.name]:
-                        weight = bank.weight(name, fmt).float().flatten()
-                        along[group.name, fmt.name] += float(gradient @ weight)
-            if bank.model.streamed:
-                bank.forget()  # no other part of the model needs these weights
+        with closing(proxy.loss_gradients(layers, weights, bench.held)) as parts:
+            for gradients in parts:
+                _add_along(along, bench, gradients)
+                if bank.model.streamed:
+                    bank.forget()  # no other part of the model needs these weights
     slopes = {
         (group, name): value - along[group, assignment[group]]
         for (group, name), value in along.items()
@@ -59,3 +58,15 @@ def measure_slopes(
     if not all(abs(value) < float("inf") for value in slopes.values()):
         raise CheckError(f"the slopes at assignment {assignment.id} are NaN or infinite")
     return slopes
+
+
+def _add_along(
+    along: dict[tuple[str, str], float], bench: Bench, gradients: Mapping[str, Tensor]
+) -> None:
+    """Add the products of some layers' gradients and their weights in each format."""
+    for group in bench.space.groups:
+        for name in (layer.name for layer in group.layers if layer.name in gradients):
+            gradient = gradients[name].flatten()
+            for fmt in bench.space.options[group.name]:
+                weight = bench.bank.weight(name, fmt).float().flatten()
+                along[group.name, fmt.name] += float(gradient @ weight)

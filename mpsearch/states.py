@@ -8,6 +8,7 @@ would end the process, and what lies in it is not counted as the process's memor
 from __future__ import annotations
 
 import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -67,6 +68,8 @@ class States:
 
     def __init__(self, file: IO[bytes] | None = None):
         self._file = file
+        if file is not None:
+            weakref.finalize(self, file.close)
         self._rows: dict[int, Tensor] = {}
         self._written: dict[int, _Written] = {}
         self._end = 0

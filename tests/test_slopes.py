@@ -8,19 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, tiny_family
+from test_skeleton import CPU, loaded
+from test_walk import empty, folder_of
 from transformers import AutoModelForCausalLM
 
 from mpsearch.allocate import uniform
+from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank
-from mpsearch.errors import CheckError
+from mpsearch.errors import CheckError, ResourceError
 from mpsearch.estimates import relation_mean
 from mpsearch.evaluate import Bench, all_layers
 from mpsearch.facts import FactSet
-from mpsearch.formats import FORMATS
+from mpsearch.formats import FORMATS, Format
 from mpsearch.layers import LayerGroup
 from mpsearch.models import Model, from_module
 from mpsearch.quantizers.rounding import Rounding
 from mpsearch.recall import RecallProxy
+from mpsearch.skeleton import load_skeleton
 from mpsearch.slopes import measure_slopes
 from mpsearch.space import ResolvedSpace, SearchSpace
 
@@ -153,3 +157,89 @@ def test_a_slope_that_is_no_number_is_named(
     with pytest.raises(CheckError, match=f"slopes at assignment {assignment.id} are NaN"):
         measure_slopes(bench, assignment, [proxy])
     bench.restore()
+
+
+# ------------------------------------------------------------------------------ streamed
+
+TEXT = "version: 1\ntarget: compressed-tensors\nformats: [int2-g64, int8-g64, bf16]\n"
+
+
+def both_ways(
+    name: str, text: str, dtype: torch.dtype, facts: FactSet, root: Path, parts: int = 1
+) -> list[dict[tuple[str, str], float]]:
+    """The slopes at a mixed assignment of a loaded model, and of a streamed one."""
+    folder, found = folder_of(root, name), []
+    for model in (loaded(folder, dtype), load_skeleton(str(folder), device=CPU, dtype=dtype)):
+        space = SearchSpace.parse(text, "test").resolve(model)
+        bank = Bank(model, Rounding(), root=root / "bank")
+        bank.build(all_layers(space))
+        asked = facts.part("search")[: 12 * parts]
+        proxies = [
+            RecallProxy(model, facts, asked[12 * part : 12 * part + 12], contrast=True)
+            for part in range(parts)
+        ]
+        options = enumerate(space.options.items())
+        mixed = {group: formats[number % len(formats)].name for number, (group, formats) in options}
+        with Bench(space, bank) as bench:
+            found.append(measure_slopes(bench, Assignment.of(mixed), proxies))
+    assert empty(model)
+    assert not any(parameter.requires_grad for parameter in model.module.parameters())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("llama", torch.bfloat16),
+        ("tied", torch.float32),
+        ("gpt2", torch.bfloat16),
+        ("mixtral", torch.float32),
+        ("states in a tuple", torch.float32),
+    ],
+)
+def test_a_streamed_model_has_the_slopes_of_the_loaded_one_to_the_bit(
+    name: str, dtype: torch.dtype, tiny_facts: FactSet, tmp_path: Path
+) -> None:
+    whole, streamed = both_ways(name, TEXT, dtype, tiny_facts, tmp_path)
+    assert streamed == whole
+    assert sum(bool(slope) for slope in streamed.values()) > len(streamed) / 2
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "gpt2"])
+def test_slopes_of_embedding_and_head_of_a_streamed_model(
+    name: str, tiny_facts: FactSet, tmp_path: Path
+) -> None:
+    head = "head: [int8-g64, bf16]\n" if name == "llama" else ""
+    text = f"{TEXT}embedding: [fp8, int8-channel-unpacked, bf16]\n{head}"
+    whole, streamed = both_ways(name, text, torch.float32, tiny_facts, tmp_path)
+    assert streamed == pytest.approx(whole, rel=1e-4, abs=1e-6)
+    outside = [pair for pair in whole if ".0." not in pair[0] and "bf16" not in pair[1]]
+    assert any(abs(whole[pair]) > 1e-4 for pair in outside)
+
+
+def test_a_streamed_model_is_asked_in_two_parts_to_the_bit_as_well(
+    tiny_facts: FactSet, tmp_path: Path
+) -> None:
+    whole, streamed = both_ways("llama", TEXT, torch.float32, tiny_facts, tmp_path, parts=2)
+    assert streamed == whole
+
+
+def test_a_weight_that_cannot_be_read_leaves_a_streamed_model_as_it_was(
+    tiny_facts: FactSet, tmp_path: Path
+) -> None:
+    folder = folder_of(tmp_path, "llama")
+    model = load_skeleton(str(folder), device=CPU, dtype=torch.float32)
+    space = SearchSpace.parse(TEXT, "test").resolve(model)
+
+    class Failing(Bank):
+        def weight(self, layer: str, fmt: Format) -> torch.Tensor:
+            if ".1." in layer:
+                raise ResourceError("gone")
+            return super().weight(layer, fmt)
+
+    bank = Failing(model, Rounding(), root=tmp_path / "bank")
+    bank.build(all_layers(space))
+    proxy = RecallProxy(model, tiny_facts, tiny_facts.part("search")[:12], contrast=False)
+    with pytest.raises(ResourceError, match="gone"):
+        measure_slopes(Bench(space, bank), uniform(space)["int2-g64"], [proxy])
+    assert empty(model)
