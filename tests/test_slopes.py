@@ -190,10 +190,10 @@ def both_ways(
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        ("llama", torch.bfloat16),
-        ("tied", torch.float32),
-        ("gpt2", torch.bfloat16),
-        ("mixtral", torch.float32),
+        ("llama", torch.float32),
+        ("tied", torch.bfloat16),
+        ("gpt2", torch.float32),
+        ("mixtral", torch.bfloat16),
         ("states in a tuple", torch.float32),
     ],
 )
