@@ -19,13 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mpsearch.forward import Pass, PreparedRow, differentiable
 from mpsearch.states import States
-from mpsearch.walk import Branch, Codes, Held, Owns, Supply, Walk
+from mpsearch.walk import Branch, Held, Supply, Walk
 
 Scalars = Callable[[PreparedRow, Tensor], Sequence[Tensor]]
 """Of a row and its `(read nodes, vocab)` logits, the scalars whose gradients are wanted."""
@@ -130,7 +131,8 @@ class Backward:
         entered = [branch.states]
         for depth, packed in walk.fetched(range(len(walk.blocks)), [own]):
             entered.append(room.states(branch.states_bytes))
-            self._forward(depth, own, packed, branch, *entered[-2:])
+            with walk.inside(depth, own, packed):
+                walk.forward(depth, replace(branch, states=entered[-2]), entered[-1])
             del packed
             report(next(reports), total)
 
@@ -158,16 +160,6 @@ class Backward:
             ):
                 yield samples
             report(next(reports), total)
-
-    @torch.no_grad()
-    def _forward(
-        self, depth: int, own: Owns, packed: Codes, branch: Branch, states: States, into: States
-    ) -> None:
-        """All rows through one block."""
-        block = self._walk.blocks[depth]
-        with self._walk.inside(depth, own, packed):
-            for index, calls in enumerate(branch.calls):
-                into[index] = calls[depth].of(block, states[index])
 
     def _behind(
         self, layers: Sequence[str], scalars: Scalars, states: States, gradients: States

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from mpsearch.errors import CheckError
 from mpsearch.forward import Pass
 from mpsearch.layers import LayerGroup
 from mpsearch.quantizers import InputStatistics
-from mpsearch.space import ResolvedSpace
+from mpsearch.walk import Walk
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,18 +34,18 @@ class Readings:
 
     Attributes:
         inputs: by layer; an embedding has none.
-        drift: by block, in order; empty where the model's blocks are not to be found.
+        drift: by block; empty where the model's blocks are not to be found.
     """
 
     inputs: dict[str, InputStatistics]
-    drift: tuple[float, ...]
+    drift: Mapping[int, float]
 
 
-def gram_bytes(space: ResolvedSpace) -> int:
-    """At most so much do the Gram matrices of all groups' inputs take; siblings share one."""
+def gram_bytes(groups: Iterable[LayerGroup]) -> int:
+    """At most so much do the Gram matrices of these groups' inputs take; siblings share one."""
     sides = {
         (group.name, layer.name.rpartition(".")[0]): layer.columns
-        for group in space.groups
+        for group in groups
         for layer in group.layers
     }
     return sum(4 * side**2 for side in sides.values())
@@ -53,7 +53,7 @@ def gram_bytes(space: ResolvedSpace) -> int:
 
 @torch.inference_mode()
 def read_inputs(work: Pass, report: Report) -> Readings:
-    """One forward of the weights in place, usually the reference's.
+    """One forward of a loaded model's weights in place, usually the reference's.
 
     Raises:
         CheckError: a layer reads NaN or infinity.
@@ -64,11 +64,56 @@ def read_inputs(work: Pass, report: Report) -> Readings:
             report("reading inputs", index, len(work.rows))
             work.logits(row)
     report("reading inputs", len(work.rows), len(work.rows))
+    return _readings(seen, {depth: total / work.tokens for depth, total in enumerate(drift)})
+
+
+def read_by_block(
+    work: Pass, report: Report, inputs: bool = True
+) -> Generator[tuple[Set[str], Readings], None, None]:
+    """One forward of the reference, block by block, so that only one block's readings are held.
+
+    Args:
+        inputs: whether to read; otherwise the blocks' weights are put in place, and that is all.
+    Yields:
+        The names of a block's layers, which hold their reference weights meanwhile, and its
+        readings; at last the same of the layers in no block.
+    Raises:
+        CheckError: as `read_inputs`.
+    """
+    walk, model = Walk(work), work.model
+    parts, nothing = len(walk.blocks) + 1, walk.own({})
+    if inputs:
+        (branch,) = walk.entered([nothing], walk.room())
+    left = {layer.name for layer in model.every_layer}
+    for depth, _ in walk.fetched(range(len(walk.blocks)), [nothing]):
+        report("reading inputs", depth, parts)
+        names, readings = set(walk.layers[depth]), Readings({}, {})
+        left -= names
+        if inputs:
+            with (
+                WatchedInputs(model, names) as seen,
+                _watched_drift([walk.blocks[depth]]) as drift,
+            ):
+                walk.forward(depth, branch, branch.states)
+            readings = _readings(seen, {depth: drift[0] / work.tokens})
+        yield names, readings
+    report("reading inputs", parts - 1, parts)
+    readings = Readings({}, {})
+    if inputs and model.head:
+        with WatchedInputs(model, [model.head.name]) as seen, torch.no_grad():
+            for index, row in enumerate(work.rows):
+                walk.behind(row, branch.states[index])
+        readings = _readings(seen, {})
+    yield left, readings
+    report("reading inputs", parts, parts)
+
+
+def _readings(seen: WatchedInputs, drift: Mapping[int, float]) -> Readings:
     inputs = seen.statistics
     for name, statistics in inputs.items():
         if not statistics.gram.diagonal().isfinite().all():
             raise CheckError(f"the inputs of '{name}' are NaN or infinite; the model is broken")
-    return Readings(inputs, tuple(total / work.tokens for total in drift))
+    return Readings(inputs, drift)
 
 
 @contextmanager
@@ -122,7 +167,7 @@ def geometry(
     found: dict[str, dict[str, float]] = {"outlier_ratio": {}, "effective_rank": {}, "drift": {}}
     for index, group in enumerate(groups):
         report("geometry", index, len(groups))
-        if group.depth is not None and group.depth < len(readings.drift):
+        if group.depth is not None and group.depth in readings.drift:
             found["drift"][group.name] = readings.drift[group.depth]
         of_layers = [readings.inputs[name] for layer in group.layers
                      if (name := layer.name) in readings.inputs]  # fmt: skip

@@ -1,7 +1,8 @@
 """Perturb-one KL: each group alone in each format, measured, what comes before it computed once.
 
 Until the block of the perturbed group the model computes what the reference does, so the pass
-starts at that block; see `mpsearch.reuse`. Kept beside hidden states are the reference's
+starts at that block; see `mpsearch.reuse`. In a streamed model some candidates share a walk, and
+the blocks before those that they differ in. Kept beside hidden states are the reference's
 log-probabilities where they are read.
 
 Source: the sensitivity of ZeroQ (arXiv:2001.00281), here of groups and on facts.
@@ -17,9 +18,10 @@ from mpsearch.errors import CheckError
 from mpsearch.evaluate import Bench
 from mpsearch.formats import BF16
 from mpsearch.forward import Pass, PreparedRow
-from mpsearch.reuse import Reuse
+from mpsearch.walk import Walk, runner
 
 STAGE = "measuring each group alone, in blocks run"
+_AT_ONCE = 16  # candidates of a streamed model
 
 
 @torch.inference_mode()
@@ -36,23 +38,30 @@ def perturb_one(bench: Bench, work: Pass, report: Report = silent) -> dict[tuple
     Raises:
         CheckError: a candidate gives NaN.
     """
-    options, reuse = bench.space.options, Reuse(work)
-    reference = [logits.log_softmax(-1) for logits in reuse.logits(bench.held)]
-    costs = {group.name: reuse.blocks_to_run(group.layers) + 1 for group in bench.space.groups}
+    options, asked = bench.space.options, runner(work)
+    reference = [logits.log_softmax(-1) for logits in asked.logits(bench.held)]
+    costs = {group.name: asked.blocks_to_run(group.layers) + 1 for group in bench.space.groups}
     total = sum(costs[name] * len(formats) for name, formats in options.items())
     alone = dict.fromkeys(options, BF16.name)
     nats: dict[tuple[str, str], float] = {}
     done = 0
     # From the first block on, so that what enters a block is computed just before it is needed.
-    for name in sorted(options, key=costs.__getitem__, reverse=True):
-        for fmt in options[name]:
-            report(STAGE, done, total)
-            bench.put({**alone, name: fmt.name})
-            rows = zip(work.rows, reference, reuse.logits(bench.held), strict=True)
+    order = sorted(options, key=costs.__getitem__, reverse=True)
+    pairs = [(name, fmt.name) for name in order for fmt in options[name]]
+    at_once = _AT_ONCE if isinstance(asked, Walk) else 1
+    for start in range(0, len(pairs), at_once):
+        together, held = pairs[start : start + at_once], []
+        report(STAGE, done, total)
+        for name, fmt in together:
+            bench.put({**alone, name: fmt})
+            held.append(bench.held)
+        runs = asked.run(held) if isinstance(asked, Walk) else map(asked.logits, held)
+        for (name, fmt), run in zip(together, runs, strict=True):
+            rows = zip(work.rows, reference, run, strict=True)
             kl = sum(_kl(before, logits.log_softmax(-1), row) for row, before, logits in rows)
             if not kl < float("inf"):
-                raise CheckError(f"'{name}' in {fmt.name} gives NaN; its weights are broken")
-            nats[name, fmt.name] = kl / work.count
+                raise CheckError(f"'{name}' in {fmt} gives NaN; its weights are broken")
+            nats[name, fmt] = kl / work.count
             done += costs[name]
     bench.restore()
     report(STAGE, total, total)

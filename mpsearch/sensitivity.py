@@ -26,7 +26,7 @@ Source: the Fisher approximation of KL, with sampled labels (Kunstner et al., ar
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from statistics import median
 
@@ -40,8 +40,10 @@ from mpsearch.errors import CheckError
 from mpsearch.evaluate import Bench
 from mpsearch.facts import Fact, FactSet
 from mpsearch.forward import Pass, PreparedRow
-from mpsearch.geometry import geometry, gram_bytes, read_inputs
+from mpsearch.geometry import Readings, geometry, gram_bytes, read_by_block, read_inputs
+from mpsearch.layers import LayerGroup
 from mpsearch.measures import Sensitivity
+from mpsearch.models import Model
 from mpsearch.perturb import perturb_one
 from mpsearch.quantizers import InputStatistics
 from mpsearch.recall import SHOTS, ask
@@ -122,22 +124,58 @@ def _errors_and_geometry(
 ]:
     """Squared errors of each (group, format)'s layers, its output error, and the geometry.
 
-    The Gram matrices are gone when this returns, before gradients need the memory.
+    Of a streamed model block by block. The Gram matrices are gone when this returns, before
+    gradients need the memory.
     """
-    needed, available = gram_bytes(space), available_memory_bytes(bank.model.device)
-    if around and needed > available // 2:
-        log.warning(
-            "output error and geometry are left out: the inputs' Gram matrices need %s, and %s of "
-            "memory is available",
-            format_size(needed),
-            format_size(available),
-        )
-        around = False
-    if not around:
-        return _layer_errors(space, bank, None, report)[0], {}, {}
-    readings = read_inputs(work, report)
-    layer_errors, output_error = _layer_errors(space, bank, readings.inputs, report)
-    return layer_errors, output_error, geometry(space.groups, readings, report)
+    model = bank.model
+    layer_errors: dict[tuple[str, str], dict[str, float]] = {}
+    output_error: dict[tuple[str, str], float] = {}
+    of_groups: dict[str, dict[str, float]] = {}
+    around = around and _grams_fit(space, model)
+    if model.streamed:
+        parts = read_by_block(work, report, around)
+        report = silent  # they say how far it is
+    else:
+        parts = _whole(work, report, around)
+    with closing(parts) as readings_of:
+        for names, readings in readings_of:
+            groups = [group for group in space.groups if group.layers[0].name in names]
+            inputs = readings.inputs if around else None
+            errors, outputs = _layer_errors(space, groups, bank, inputs, report)
+            layer_errors.update(errors)
+            output_error.update(outputs)
+            if around:
+                for measure, values in geometry(groups, readings, report).items():
+                    of_groups.setdefault(measure, {}).update(values)
+            del readings, inputs  # before those of the next block
+            if model.streamed:
+                bank.forget()  # no other block needs these weights
+    return layer_errors, output_error, of_groups
+
+
+def _whole(
+    work: Pass, report: Report, around: bool
+) -> Generator[tuple[Set[str], Readings], None, None]:
+    """What `read_by_block` gives, of a loaded model at once."""
+    names = {layer.name for layer in work.model.every_layer}
+    yield names, read_inputs(work, report) if around else Readings({}, {})
+
+
+def _grams_fit(space: ResolvedSpace, model: Model) -> bool:
+    """Whether half of the memory holds the Gram matrices that are there at once."""
+    at_once: dict[int | None, list[LayerGroup]] = {}
+    for group in space.groups:
+        at_once.setdefault(group.depth if model.streamed else None, []).append(group)
+    needed = max(map(gram_bytes, at_once.values()))
+    if needed <= (available := available_memory_bytes(model.device)) // 2:
+        return True
+    log.warning(
+        "output error and geometry are left out: the inputs' Gram matrices need %s, and %s of "
+        "memory is available",
+        format_size(needed),
+        format_size(available),
+    )
+    return False
 
 
 def _draws(rows: int) -> int:
@@ -264,12 +302,15 @@ class _Derivatives:
 
 def _layer_errors(
     space: ResolvedSpace,
+    groups: Sequence[LayerGroup],
     bank: Bank,
     inputs: Mapping[str, InputStatistics] | None,
     report: Report,
 ) -> tuple[dict[tuple[str, str], dict[str, float]], dict[tuple[str, str], float]]:
     """Errors of the weights and, if the inputs are given, of what comes out.
 
+    Args:
+        groups: those asked for, whose layers hold their reference weights.
     Returns:
         For each (group, format) and each layer its squared error over the group's squared norm,
         and for each (group, format) the relative error of its outputs, with `E` the weights' error
@@ -281,15 +322,16 @@ def _layer_errors(
     """
     shares: dict[tuple[str, str], dict[str, float]] = {}
     output_error: dict[tuple[str, str], float] = {}
-    for index, group in enumerate(space.groups):
-        report("decoding", index, len(space.groups))
+    for index, group in enumerate(groups):
+        report("decoding", index, len(groups))
         formats = [fmt.name for fmt in space.options[group.name]]
         squares: dict[str, list[float]] = {}  # of each layer's errors, and of its own weights
         outputs = [0.0] * (len(formats) + 1)
         for layer in group.layers:
-            original = bank.model.originals[layer.name].float()
-            errors = (bank.weight(layer.name, fmt).float() - original
-                      for fmt in space.options[group.name])  # fmt: skip
+            original = bank.model.places[layer.name].weight.float()
+            weights = (bank.weight(layer.name, fmt).float() if fmt.quantized else original
+                       for fmt in space.options[group.name])  # fmt: skip
+            errors = (weight - original for weight in weights)
             gram = inputs[layer.name].gram if inputs and layer.name in inputs else None
             squares[layer.name] = []
             for number, tensor in enumerate((*errors, original)):
@@ -304,7 +346,7 @@ def _layer_errors(
             if inputs is not None:
                 ratio = outputs[number] / outputs[-1] if outputs[-1] else 0.0
                 output_error[group.name, fmt] = max(ratio, 0.0) ** 0.5
-    report("decoding", len(space.groups), len(space.groups))
+    report("decoding", len(groups), len(groups))
     return shares, output_error
 
 

@@ -35,6 +35,7 @@ from mpsearch.device import available_memory_bytes
 from mpsearch.errors import CheckError, ModelError
 from mpsearch.formats import Format
 from mpsearch.forward import Pass, PreparedRow
+from mpsearch.layers import Layer
 from mpsearch.models import Model
 from mpsearch.places import Place
 from mpsearch.reuse import Reuse
@@ -176,6 +177,12 @@ class Walk:
             own.setdefault(self._depth.get(layer), []).append((layer, candidate[layer]))
         return {depth: tuple(items) for depth, items in own.items()}
 
+    def blocks_to_run(self, layers: Iterable[Layer]) -> int:
+        """How many blocks give something else if the weights of these layers are others."""
+        head = self._work.model.head
+        firsts = (len(self.blocks) if x == head else self._depth.get(x.name, 0) for x in layers)
+        return len(self.blocks) - min(firsts)
+
     def room(self) -> StateRoom:
         """For the hidden states of one run."""
         most_bytes = self._states_bytes
@@ -245,7 +252,7 @@ class Walk:
         room: StateRoom,
     ) -> list[Branch]:
         """All rows of all candidates through one block; candidates that differ in it part."""
-        block, places = self.blocks[depth], self._places(depth)
+        places = self._places(depth)
         parting = []
         for branch in branches:
             parts: dict[Own, list[int]] = {}
@@ -264,12 +271,21 @@ class Walk:
                 last = number == len(parts)
                 states = branch.states if last else room.states(branch.states_bytes)
                 with _put(places, {item[0]: decoded[item] for item in own}):
-                    for row, calls in enumerate(branch.calls):
-                        states[row] = calls[depth].of(block, branch.states[row])
+                    self.forward(depth, branch, states)
                 through.append(replace(branch, members=members, states=states))
                 uses.subtract(own)
                 decoded = {item: weight for item, weight in decoded.items() if uses[item]}
         return through
+
+    @torch.no_grad()
+    def forward(self, depth: int, branch: Branch, into: States) -> None:
+        """All rows through one block and the weights that are in place.
+
+        Args:
+            into: where what leaves it goes, which may be where what enters it is.
+        """
+        for row, calls in enumerate(branch.calls):
+            into[row] = calls[depth].of(self.blocks[depth], branch.states[row])
 
     @torch.no_grad()
     def _left(self, branch: Branch, own: Owns) -> Iterator[Tensor]:

@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import math
 import random
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import FAMILIES, tiny_family
+from test_skeleton import CPU, loaded
+from test_walk import empty, folder_of, some_pass
+from torch import nn
 
 from mpsearch.bank import silent
 from mpsearch.blocks import find_blocks
 from mpsearch.errors import CheckError
 from mpsearch.forward import Pass, TokenSequence
-from mpsearch.geometry import effective_rank, geometry, gram_bytes, outlier_ratio, read_inputs
+from mpsearch.geometry import (
+    effective_rank,
+    geometry,
+    gram_bytes,
+    outlier_ratio,
+    read_by_block,
+    read_inputs,
+)
 from mpsearch.layers import Layer
 from mpsearch.models import Model
+from mpsearch.quantizers import InputStatistics
+from mpsearch.skeleton import load_skeleton
 from mpsearch.space import SearchSpace
 
 
@@ -123,4 +139,74 @@ def test_siblings_share_one_matrix_and_experts_have_their_own() -> None:
     names += [f"m.0.mlp.experts.{expert}.up_proj" for expert in range(4)]
     layers: Any = SimpleNamespace(layers=[Layer(name, 4, 64) for name in names], kept_bytes=0)
     space = SearchSpace.default().resolve(layers)
-    assert gram_bytes(space) == 4 * 64**2 * (1 + 4)
+    assert gram_bytes(space.groups) == 4 * 64**2 * (1 + 4)
+
+
+# ------------------------------------------------------------------------------ streamed
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "gpt2", "mixtral", "states in a tuple"])
+def test_a_streamed_model_reads_block_by_block_what_the_loaded_one_reads(
+    name: str, tmp_path: Path
+) -> None:
+    folder = folder_of(tmp_path, name)
+    expected = read_inputs(some_pass(loaded(folder, torch.bfloat16)), silent)
+    model = load_skeleton(str(folder), device=CPU, dtype=torch.bfloat16)
+    found: dict[str, InputStatistics] = {}
+    drift: dict[int, float] = {}
+    seen: list[int] = []
+    layers: list[str] = []
+    report = lambda stage, done, total: seen.append(done)  # noqa: E731
+    for names, readings in read_by_block(some_pass(model), report):
+        assert names >= readings.inputs.keys()
+        assert torch.isfinite(model.places[min(names)].weight).all()
+        found |= readings.inputs
+        drift |= readings.drift
+        layers += names
+    assert found.keys() == expected.inputs.keys()
+    assert Counter(layers) == Counter(layer.name for layer in model.every_layer)
+    for layer, statistics in expected.inputs.items():
+        assert found[layer].tokens == statistics.tokens, layer
+        assert torch.equal(found[layer].gram, statistics.gram), layer
+    assert drift == expected.drift
+    assert seen == list(range(5))
+    assert empty(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
+
+
+def test_matrices_of_one_block_alone_are_held(tmp_path: Path) -> None:
+    model = load_skeleton(str(folder_of(tmp_path, "llama")), device=CPU, dtype=torch.float32)
+    grams: list[weakref.ref[torch.Tensor]] = []
+    for _, readings in read_by_block(some_pass(model), silent):
+        assert not any(gram() is not None for gram in grams)
+        now = {id(s.gram): s.gram for s in readings.inputs.values()}
+        grams += map(weakref.ref, now.values())
+        del readings, now
+    assert len(grams) == 3 * 4 + 1
+
+
+def test_without_readings_no_row_runs(tmp_path: Path, module_calls: Counter[nn.Module]) -> None:
+    model = load_skeleton(str(folder_of(tmp_path, "llama")), device=CPU, dtype=torch.float32)
+    for names, readings in read_by_block(some_pass(model), silent, inputs=False):
+        assert not readings.inputs and not readings.drift
+        for layer in names:
+            assert torch.equal(model.places[layer].weight, model.originals[layer])
+    blocks = find_blocks(model.module, model.places)
+    assert not any(module_calls[block] for block in blocks)
+    assert empty(model)
+
+
+def test_inputs_of_a_streamed_model_that_are_nan_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_skeleton(str(folder_of(tmp_path, "llama")), device=CPU, dtype=torch.float32)
+    assert model.checkpoint is not None
+    right, norm = model.checkpoint.read, "model.layers.1.input_layernorm.weight"
+
+    def read(names: Iterable[str]) -> dict[str, torch.Tensor]:
+        return {k: w * torch.nan if k == norm else w for k, w in right(names).items()}
+
+    monkeypatch.setattr(model.checkpoint, "read", read)
+    with pytest.raises(CheckError, match=r"'model\.layers\.1\.self_attn\.q_proj' are NaN"):
+        list(read_by_block(some_pass(model), silent))
+    assert empty(model)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, tiny_family
+from test_skeleton import CPU, loaded
+from test_walk import empty, folder_of
 from torch import nn
 
 from mpsearch import perturb
@@ -17,10 +19,12 @@ from mpsearch.bank import Bank
 from mpsearch.blocks import find_blocks
 from mpsearch.errors import CheckError
 from mpsearch.evaluate import Bench, all_layers
+from mpsearch.formats import Format
 from mpsearch.forward import Pass, TokenSequence
 from mpsearch.models import Model
 from mpsearch.perturb import perturb_one
 from mpsearch.quantizers.rounding import Rounding
+from mpsearch.skeleton import load_skeleton
 from mpsearch.space import SearchSpace
 
 Key = tuple[str, str]
@@ -153,3 +157,59 @@ def test_progress_counts_the_work_that_is_left(tmp_path: Path) -> None:
     assert seen[0][1] == 0
     assert seen[-1][1] == seen[-1][2] == sum(steps)
     assert {stage for stage, _, _ in seen} == {perturb.STAGE}
+
+
+# ------------------------------------------------------------------------------ streamed
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "gpt2", "mixtral"])
+def test_candidates_of_a_streamed_model_share_walks_and_say_what_loaded_ones_do(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(perturb, "_AT_ONCE", 5)
+    folder = folder_of(tmp_path, name)
+    head = "head: [int8-g64, bf16]\n" if name == "llama" else ""
+    text = f"{FEW}embedding: [fp8, bf16]\n{head}"
+    benches = [
+        bench_of(model, tmp_path / "bank", text)
+        for model in (
+            loaded(folder, torch.bfloat16),
+            load_skeleton(str(folder), device=CPU, dtype=torch.bfloat16),
+        )
+    ]
+    seen: list[tuple[int, int]] = []
+    whole, streamed = (
+        perturb_one(
+            bench,
+            Pass(bench.bank.model, some_sequences(), max_nodes=32),
+            lambda _, *report: seen.append(report),
+        )
+        for bench in benches
+    )
+    assert streamed == whole
+    assert list(streamed) == list(whole)
+    assert seen[-1][0] == seen[-1][1] == seen[-2][1] > seen[-2][0]
+    walks = -(-len(whole) // 5)
+    assert [done for done, _ in seen].count(0) == 2
+    assert len(seen) == len(whole) + 1 + walks + 1
+    assert not benches[1].held
+    assert empty(benches[1].bank.model)
+
+
+def test_nan_in_a_streamed_model_is_named(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "llama")
+    model = load_skeleton(str(folder), device=CPU, dtype=torch.float32)
+    bench = bench_of(model, tmp_path / "bank")
+    stored = bench.bank.stored
+    broken = "model.layers.1.mlp.down_proj"
+
+    def spoilt(layer: str, fmt: Format) -> dict[str, torch.Tensor]:
+        tensors = stored(layer, fmt)
+        if layer == broken:
+            tensors["weight_scale"][:] = torch.nan
+        return tensors
+
+    bench.bank.stored = spoilt  # type: ignore[method-assign]
+    with pytest.raises(CheckError, match=r"layers\.1\.mlp\.down_proj' in int2-g64 gives NaN"):
+        perturb_one(bench, Pass(model, some_sequences()))
+    assert empty(model)

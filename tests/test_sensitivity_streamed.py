@@ -62,7 +62,8 @@ def both_ways(
 def test_a_streamed_model_has_the_table_of_the_loaded_one_to_the_bit(
     name: str, dtype: torch.dtype, tiny_facts: FactSet, tmp_path: Path
 ) -> None:
-    whole, streamed = both_ways(name, FEW, dtype, tiny_facts, tmp_path, around=False)
+    whole, streamed = both_ways(name, FEW, dtype, tiny_facts, tmp_path, check=name == "llama")
+    assert len(streamed.measures) == 6 + (name == "llama")
     assert all(0 < damage < float("inf") for damage in streamed.fisher_nats.values())
     assert list(streamed.fisher_nats) == list(whole.fisher_nats)
     assert {**vars(streamed), "provenance": {}} == {**vars(whole), "provenance": {}}
@@ -70,6 +71,23 @@ def test_a_streamed_model_has_the_table_of_the_loaded_one_to_the_bit(
         key for key in whole.provenance if whole.provenance[key] != streamed.provenance[key]
     }
     assert not differing
+
+
+def test_one_block_of_gram_matrices_has_to_fit(
+    tiny_facts: FactSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grams = 4 * (4 * 64**2 + 128**2)  # of a block, siblings each with their own at most
+    measures = ["fisher_nats", "weight_error"]
+    for available, count in ((2 * grams, 6), (2 * grams // 3, 2)):
+        monkeypatch.setattr(
+            "mpsearch.sensitivity.available_memory_bytes", lambda device, of=available: of
+        )
+        model = load_skeleton(str(folder_of(tmp_path, "llama")), device=CPU, dtype=torch.float32)
+        space = SearchSpace.parse(FEW, "test").resolve(model)
+        bank = built(model, Rounding(), space, tmp_path)
+        found = measure_sensitivity(space, bank, tiny_facts, tiny_facts.part("search")[:4])
+        assert len(found.measures) == count
+    assert list(found.measures) == measures
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "gpt2"])
