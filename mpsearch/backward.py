@@ -47,6 +47,27 @@ _Ends = tuple[Tensor | None, Sequence[tuple[Tensor, Tensor | None]]]
 """What a part computed for a row from what entered it, with the gradient of each of its results."""
 
 
+SLICE = 2**26  # weights of which float32 copies are made at once; most layers have fewer
+
+
+def products(gradients: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """Derivatives along a weight: of each gradient the sum of its products with it.
+
+    Args:
+        gradients: `(rows, columns)` each, on one device.
+        weight: the same shape.
+    Returns:
+        `(gradients,)` float32 on their device. Whether some are given together or alone changes
+        nothing.
+    """
+    total = torch.zeros(len(gradients), device=weight.device)
+    rows = max(1, SLICE // weight.shape[1])
+    for start in range(0, len(weight), rows):
+        part = weight[start : start + rows].float().flatten()
+        total += torch.stack([g[start : start + rows].float().flatten() @ part for g in gradients])
+    return total
+
+
 def _unheard(done: int, total: int) -> None:
     pass
 

@@ -33,7 +33,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from mpsearch.backward import Sample, gradients
+from mpsearch.backward import SLICE, Sample, gradients, products
 from mpsearch.bank import Bank, Report, silent
 from mpsearch.device import available_memory_bytes
 from mpsearch.errors import CheckError
@@ -287,17 +287,18 @@ class _Derivatives:
         indices = [index for index, _ in samples]
         for group in self._space.groups:
             for name in (layer.name for layer in group.layers if layer.name in samples[0][1]):
-                drawn = [of_layers[name].float().flatten() for _, of_layers in samples]
+                original = self._bank.model.places[name].weight
+                drawn = [of_layers[name] for _, of_layers in samples]
+                if original.numel() <= SLICE:  # cast once for all formats
+                    drawn = [gradient.float() for gradient in drawn]
                 if name not in self.reached and any(map(torch.any, drawn)):
                     self.reached.add(name)
-                original = self._bank.model.places[name].weight.float().flatten()
-                at_original = torch.stack([gradient @ original for gradient in drawn])
+                at_original = products(drawn, original)
                 for fmt in self._space.options[group.name]:
-                    weight = original
+                    along = torch.zeros_like(at_original)
                     if fmt.quantized:
-                        weight = self._bank.weight(name, fmt).float().flatten()
-                    at_weight = torch.stack([gradient @ weight for gradient in drawn])
-                    self._along[group.name, fmt.name][indices] += (at_weight - at_original).cpu()
+                        along = products(drawn, self._bank.weight(name, fmt)) - at_original
+                    self._along[group.name, fmt.name][indices] += along.cpu()
 
 
 def _layer_errors(

@@ -18,6 +18,7 @@ from contextlib import closing
 from torch import Tensor
 
 from mpsearch.assignment import Assignment
+from mpsearch.backward import products
 from mpsearch.errors import CheckError
 from mpsearch.evaluate import Bench
 from mpsearch.recall import RecallProxy
@@ -66,7 +67,6 @@ def _add_along(
     """Add the products of some layers' gradients and their weights in each format."""
     for group in bench.space.groups:
         for name in (layer.name for layer in group.layers if layer.name in gradients):
-            gradient = gradients[name].flatten()
             for fmt in bench.space.options[group.name]:
-                weight = bench.bank.weight(name, fmt).float().flatten()
-                along[group.name, fmt.name] += float(gradient @ weight)
+                weight = bench.bank.weight(name, fmt)
+                along[group.name, fmt.name] += float(products([gradients[name]], weight))

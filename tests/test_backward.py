@@ -14,7 +14,8 @@ from test_skeleton import CPU, loaded
 from test_walk import FAMILIES, assignments, bench_of, empty, folder_of, held, of, read, some_pass
 from torch import Tensor
 
-from mpsearch.backward import Backward, Sample, gradients
+from mpsearch import backward
+from mpsearch.backward import Backward, Sample, gradients, products
 from mpsearch.errors import ResourceError
 from mpsearch.evaluate import Bench
 from mpsearch.formats import FORMATS, Format
@@ -155,6 +156,22 @@ def test_an_expert_that_no_token_reached_gets_zeros(tmp_path: Path) -> None:
     found = collected(gradients(work, {}, names(skeleton), two_scalars, most=2))
     last = [g for x, g in found[0, 0].items() if ".2.mlp.experts." in x and "down_proj" in x]
     assert sorted(bool(gradient.any()) for gradient in last) == [False, False, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_are_taken_in_slices_and_each_as_if_alone(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = torch.Generator().manual_seed(0)
+    weight, *some = (torch.randn(50, 24, generator=rng).to(dtype) for _ in range(4))
+    expected = [float((gradient.double() * weight.double()).sum()) for gradient in some]
+    for size in (2**26, 24 * 7, 1):
+        monkeypatch.setattr(backward, "SLICE", size)
+        found = products(some, weight)
+        assert found.dtype == torch.float32
+        assert found.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        alone = torch.cat([products([gradient], weight) for gradient in some])
+        assert torch.equal(alone, found)
 
 
 # ------------------------------------------------------------------------------ what is held
