@@ -134,6 +134,11 @@ class Walk:
                 "memory to be loaded whole"
             )
 
+    @property
+    def as_tuple(self) -> bool:
+        """Whether the model's blocks return their states in a tuple."""
+        return self._as_tuple
+
     def logits(self, held: Held) -> Iterator[Tensor]:
         """What `Pass.logits` gives for each row, in order, of one candidate; as `run`."""
         (logits,) = self.run([held])
@@ -151,6 +156,25 @@ class Walk:
             ResourceError: hidden states fill the disk.
         """
         owns = [self._own(candidate) for candidate in candidates]
+        branches: list[_Branch] = []
+        for branches in self._by_depth(owns):  # noqa: B007
+            pass
+        branch_of = {member: branch for branch in branches for member in branch.members}
+        for index, own in enumerate(owns):
+            yield self._left(branch_of[index], own)
+
+    def readings(self) -> Iterator[Iterator[Tensor]]:
+        """For each block what `Pass.logits` would give for each row if it were the last, of the
+        reference. Take a block's rows before the next block.
+
+        Raises:
+            ResourceError: hidden states fill the disk.
+        """
+        for (branch,) in self._by_depth([{}]):
+            yield self._left(branch, {})
+
+    def _by_depth(self, owns: Sequence[_Owns]) -> Iterator[list[_Branch]]:
+        """All candidates after each block."""
         most_bytes = self._states_bytes
         if most_bytes is None:
             most_bytes = int(available_memory_bytes(self._work.model.device) * _MOST_MEMORY)
@@ -163,10 +187,7 @@ class Walk:
                 if depth + 1 < len(self._blocks):
                     fetching = ahead.submit(self._fetch, depth + 1, owns)
                 branches = self._through(depth, fetched, branches, owns, room)
-            del fetched, fetching
-        branch_of = {member: branch for branch in branches for member in branch.members}
-        for index, own in enumerate(owns):
-            yield self._left(branch_of[index], own)
+                yield branches
 
     def _own(self, candidate: Held) -> dict[int | None, Own]:
         """What a candidate holds in each block, and under None in none of them."""
