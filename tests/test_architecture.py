@@ -36,6 +36,8 @@ WITH_TORCH = (
         "codecs",
         "walk",
         "backward",
+        "footprint",
+        "opening",
         "quantizers",
         "wanted",
         "calibration",
