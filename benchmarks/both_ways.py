@@ -29,12 +29,12 @@ from result_file import commit, save
 import mpsearch as mps
 from mpsearch.console import Progress, quiet_libraries, say
 from mpsearch.measures import Sensitivity
-from mpsearch.models import Model, load_model
+from mpsearch.models import Model, load_whole
 from mpsearch.run import Run
 from mpsearch.skeleton import load_skeleton
 
 MODEL = "builtin:smollm2-135m"
-OPEN = {"loaded": load_model, "streamed": load_skeleton}
+OPEN = {"loaded": load_whole, "streamed": load_skeleton}
 
 
 def main() -> int:

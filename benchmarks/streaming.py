@@ -1,7 +1,7 @@
 """A model run block by block from its checkpoint, beside the same model loaded whole.
 
 Protocol: `memory`: Llama-like models of growing depth, built from a config with random weights and
-written as shards, each asked facts in a fresh process, loaded (`load_model`, then `Pass.run`) and
+written as shards, each asked facts in a fresh process, loaded (`load_whole`, then `Pass.run`) and
 streamed (`load_skeleton`, then a `Walk` over a candidate in int4-g64). The peak is the kernel's own
 count of what was resident (VmHWM, Linux only), pages of mapped files included; that of a process
 which only imports what the other two use is given beside it. Embedding and head are in memory both
@@ -54,7 +54,7 @@ from mpsearch.evaluate import Bench, all_layers, quantized_layers
 from mpsearch.facts import FactSet
 from mpsearch.formats import FORMATS, Format
 from mpsearch.forward import Pass
-from mpsearch.models import Model, load_model
+from mpsearch.models import Model, load_whole
 from mpsearch.quantizers.rounding import Rounding
 from mpsearch.recall import SHOTS, ask
 from mpsearch.skeleton import load_skeleton
@@ -162,7 +162,7 @@ def peak_of(folder: Path, way: str) -> dict[str, int]:
 
     compressor(FORMATS["int4-g64"])
     if way == "loaded":
-        _pass(load_model(str(folder)), _MEMORY_FACTS).run()
+        _pass(load_whole(str(folder)), _MEMORY_FACTS).run()
     elif way == "streamed":
         skeleton = load_skeleton(str(folder))
         bank = Bank(skeleton, Rounding())
@@ -183,7 +183,7 @@ def _status_bytes(field: str) -> int:
 
 def speed(facts: int, turns: int) -> list[dict[str, Any]]:
     """Seconds and bytes of an evaluation, loaded and streamed with few and more candidates."""
-    model = load_model(MODEL)
+    model = load_whole(MODEL)
     space = SearchSpace.parse(SPACE, "streaming").resolve(model)
     bank = Bank(model, Rounding())
     bank.build([item for item in all_layers(space) if item[1].quantized])

@@ -36,7 +36,7 @@ _HOME = {
     "SearchSpace": "space",
     "Sensitivity": "measures",
     "export": "export",
-    "load_model": "models",
+    "load_model": "opening",
     "measure_sensitivity": "sensitivity",
     "plot": "plot",
     "refine": "refine",

@@ -22,6 +22,7 @@ from mpsearch import (
     refine_commands,
 )
 from mpsearch.errors import EXIT_INTERRUPTED, MpsearchError, ResourceError, UsageError
+from mpsearch.sizes import parse_size
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     quiet_libraries()
     try:
+        if limit := getattr(args, "memory_limit", None):
+            args.memory_limit_bytes = parse_size(limit)
         args.command(args)
         sys.stdout.flush()
         return 0
@@ -93,7 +96,7 @@ def _resume_hint(args: argparse.Namespace) -> str:
 
     given = [f"--budget {shlex.quote(args.budget or f'{Run.open(args.out).budget_bytes}B')}"]
     flags = ("space", "facts", "quantizer", "calibration", "sampler", "trials", "search_facts")
-    for flag in (*flags, "seed", "time", "text", "max_text_kl"):
+    for flag in (*flags, "seed", "time", "text", "max_text_kl", "memory_limit"):
         value = getattr(args, flag)
         if value is not None and value != args.defaults.get(flag):
             given.append(f"--{flag.replace('_', '-')} {shlex.quote(str(value))}")
@@ -103,6 +106,10 @@ def _resume_hint(args: argparse.Namespace) -> str:
 
 
 # ------------------------------------------------------------------------------------ parser
+
+
+# The commands that load a reference model.
+_LOADING = ("search", "layers", "sensitivity", "bank", "refine", "export", "recall", "compare")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -212,6 +219,12 @@ def _parser() -> argparse.ArgumentParser:
     export_commands.add_commands(add)
     recall_commands.add_commands(add)
     fit_commands.add_commands(add)
+    for name in _LOADING:
+        command = subparsers.choices[name]
+        command.add_argument(
+            "--memory-limit", metavar="SIZE", help="take so much at most; block by block if it must"
+        )
+        command.set_defaults(memory_limit_bytes=None)
     add("doctor", commands.doctor, "say what this machine has and what mpsearch can use of it")
     return parser
 

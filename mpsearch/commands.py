@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpsearch.errors import InfeasibleError, RunError, UsageError
+
+if TYPE_CHECKING:
+    from mpsearch.space import SearchSpace
 
 
 def search(args: argparse.Namespace) -> None:
@@ -33,7 +37,7 @@ def search(args: argparse.Namespace) -> None:
     device_budget, budget_bytes = None, stated_bytes or 0
     if stated_bytes is None:
         device_budget, budget_bytes = device_budget_of(args, space_file)
-    model = _model(args)
+    model = _model(args, "search", space_file)
     from mpsearch import awq
     from mpsearch.search import search
 
@@ -61,6 +65,7 @@ def search(args: argparse.Namespace) -> None:
             device_budget=device_budget,
             resume=args.resume,
             report=report,
+            needed=report.need,
             estimated=report.expect,
         )
     run.content["command"] = shlex.join(["mpsearch", *args.given])
@@ -84,7 +89,7 @@ def layers(args: argparse.Namespace) -> None:
     from mpsearch.console import emit_json, layers_json, say, show_kept, show_layers
 
     space_file = _space(args)
-    model = _model(args)
+    model = _model(args, "look", space_file)
     space = space_file.resolve(model)
     kept = model.kept_by_reason({layer.name for group in space.groups for layer in group.layers})
     if args.json:
@@ -100,7 +105,7 @@ def bank(args: argparse.Namespace) -> None:
     from mpsearch.sizes import format_size
 
     space_file, calibration = _space(args), _calibration(args)
-    model = _model(args)
+    model = _model(args, "bank", space_file)
     from mpsearch.bank import Bank
     from mpsearch.evaluate import all_layers
     from mpsearch.quantizers import get_quantizer
@@ -140,7 +145,7 @@ def sensitivity(args: argparse.Namespace) -> None:
     from mpsearch.console import Progress, emit_json, say, show_sensitivity
 
     space_file, facts, calibration = _space(args), _facts(args), _calibration(args)
-    model = _model(args)
+    model = _model(args, "sensitivity", space_file)
     from mpsearch.search import sensitivity_of
 
     with Progress() as report:
@@ -255,13 +260,21 @@ def _calibration(args: argparse.Namespace) -> Any:
     return Calibration.load(args.calibration)
 
 
-def _model(args: argparse.Namespace) -> Any:
+def _model(args: argparse.Namespace, job: str, space: SearchSpace) -> Any:
     from mpsearch.console import say
 
     say(f"loading {args.model}")
-    from mpsearch.models import load_model
+    from mpsearch.footprint import JOBS
+    from mpsearch.opening import load_model
+    from mpsearch.quantizers import get_quantizer
 
-    model = load_model(args.model, chat_template=getattr(args, "chat_template", False))
+    chat_template = getattr(args, "chat_template", False)
+    planned = JOBS[job]
+    if planned.stages:
+        quantizer = get_quantizer(args.quantizer, space.target.container)
+        tables = space.embedding is not None or space.head is not None
+        planned = replace(planned, calibrated=quantizer.calibrated, tables=tables)
+    model = load_model(args.model, chat_template, args.memory_limit_bytes, planned)
     for name, reason in model.unrecognised.items():
         say(f"'{name}' stays as it is ({reason})")
     return model

@@ -45,23 +45,98 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+# Where the two versions of control groups say limit, use, and what of it can be reclaimed. In the
+# first a number beyond any memory stands for no limit.
+_CONTAINERS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+
+_limit_bytes: int | None = None
+
+
+def limit_memory(limit_bytes: int | None) -> None:
+    """Let this process count on so much memory at most, from now on; None for all that there is.
+
+    Of a GPU's memory if it computes on one, else of its own. Nothing stops at the limit by itself:
+    every cache takes a share of `available_memory_bytes`, and what does not fit is refused.
+
+    Raises:
+        UsageError: it is not above zero.
+    """
+    global _limit_bytes
+    if limit_bytes is not None and limit_bytes <= 0:
+        raise UsageError(f"memory limit {limit_bytes} is no size; give bytes above 0")
+    _limit_bytes = limit_bytes
+
+
+def memory_limit() -> int | None:
+    """What `limit_memory` was last given, in bytes."""
+    return _limit_bytes
+
+
 def available_memory_bytes(device: torch.device) -> int:
-    """Memory that a new allocation can use now: of the GPU, or of this machine or its container."""
+    """Memory that a new allocation can use now, never below zero.
+
+    Of the GPU; or of this machine, its container, and what limits this process (`ulimit -v`,
+    `ulimit -d`); or what `limit_memory` leaves beside what this process has.
+    """
+    there_is = [_of_gpu(device)] if device.type == "cuda" else _of_this_machine()
+    if _limit_bytes is not None:
+        there_is.append(_limit_bytes - used_memory_bytes(device))
+    return max(0, min(there_is))
+
+
+def used_memory_bytes(device: torch.device) -> int:
+    """What this process has: reserved on the GPU, else resident, mapped files included."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # counts reclaimable page cache, which sysconf does not
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        # The container's page cache counts as used, and is given back when needed.
-        fields = dict(line.split() for line in _lines(Path("/sys/fs/cgroup/memory.stat")))
-        reclaimable = int(fields.get("inactive_file", 0))
-        available = min(available, int(text) - int(used.read_text()) + reclaimable)
-    return available
+        return torch.cuda.memory_reserved(device)
+    pages = " ".join(_lines(Path("/proc/self/statm"))).split()[1:2]
+    # Where the kernel does not say, it has at some time been as large as at most now.
+    return int(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else peak_memory_bytes()
+
+
+def _of_gpu(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def _of_this_machine() -> list[int]:
+    """What is left under each bound that there is."""
+    found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    meminfo = _fields(Path("/proc/meminfo"))
+    if "MemAvailable" in meminfo:  # counts reclaimable page cache, which sysconf does not
+        found = [meminfo["MemAvailable"] * 1024]
+    for folder, limit, used, inactive in _CONTAINERS:
+        said = [" ".join(_lines(Path(f"{folder}/{name}"))) for name in (limit, used)]
+        if all(text.isdecimal() for text in said):
+            # The container's page cache counts as used, and is given back when needed.
+            reclaimable = _fields(Path(f"{folder}/memory.stat")).get(inactive, 0)
+            found.append(int(said[0]) - int(said[1]) + reclaimable)
+    return found + _of_this_process()
+
+
+def _of_this_process() -> list[int]:
+    """What soft limits of address space and of data leave."""
+    import resource
+
+    status = _fields(Path("/proc/self/status"))
+    found = []
+    for which, field in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        soft, _ = resource.getrlimit(which)
+        if soft != resource.RLIM_INFINITY and field in status:
+            found.append(soft - status[field] * 1024)
+    return found
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The numbers in lines such as `VmSize:  4096 kB`, by what stands before them."""
+    words = [line.replace(":", " ").split() for line in _lines(path)]
+    return {line[0]: int(line[1]) for line in words if len(line) > 1 and line[1].isdecimal()}
 
 
 def _lines(path: Path) -> list[str]:
@@ -70,12 +145,17 @@ def _lines(path: Path) -> list[str]:
 
 def require_memory(needed_bytes: int, device: torch.device, what: str) -> None:
     """Raise `ResourceError` before work starts if the device cannot hold it."""
-    if (available := available_memory_bytes(device)) < needed_bytes:
-        raise ResourceError(
-            f"{what} needs about {format_size(needed_bytes)} of memory and "
-            f"{format_size(available)} is available on {device.type}; close other programs or use "
-            "a smaller model"
-        )
+    if (available := available_memory_bytes(device)) >= needed_bytes:
+        return
+    where = f"available on {device.type}"
+    way_out = "close other programs or use a smaller model"
+    if _limit_bytes is not None:
+        where = f"left of the limit of {format_size(_limit_bytes)}"
+        way_out = "give a larger --memory-limit, or none"
+    raise ResourceError(
+        f"{what} needs about {format_size(needed_bytes)} of memory and {format_size(available)} is "
+        f"{where}; {way_out}"
+    )
 
 
 def require_disk(needed_bytes: int, folder: Path, what: str) -> None:

@@ -51,7 +51,7 @@ def export(args: argparse.Namespace) -> None:
     from mpsearch.searched import searched_model
 
     out = export(
-        searched_model(run),
+        searched_model(run, args.memory_limit_bytes, job="export"),
         point.assignment,
         to=args.to or run.space.target.name,
         out=args.out,

@@ -1,4 +1,5 @@
-"""How long a search will take, said before it starts: tokens that are counted, at a measured pace.
+"""How long a search will take, said before it starts: tokens that are counted, at a measured pace;
+and what else it needs, which `mpsearch.footprint` counts.
 
 The pace is that of the reference on search facts, which a search asks anyway. Everything but the
 weight bank is a multiple of it: an evaluation pushes its facts' distinct tokens through the model,
@@ -13,6 +14,25 @@ from dataclasses import dataclass
 
 _RIVALS = 3  # at most so many simple allocations are read on test facts beside the pick
 _FLOOR = 0.8  # of a pass, for the noise floor of the reference
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a search takes beside time, known before it starts.
+
+    Attributes:
+        streamed: whether the model is run block by block, or is loaded whole.
+        why: in words and numbers.
+        memory_bytes: at the peak, caches left out.
+        disk_bytes: of the weights that the bank lacks.
+        states_bytes: of hidden states, on disk where memory is short.
+    """
+
+    streamed: bool
+    why: str
+    memory_bytes: int
+    disk_bytes: int
+    states_bytes: int
 
 
 @dataclass(frozen=True)
@@ -87,9 +107,10 @@ class Forecast:
 
 
 Estimated = Callable[[Forecast], None]
+Needed = Callable[[Needs], None]
 
 
-def unsaid(forecast: Forecast) -> None:
+def unsaid(forecast: Forecast | Needs) -> None:
     """A forecast that goes nowhere."""
 
 

@@ -25,7 +25,8 @@ from mpsearch.errors import CheckError, UsageError
 from mpsearch.fluency import TextScores
 from mpsearch.forward import Pass, TokenSequence
 from mpsearch.models import Model
-from mpsearch.walk import Held, each_scored, runner
+from mpsearch.runner import each_scored, runner
+from mpsearch.walk import Held
 
 LENGTH = 256  # tokens, at which a longer paragraph is cut
 MOST_TOKENS = 4096  # of a text; further paragraphs are left out

@@ -8,7 +8,7 @@ the same bf16 values.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mpsearch.architecture import read_config
 from mpsearch.builtin import builtin_folder
 from mpsearch.checkpoint import Checkpoint
-from mpsearch.device import compute_dtype, pick_device, require_memory
+from mpsearch.device import compute_dtype, pick_device
 from mpsearch.errors import CheckError, ModelError
 from mpsearch.formats import ITEM_BYTES
 from mpsearch.hub import BUILTIN_NAME, from_hub
@@ -161,22 +161,20 @@ class Model:
         return list({id(place.parameter): place for place in self.places.values()}.values())
 
 
-def load_model(name: str, chat_template: bool = False) -> Model:
-    """Load `builtin:smollm2-135m`, a local folder (one safetensors file or shards) or a hub id.
+def load_whole(name: str, chat_template: bool = False) -> Model:
+    """Load `builtin:smollm2-135m`, a folder (one safetensors file or shards) or a hub id, whole.
 
     Args:
         chat_template: ask facts as a user's turn in the tokenizer's chat template.
     Raises:
         ModelError: it cannot be had, is stored as pickle, or is already quantized.
         CheckError: a weight is NaN or infinite.
-        ResourceError: memory or disk is too small.
+        ResourceError: the disk is too small to prepare the built-in model.
     """
     folder = locate(name)
-    weights_bytes = check_folder(folder, name)
+    check_folder(folder, name)
     device = pick_device()
     dtype = compute_dtype(device)
-    # In bf16, and again in the computing dtype where that is another; room for one pass.
-    require_memory(int(weights_bytes * 1.3) + 500_000_000, device, f"loading '{name}'")
     with one_line(name):
         module, loaded = loader(folder).from_pretrained(
             folder,
@@ -322,36 +320,49 @@ def layers_at(places: Mapping[str, Place]) -> tuple[Layer, ...]:
 
 @torch.inference_mode()
 def _check_attention(name: str, module: Any, device: torch.device, has_experts: bool) -> None:
-    """Refuse models in which a token sees another that its mask hides; see `mpsearch.forward`.
-
-    Of three tokens the last attends to the first only, and so must not notice the second. State
-    spaces, linear attention and attention without a general mask fail this.
-    """
+    """Refuse models in which a token sees another that its mask hides; see `mpsearch.forward`."""
     mask = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool, device=device)
-    logits = []
-    for hidden in (3, 4):
-        tokens = torch.tensor([[1, hidden, 2]], device=device)
-        positions = torch.tensor([[0, 1, 1]], device=device)
-        try:
-            output = module(
-                input_ids=tokens,
-                position_ids=positions,
-                attention_mask=mask[None, None],
-                use_cache=False,
-                logits_to_keep=torch.tensor([2], device=device),
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except _FROM_BELOW as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ModelError(
-                f"model '{name}' ({type(module).__name__}) does not run under a general attention "
-                f"mask, by which facts share a pass ({reason}); use another model"
-            ) from error
-        logits.append(output.logits[0, -1].float())
+
+    def logits_of_last(hidden: int) -> Tensor:
+        output = module(
+            input_ids=torch.tensor([[1, hidden, 2]], device=device),
+            position_ids=torch.tensor([[0, 1, 1]], device=device),
+            attention_mask=mask[None, None],
+            use_cache=False,
+            logits_to_keep=torch.tensor([2], device=device),
+        )
+        logits: Tensor = output.logits[0, -1].float()
+        return logits
+
+    require_masked(name, module, lambda: [logits_of_last(hidden) for hidden in (3, 4)], has_experts)
+
+
+def require_masked(
+    name: str, module: Any, ask: Callable[[], Sequence[Tensor]], has_experts: bool
+) -> None:
+    """Refuse a model in which a token sees another that its mask hides.
+
+    State spaces, linear attention and attention without a general mask fail this.
+
+    Args:
+        ask: gives the logits of the last of three tokens, which attends to the first only, with one
+            and with another token between them, which it so must not notice.
+    Raises:
+        ModelError: it does notice, or no such mask can be given.
+    """
+    try:
+        one, other = ask()
+    except torch.OutOfMemoryError:
+        raise
+    except _FROM_BELOW as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"model '{name}' ({type(module).__name__}) does not run under a general attention "
+            f"mask, by which facts share a pass ({reason}); use another model"
+        ) from error
     # Rounding alone, where experts take other tokens together in the second pass.
     tolerance = 5e-2 if has_experts else 1e-4
-    if (logits[0] - logits[1]).abs().max() > tolerance * logits[0].std():
+    if (one - other).abs().max() > tolerance * one.std():
         raise ModelError(
             f"model '{name}' ({type(module).__name__}) lets a token see another that its mask "
             "hides, as state spaces and linear attention do, so facts cannot share a pass; use a "
@@ -377,6 +388,7 @@ def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name]  # looked up once, as one may be read from disk for it
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        del tensor  # or it would be held while the next is read
     return digest.hexdigest()
 
 

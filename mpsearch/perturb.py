@@ -18,7 +18,8 @@ from mpsearch.errors import CheckError
 from mpsearch.evaluate import Bench
 from mpsearch.formats import BF16
 from mpsearch.forward import Pass, PreparedRow
-from mpsearch.walk import Walk, runner
+from mpsearch.runner import runner
+from mpsearch.walk import Walk
 
 STAGE = "measuring each group alone, in blocks run"
 _AT_ONCE = 16  # candidates of a streamed model

@@ -32,6 +32,7 @@ from mpsearch.errors import CheckError, UsageError
 from mpsearch.facts import Fact, FactSet
 from mpsearch.forward import MAX_NODES, Pass, PreparedRow, TokenSequence
 from mpsearch.models import Model
+from mpsearch.runner import each_scored, runner
 from mpsearch.scores import (
     FactScores,
     NoiseFloor,
@@ -41,7 +42,7 @@ from mpsearch.scores import (
     summarize,
 )
 from mpsearch.states import StateRoom, States
-from mpsearch.walk import Held, each_scored, runner
+from mpsearch.walk import Held
 
 SHOTS = 4
 _NOISE_ROW_TOKENS = 192  # a row size that no other pass uses

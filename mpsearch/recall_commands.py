@@ -59,7 +59,7 @@ def recall(args: argparse.Namespace) -> None:
     """Recall by relation, with intervals and the noise floor, and the perplexity of text."""
     one_hop, fact_set, facts = _facts(args)
     text = _text(args)
-    model = _model(args.model, args.chat_template)
+    model = _model(args, args.model)
     import numpy as np
 
     from mpsearch.console import Progress, emit_json, say
@@ -128,7 +128,12 @@ def compare(args: argparse.Namespace) -> None:
     )
 
     started = time.perf_counter()
-    model = _model(args.reference, args.chat_template)
+    model = _model(args, args.reference)
+    if args.depth and model.streamed:
+        raise UsageError(
+            f"--depth reads every block of a model that is loaded whole, and '{args.reference}' "
+            "does not fit so; leave --depth away, or give it more memory"
+        )
     with Progress() as report:
         stage = f"asking {len(facts)} facts of both"
         report(stage, 0, 3)
@@ -142,7 +147,7 @@ def compare(args: argparse.Namespace) -> None:
         guard = TextGuard(model, text.held_out)
         said, read_by_reference = guard.said, guard.reference
         del proxy, guard, model
-        model = _model(args.candidate, args.chat_template)
+        model = _model(args, args.candidate)
         proxy = RecallProxy(model, fact_set, facts, contrast=True, shots=args.shots, against=first)
         report(stage, 3, 3)
         candidate = proxy.reference
@@ -215,13 +220,13 @@ def _text(args: argparse.Namespace) -> Text:
     return Text.load(args.text) if args.text else Text.builtin()
 
 
-def _model(name: str, chat_template: bool) -> Any:
+def _model(args: argparse.Namespace, name: str) -> Any:
     from mpsearch.console import say
 
     say(f"loading {name}")
     from mpsearch.export.reload import load_any
 
-    return load_any(name, chat_template)
+    return load_any(name, args.chat_template, args.memory_limit_bytes)
 
 
 def _about(args: argparse.Namespace, seconds: float) -> dict[str, Any]:

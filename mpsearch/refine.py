@@ -8,15 +8,17 @@ will really give it. Bytes stay as they are; codes and scales change.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank, Report, silent
 from mpsearch.calibration import Calibration
-from mpsearch.device import require_memory
 from mpsearch.errors import InfeasibleError, RunError, UsageError
 from mpsearch.evaluate import Bench, quantized_layers
 from mpsearch.facts import FactSet
+from mpsearch.footprint import JOBS
 from mpsearch.models import Model
+from mpsearch.opening import needs_of
 from mpsearch.points import Point
 from mpsearch.quantizers import QUANTIZERS, Quantizer, get_quantizer
 from mpsearch.run import Run
@@ -70,9 +72,8 @@ def refine(
     bank = Bank(model, quantizer, calibration, in_order=digest_of(wanted))
     settings = json.dumps(bank.settings, sort_keys=True)
     refined = Assignment(point.assignment.pairs, settings, refined=True)
-    if not model.streamed:  # else a block's decoded weights are in memory at a time
-        weights = sum(layer.weights for layer, _ in wanted)
-        require_memory(model.dtype.itemsize * weights + 1_000_000_000, model.device, "refining")
+    tables = any(layer in (model.embedding, model.head) for layer, _ in wanted)
+    needs_of(model, replace(JOBS["refine"], tables=tables), "refining")
     with run.locked():
         run = Run.open(run.folder)  # as whoever held it has left it
         run.mend()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mpsearch.points import Point
     from mpsearch.run import Run
 
-_FLAGS = ("calibration", "facts", "text")
+_FLAGS = ("calibration", "facts", "text", "memory_limit")
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -37,7 +37,7 @@ def resume_hint(args: argparse.Namespace) -> str:
     given = [args.run, args.point]
     for flag in _FLAGS:
         if value := getattr(args, flag):
-            given += [f"--{flag}", value]
+            given += [f"--{flag.replace('_', '-')}", value]
     return f"; continue with: mpsearch refine {shlex.join(given)}"
 
 
@@ -61,7 +61,7 @@ def refine(args: argparse.Namespace) -> None:
 
     check_refinable(run, point, facts, text)
     say(f"loading {run.question['model']}")
-    model = searched_model(run)
+    model = searched_model(run, args.memory_limit_bytes)
     began = time.monotonic()
     with Progress() as report:
         refined = refine(

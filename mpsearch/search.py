@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,16 @@ from mpsearch.asked import (
 from mpsearch.bank import Bank, Report, silent
 from mpsearch.budget import DeviceBudget
 from mpsearch.calibration import Calibration
-from mpsearch.device import require_disk, require_memory
+from mpsearch.device import require_disk
 from mpsearch.errors import CheckError, RunError
 from mpsearch.evaluate import Bench, all_layers
 from mpsearch.facts import FactSet
-from mpsearch.forecast import Estimated, Plan, forecast, unsaid
+from mpsearch.footprint import JOBS
+from mpsearch.forecast import Estimated, Needed, Needs, Plan, forecast, unsaid
 from mpsearch.guard import cut_text
 from mpsearch.measures import Sensitivity
 from mpsearch.models import Model
+from mpsearch.opening import needs_of
 from mpsearch.quantizers import get_quantizer
 from mpsearch.recall import SHOTS
 from mpsearch.run import Run
@@ -69,6 +72,7 @@ def search(
     device_budget: DeviceBudget | None = None,
     resume: bool = False,
     report: Report = silent,
+    needed: Needed = unsaid,
     estimated: Estimated = unsaid,
 ) -> Run:
     """Search bit-width assignments under a budget of stored bytes; see `Wish` for the arguments.
@@ -79,6 +83,7 @@ def search(
         device_budget: what the budget follows from, kept in the run.
         resume: continue the run in `out`, which must have been asked the same question.
         report: called with (stage, done, total).
+        needed: called with what it takes beside time, before anything is done.
         estimated: called with the time that it takes, at once and when the bank has been timed.
     Returns:
         The finished run.
@@ -97,7 +102,7 @@ def search(
         space = space.resolve(model)
     facts = facts or FactSet.builtin()
     work = _Search(model, space, wish, facts, report, estimated)
-    return work.run(Path(out), resume, device_budget)
+    return work.run(Path(out), resume, device_budget, needed)
 
 
 class _Search:
@@ -150,10 +155,13 @@ class _Search:
             "dtype": str(self.model.dtype),
         }
 
-    def run(self, out: Path, resume: bool, device_budget: DeviceBudget | None) -> Run:
+    def run(
+        self, out: Path, resume: bool, device_budget: DeviceBudget | None, needed: Needed
+    ) -> Run:
         if resume:
             run = Run.open(out)
             run.check_question(self.question)
+            needs = self._needs(out)
             at_once = run.content.get("at_once", 1)
             if self.wish.at_once not in (None, at_once):
                 raise RunError(
@@ -161,7 +169,7 @@ class _Search:
                     "asked for; continue as it was begun"
                 )
         else:
-            self._check_resources(out)
+            needs = self._needs(out)
             run = Run.create(out, self.question, self.space, self.model.preparation)
             at_once = self.wish.at_once or (AT_ONCE if self.model.streamed else 1)
             run.content["at_once"] = at_once
@@ -170,7 +178,9 @@ class _Search:
             run.content["finished"] = False
             if device_budget is not None:
                 run.content["device_budget"] = device_budget.to_json()
+            run.content["needs"] = asdict(needs)
             run.save()
+            needed(needs)
             self.report("asking the reference", 0, 1)
             freeze_facts(run, self.model, self.facts, self.wish.search_facts)
             self.report("asking the reference", 1, 1)
@@ -228,11 +238,23 @@ class _Search:
         since, self._since = self._since, time.monotonic()
         run.content["took_seconds"][stage] = self._since - since
 
-    def _check_resources(self, out: Path) -> None:
-        weights = sum(group.weights for group in self.space.groups)
-        # Originals are loaded already; decoded candidates and gradients come on top.
-        require_memory(6 * weights + 1_000_000_000, self.model.device, "the search")
+    def _needs(self, out: Path) -> Needs:
+        """What it takes beside time, after refusing what memory and disk do not hold."""
+        wanted = [(layer, fmt) for layer, fmt in all_layers(self.space) if fmt.quantized]
+        lacking = [
+            (layer, fmt) for layer, fmt in wanted if not self.bank.path(layer.name, fmt).exists()
+        ]
+        disk_bytes = sum(fmt.layer_bytes(layer) for layer, fmt in lacking)
+        tables = (self.model.embedding, self.model.head)
+        job = replace(
+            JOBS["search"],
+            calibrated=self.bank.quantizer.calibrated and bool(lacking),
+            tables=any(layer in tables for layer, _ in wanted),
+        )
+        needs = needs_of(self.model, job, "the search", disk_bytes)
         require_disk(50_000_000, out, "the run folder")
+        require_disk(int(disk_bytes * 1.1), self.bank.folder, "the weight bank")
+        return needs
 
     def _sensitivity(self, run: Run) -> Sensitivity:
         path = run.folder / "sensitivity.json"

@@ -18,7 +18,7 @@ from mpsearch.errors import MpsearchError, RunError
 from mpsearch.export import tensor_bytes
 from mpsearch.export.own_loader import load_as_served
 from mpsearch.facts import Fact, FactSet
-from mpsearch.models import load_model
+from mpsearch.opening import load_model
 from mpsearch.recall import RecallProxy
 
 
@@ -50,7 +50,8 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     if request["own"]:
         model, loader = load_as_served(request["model"], request["chat_template"])
     else:
-        model, loader = load_model(request["model"], request["chat_template"]), "reference"
+        model = load_model(request["model"], request["chat_template"], job="ask")
+        loader = "reference"
     loaded = time.perf_counter()
     proxy = RecallProxy(model, fact_set, facts, contrast=True, shots=request["shots"])
     scores = proxy.reference

@@ -62,15 +62,15 @@ def load_skeleton(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Model:
-    """Open what `load_model` opens without loading its blocks.
+    """Open what `load_whole` loads without loading its blocks.
 
     All weights are read once, one after another, for the fingerprint and to find NaN.
 
     Args:
         chat_template: ask facts as a user's turn in the tokenizer's chat template.
-        device, dtype: to compute on and with, by default what `load_model` takes.
+        device, dtype: to compute on and with, by default what `load_whole` takes.
     Raises:
-        ModelError: as `load_model`, or its blocks stand in no list.
+        ModelError: as `load_whole`, or its blocks stand in no list.
         CheckError: a weight is NaN or infinite.
     """
     device = device or pick_device()

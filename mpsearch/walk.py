@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,18 +32,15 @@ from torch import Tensor
 from mpsearch.blocks import Call, called, find_blocks, returning
 from mpsearch.codecs import Stored, decode
 from mpsearch.device import available_memory_bytes
-from mpsearch.errors import CheckError, ModelError
+from mpsearch.errors import ModelError
 from mpsearch.formats import Format
 from mpsearch.forward import Pass, PreparedRow
 from mpsearch.layers import Layer
 from mpsearch.models import Model
 from mpsearch.places import Place
-from mpsearch.reuse import Reuse
 from mpsearch.states import StateRoom, States
 
 _MOST_MEMORY = 1 / 8  # of what is available, for hidden states
-
-T = TypeVar("T")
 
 Supply = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Gives parameters of the reference by their names in the model, ready to compute with."""
@@ -409,27 +406,6 @@ class Walk:
         finally:
             for name, tensor in before.items():
                 self._parameters[name].data = tensor
-
-
-def runner(work: Pass) -> Reuse | Walk:
-    """What runs a pass for one candidate after another, as the model's weights allow."""
-    return Walk(work) if work.model.streamed else Reuse(work)
-
-
-def each_scored(
-    run: Reuse | Walk, candidates: Sequence[Held], scores: Callable[[Iterable[Tensor]], T]
-) -> Iterator[T | CheckError]:
-    """Several candidates of a streamed model, each scored by its rows' logits.
-
-    Yields:
-        For each what `scores` gives, or the `CheckError` that it raises.
-    """
-    assert isinstance(run, Walk)  # a loaded model's candidates are put in place one by one
-    for logits in run.run(candidates):
-        try:
-            yield scores(logits)
-        except CheckError as error:
-            yield error
 
 
 @contextmanager

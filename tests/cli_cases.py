@@ -10,7 +10,8 @@ from dataclasses import dataclass
 BUDGET = "57KiB"
 TRIALS = "40"
 TALK = re.compile(
-    r"loading |budget [\d.]+ [KMGT]iB \([\d,]+ bytes\)$|[a-z][^:]*: \d+/\d+|about .* as it goes\)$"
+    r"loading |budget [\d.]+ [KMGT]iB \([\d,]+ bytes\)$|[a-z][^:]*: \d+/\d+|"
+    r"run (loaded whole|block by block) \(|about .* as it goes\)$"
 )
 
 

@@ -36,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 from mpsearch import cli
 from mpsearch.facts import FactSet
 from mpsearch.formats import FORMATS
-from mpsearch.models import Model, from_module, load_model
+from mpsearch.models import Model, from_module, load_whole
 from mpsearch.space import ResolvedSpace, SearchSpace
 from mpsearch.wanted import Wanted
 
@@ -177,7 +177,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path) -> Model:
     """The taught model, loaded. Tests must leave its reference weights in place."""
-    return load_model(str(tiny_folder))
+    return load_whole(str(tiny_folder))
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,10 @@ WITH_TORCH = (
     *(
         "codecs",
         "walk",
+        "runner",
         "backward",
+        "footprint",
+        "opening",
         "quantizers",
         "wanted",
         "tensor_files",

@@ -27,7 +27,7 @@ from mpsearch.builtin import builtin_folder
 from mpsearch.errors import ModelError
 from mpsearch.families import FAMILIES
 from mpsearch.hub import BUILTIN_NAME
-from mpsearch.models import Model, load_model
+from mpsearch.models import Model, load_whole
 from mpsearch.space import SearchSpace
 
 Config = dict[str, Any]
@@ -157,7 +157,7 @@ def test_a_space_of_a_head_resolves_as_on_the_loaded_model() -> None:
 
 
 def test_the_built_in_models_space_resolves_as_on_the_loaded_one() -> None:
-    model = load_model(BUILTIN_NAME)
+    model = load_whole(BUILTIN_NAME)
     told = read_architecture(load_config(BUILTIN_NAME), BUILTIN_NAME)
     assert told.layers == model.layers
     assert (told.embedding, told.head) == (model.embedding, model.head)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from mpsearch import builtin
 from mpsearch.builtin import builtin_folder, leave_grid, read_gguf
 from mpsearch.errors import ModelError, ResourceError
-from mpsearch.models import load_model
+from mpsearch.models import load_whole
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_leaving_the_grid_keeps_the_function_with_norm_gains_and_shared_heads() 
 def test_it_loads_by_name_with_120_decisions_and_tied_head() -> None:
     from mpsearch.space import SearchSpace
 
-    model = load_model("builtin:smollm2-135m")
+    model = load_whole("builtin:smollm2-135m")
     space = SearchSpace.default().resolve(model)
     assert (len(model.layers), len(space.groups)) == (210, 120)
     assert model.kept_bytes == (49152 * 576 + 61 * 576) * 2

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,6 +120,69 @@ def test_container_without_a_limit_does_not_cap_memory(
 def test_gpu_memory_is_what_its_driver_says_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda of: (123, 456))
     assert device.available_memory_bytes(torch.device("cuda")) == 123
+
+
+def test_the_first_control_groups_cap_memory_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = {"meminfo": "MemAvailable: 1000000 kB\n", "memory.limit_in_bytes": "5000\n"}
+    files |= {"memory.stat": "cache 9\ntotal_inactive_file 300\n"}
+    fake_files(monkeypatch, tmp_path, {**files, "memory.usage_in_bytes": "3000\n"})
+    assert device.available_memory_bytes(CPU) == 2300
+
+
+@pytest.mark.parametrize(("which", "field"), [("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")])
+def test_limits_of_the_process_cap_memory(
+    which: str, field: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = {"meminfo": "MemAvailable: 9000 kB\n", "status": f"{field}:\t  4000 kB\n"}
+    fake_files(monkeypatch, tmp_path, files)
+    number = getattr(resource, which)
+    unlimited = (resource.RLIM_INFINITY,) * 2
+    soft = {number: (5000 * 1024, resource.RLIM_INFINITY)}
+    monkeypatch.setattr(resource, "getrlimit", lambda of: soft.get(of, unlimited))
+    assert device.available_memory_bytes(CPU) == 1000 * 1024
+
+
+@pytest.fixture
+def unlimited_afterwards() -> Iterator[None]:
+    yield
+    device.limit_memory(None)
+
+
+@pytest.mark.usefixtures("unlimited_afterwards")
+def test_a_limit_leaves_what_the_process_does_not_have(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    page = os.sysconf("SC_PAGE_SIZE")
+    files = {"meminfo": "MemAvailable: 1000000 kB\n", "statm": "90 3 2 1 0 4 0\n"}
+    fake_files(monkeypatch, tmp_path, files)
+    before = device.available_memory_bytes(CPU)
+    device.limit_memory(10 * page)
+    assert device.memory_limit() == 10 * page
+    assert device.available_memory_bytes(CPU) == 7 * page
+    device.limit_memory(2 * page)
+    assert device.available_memory_bytes(CPU) == 0  # and not less
+    with pytest.raises(ResourceError, match=r"0 B is left of the limit of .*larger --memory-limit"):
+        device.require_memory(1, CPU, "thinking")
+    device.limit_memory(None)
+    assert device.available_memory_bytes(CPU) == before
+
+
+@pytest.mark.usefixtures("unlimited_afterwards")
+def test_a_limit_of_a_gpu_is_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda of: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda of: 300)
+    device.limit_memory(700)
+    assert device.available_memory_bytes(torch.device("cuda")) == 400
+
+
+@pytest.mark.usefixtures("unlimited_afterwards")
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_is_above_zero(limit: int) -> None:
+    with pytest.raises(UsageError, match=f"memory limit {limit} is no size"):
+        device.limit_memory(limit)
+    assert device.memory_limit() is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

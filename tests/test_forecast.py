@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mpsearch.asked import MOST_FACTS, asked_facts, freeze_facts, tokens_asked
+from mpsearch.evaluate import all_layers
 from mpsearch.facts import FactSet
-from mpsearch.forecast import Forecast, Plan, Tokens, forecast
+from mpsearch.forecast import Forecast, Needs, Plan, Tokens, forecast
 from mpsearch.guard import TextGuard
 from mpsearch.models import Model
 from mpsearch.recall import RecallProxy
@@ -110,18 +111,26 @@ def test_a_search_foretells_and_keeps_what_it_took(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("MPSEARCH_HOME", str(tmp_path / "home"))  # where no bank is
     said: list[Forecast] = []
+    needs: list[Needs] = []
 
     def ask(resume: bool) -> dict[str, Any]:
         said.clear()
+        needs.clear()
         search(
             tiny, tiny_space, budget=budget, out=tmp_path / "run", trials=4, search_facts=20,
-            facts=tiny_facts, resume=resume, estimated=said.append,
+            facts=tiny_facts, resume=resume, needed=needs.append, estimated=said.append,
         )  # fmt: skip
         content = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
         assert content["forecast_seconds"] == said[-1].by_stage
         return dict(content)
 
     content = ask(resume=False)
+    (needed,) = needs
+    assert content["needs"] == asdict(needed)
+    assert not needed.streamed
+    assert needed.disk_bytes == sum(
+        fmt.layer_bytes(layer) for layer, fmt in all_layers(tiny_space) if fmt.quantized
+    )
     first, timed = said
     assert (first.bank, first.trials) == (None, 4)
     assert timed.bank is not None and timed.bank > 0
@@ -133,6 +142,7 @@ def test_a_search_foretells_and_keeps_what_it_took(
 
     again = ask(resume=True)
     (left,) = said
+    assert needs == [replace(needed, disk_bytes=0, why=needs[0].why)]
     assert (left.bank, left.sensitivity, left.baselines, left.trials) == (0, 0, 0, 0)
     assert sum(again["took_seconds"].values()) < sum(took.values())
 

@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from mpsearch import device
-from mpsearch.errors import CheckError, ModelError, MpsearchError, ResourceError
-from mpsearch.models import Model, check_folder, fingerprint_of, from_module, load_model
+from mpsearch.errors import CheckError, ModelError, MpsearchError
+from mpsearch.models import Model, check_folder, fingerprint_of, from_module, load_whole
 from mpsearch.space import SearchSpace
 
 Edit = Callable[[Path], object]
@@ -48,7 +48,7 @@ def folder(tiny_folder: Path, tmp_path: Path) -> Path:
 def refusal(name: str | Path, kind: type[MpsearchError] = ModelError) -> str:
     """The message of the error that loading gives, which must be one line."""
     with pytest.raises(kind) as caught:
-        load_model(str(name))
+        load_whole(str(name))
     assert caught.type is kind
     message = str(caught.value)
     assert "\n" not in message
@@ -217,13 +217,6 @@ def test_an_unknown_builtin_is_refused_with_the_one_there_is() -> None:
     assert "the one there is: builtin:smollm2-135m" in refusal("builtin:gpt5")
 
 
-def test_too_little_memory_is_refused_before_loading(
-    monkeypatch: pytest.MonkeyPatch, folder: Path
-) -> None:
-    monkeypatch.setattr(device, "available_memory_bytes", lambda of: 1000)
-    assert f"loading '{folder}' needs about" in refusal(folder, ResourceError)
-
-
 def truncate(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-2000])
@@ -264,7 +257,7 @@ def test_a_checkpoint_that_lacks_a_weight(folder: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     edit_weights(folder, lambda weights: weights.pop(name))
     with pytest.raises(MpsearchError, match=name):
-        load_model(str(folder))
+        load_whole(str(folder))
 
 
 # ------------------------------------------------------------------------------ from the hub
@@ -321,7 +314,7 @@ def test_a_hub_model_is_loaded_without_ever_fetching_pickle(
         return str(tiny_folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    found = load_model("someone/something")
+    found = load_whole("someone/something")
     assert (found.name, found.fingerprint) == ("someone/something", tiny.fingerprint)
     assert asked["repo"] == "someone/something"
     unwanted = ("pytorch_model.bin", "model.pt", "model.pth", "model.pkl", "modeling.py", "a.ckpt")
@@ -336,7 +329,7 @@ def test_a_hub_model_is_loaded_without_ever_fetching_pickle(
 def test_shards_load_as_the_single_file_does(
     tiny_folder: Path, tiny: Model, tmp_path: Path
 ) -> None:
-    found = load_model(str(shard(tmp_path / "sharded", tiny_folder)))
+    found = load_whole(str(shard(tmp_path / "sharded", tiny_folder)))
     assert found.fingerprint == tiny.fingerprint
     assert found.layers == tiny.layers
     ours, theirs = found.module.state_dict(), tiny.module.state_dict()
@@ -532,7 +525,7 @@ def test_a_multimodal_folder_loads_and_its_text_model_is_searched(tmp_path: Path
     module = LlavaForConditionalGeneration(config).to(torch.bfloat16)
     module.save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
-    model = load_model(str(tmp_path))
+    model = load_whole(str(tmp_path))
     assert type(model.module) is LlavaForConditionalGeneration
     assert len(model.layers) == 14
     assert all(".language_model.layers." in layer.name for layer in model.layers)
@@ -546,13 +539,13 @@ def test_a_multimodal_folder_loads_and_its_text_model_is_searched(tmp_path: Path
 
 def test_the_fingerprint_is_of_the_weights_and_not_of_the_folder(folder: Path, tiny: Model) -> None:
     edit_config(folder, some_note="changes nothing")
-    assert load_model(str(folder)).fingerprint == tiny.fingerprint
+    assert load_whole(str(folder)).fingerprint == tiny.fingerprint
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
 def test_one_changed_weight_changes_the_fingerprint(folder: Path, tiny: Model, name: str) -> None:
     edit_weights(folder, lambda weights: weights[name].view(-1)[-1:].mul_(1.01))
-    assert load_model(str(folder)).fingerprint != tiny.fingerprint
+    assert load_whole(str(folder)).fingerprint != tiny.fingerprint
 
 
 def test_the_fingerprint_does_not_depend_on_the_arithmetic(tiny_folder: Path, tiny: Model) -> None:
@@ -567,7 +560,7 @@ def test_swapped_tensors_of_one_shape_change_the_fingerprint(folder: Path, tiny:
         weights[up], weights[gate] = weights[gate], weights[up]
 
     edit_weights(folder, swap)
-    assert load_model(str(folder)).fingerprint != tiny.fingerprint
+    assert load_whole(str(folder)).fingerprint != tiny.fingerprint
 
 
 def test_the_same_bytes_in_another_shape_change_the_fingerprint() -> None:

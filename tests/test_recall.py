@@ -24,7 +24,7 @@ from mpsearch import recall
 from mpsearch.asked import known_facts
 from mpsearch.errors import CheckError, ModelError, UsageError
 from mpsearch.facts import Fact, FactSet
-from mpsearch.models import Model, from_module, load_model
+from mpsearch.models import Model, from_module, load_whole
 from mpsearch.recall import RecallProxy, ask, encode, kl_divergence, prompt
 from mpsearch.scores import NoiseFloor
 
@@ -581,4 +581,4 @@ def test_special_tokens_are_the_templates_own(tiny: Model, tiny_facts: FactSet) 
 
 def test_a_model_without_a_template_is_refused_in_one_line(tiny_folder: Path) -> None:
     with pytest.raises(ModelError, match=r"no chat template.*leave --chat-template away"):
-        load_model(str(tiny_folder), chat_template=True)
+        load_whole(str(tiny_folder), chat_template=True)

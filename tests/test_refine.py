@@ -21,7 +21,7 @@ from mpsearch.estimates import paired_difference
 from mpsearch.evaluate import Bench, quantized_layers
 from mpsearch.export.reload import load_any
 from mpsearch.facts import FactSet
-from mpsearch.models import Model, load_model
+from mpsearch.models import Model, load_whole
 from mpsearch.outcome import outcome
 from mpsearch.points import Point
 from mpsearch.quantizers.gptq import Gptq
@@ -324,10 +324,10 @@ def test_a_run_with_awqs_scales_is_refined_with_them(
     from mpsearch import awq
     from mpsearch.searched import searched_model
 
-    found = awq.prepare(load_model(str(tiny_folder)), RECIPE).preparation
+    found = awq.prepare(load_whole(str(tiny_folder)), RECIPE).preparation
     exponents = [i % 3 - 1 for i in range(64)]
     scales = {norm: {**folding, "exponents": exponents} for norm, folding in found.items()}
-    model = awq.fold(load_model(str(tiny_folder)), scales)
+    model = awq.fold(load_whole(str(tiny_folder)), scales)
     chosen = {"quantizer": "gptq", "calibration": RECIPE}
     run = searched(model, tiny_space, tiny_facts, budget, tmp_path / "run", **chosen)
     again = searched_model(run)
@@ -339,7 +339,7 @@ def test_a_run_with_awqs_scales_is_refined_with_them(
         weight = bank.weight(layer.name, fmt)
         assert torch.equal(loaded.places[layer.name].weight, weight)
     with pytest.raises(RunError, match="is not the model that"):
-        refined_in(run, refined.parent, load_model(str(tiny_folder)))
+        refined_in(run, refined.parent, load_whole(str(tiny_folder)))
 
 
 def test_another_calibration_gives_another_candidate(run: Run, refined_in: Refine) -> None:

@@ -26,7 +26,7 @@ from mpsearch.errors import CheckError, InfeasibleError, MpsearchError, RunError
 from mpsearch.evaluate import Bench, Evaluation
 from mpsearch.facts import FactSet
 from mpsearch.measures import Sensitivity
-from mpsearch.models import Model, load_model
+from mpsearch.models import Model, load_whole
 from mpsearch.points import SIMPLE_KINDS, Point
 from mpsearch.recall import RecallProxy
 from mpsearch.run import Run
@@ -496,13 +496,13 @@ def test_resume_refuses_another_question_and_names_what_changed(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     before = {path.name: path.read_bytes() for path in whole.folder.iterdir()}
-    other = load_model(str(tiny_folder))
+    other = load_whole(str(tiny_folder))
     with torch.no_grad():
         other.module.model.norm.weight[0] += 1
     changed = tmp_path / "changed"
     other.module.to(torch.bfloat16).save_pretrained(changed)
     other.tokenizer.save_pretrained(changed)
-    moved = load_model(str(changed))
+    moved = load_whole(str(changed))
     retrained = Model(**{**vars(moved), "name": str(tiny_folder)})
     for changes, named in (
         ({"budget": budget + 1}, f"budget_bytes was {budget} and is now {budget + 1}"),

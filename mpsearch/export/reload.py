@@ -32,7 +32,8 @@ from mpsearch.export.dequantized import DEQUANTIZED
 from mpsearch.export.gguf import is_gguf
 from mpsearch.export.gguf_reload import read_gguf
 from mpsearch.formats import FORMATS, FOUR_BIT_BLOCK, Format, StoredTensor
-from mpsearch.models import Model, from_module, load_model
+from mpsearch.models import Model, from_module, load_whole
+from mpsearch.opening import load_model
 
 # What transformers, safetensors and the containers' decoders raise for a damaged folder.
 _FROM_BELOW = (
@@ -41,8 +42,10 @@ _FROM_BELOW = (
 )  # fmt: skip
 
 
-def load_any(name: str, chat_template: bool = False) -> Model:
-    """A model as `load_model` loads it, or a folder that `mpsearch export` wrote.
+def load_any(
+    name: str, chat_template: bool = False, memory_limit_bytes: int | None = None
+) -> Model:
+    """A model as `load_model` opens it to be asked, or the whole of what `mpsearch export` wrote.
 
     Raises:
         ModelError: neither can be had.
@@ -51,10 +54,11 @@ def load_any(name: str, chat_template: bool = False) -> Model:
     folder = Path(name).expanduser()
     if quantization := quantization_of(folder):
         return replace(load_export(name, quantization), chat=chat_template)
-    model = load_model(name, chat_template)
     if _field(folder / "mpsearch.json", "target") == DEQUANTIZED:
+        model = load_whole(name, chat_template)
         _put_halves(model, folder)
-    return model
+        return model
+    return load_model(name, chat_template, memory_limit_bytes, job="ask")
 
 
 def quantization_of(folder: Path) -> dict[str, Any]:

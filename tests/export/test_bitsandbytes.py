@@ -30,7 +30,7 @@ from mpsearch.export.bitsandbytes import (
     write_bitsandbytes,
 )
 from mpsearch.formats import BF16, FORMATS, Format
-from mpsearch.models import Model, from_module, load_model
+from mpsearch.models import Model, from_module, load_whole
 from mpsearch.quantizers import get_quantizer
 from mpsearch.space import ResolvedSpace, SearchSpace
 
@@ -193,7 +193,7 @@ def test_a_format_beside_bf16_reloads_bit_equal_in_a_fresh_process(
 
 
 def test_the_built_in_model_reloads_bit_equal_in_a_fresh_process(tmp_path: Path) -> None:
-    model = load_model("builtin:smollm2-135m")
+    model = load_whole("builtin:smollm2-135m")
     tokens = model.tokenizer("The capital of France is Paris. The capital of Italy is")["input_ids"]
     space = resolve(model, "nf4, bf16")
     assignment = alternating(space)

@@ -20,7 +20,7 @@ from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank
 from mpsearch.errors import InfeasibleError, ResourceError, RunError, UsageError
 from mpsearch.evaluate import Bench, quantized_layers
-from mpsearch.models import Model, from_module, load_model
+from mpsearch.models import Model, from_module, load_whole
 from mpsearch.quantizers import get_quantizer
 from mpsearch.space import ResolvedSpace, SearchSpace
 
@@ -243,7 +243,7 @@ def test_layers_kept_in_bf16_reload_bit_equal(tiny: Model, tmp_path: Path) -> No
 
 
 def test_the_built_in_model_reloads_bit_equal_in_a_fresh_process(tmp_path: Path) -> None:
-    model = load_model("builtin:smollm2-135m")
+    model = load_whole("builtin:smollm2-135m")
     space = SearchSpace.default().resolve(model)
     tokens = model.tokenizer("The capital of France is Paris. The capital of Italy is")["input_ids"]
     assignment = mixed(space, ["int4-g64", "int3-g64", "int8-g64", "int4-g64", "int2-g64"])
@@ -253,7 +253,7 @@ def test_the_built_in_model_reloads_bit_equal_in_a_fresh_process(tmp_path: Path)
 def test_the_built_in_models_tied_embedding_reloads_bit_equal_in_a_fresh_process(
     tmp_path: Path,
 ) -> None:
-    model = load_model("builtin:smollm2-135m")
+    model = load_whole("builtin:smollm2-135m")
     text = "version: 1\ntarget: compressed-tensors\nformats: [int4-g64, bf16]\n"
     text += "rules: [{match: '*', formats: [bf16]}]\nembedding: [int8-g64-unpacked]\n"
     space = SearchSpace.parse(text, "test").resolve(model)

@@ -26,7 +26,7 @@ from mpsearch.evaluate import Bench
 from mpsearch.export.dequantized import as_stored
 from mpsearch.export.reload import load_any
 from mpsearch.facts import FactSet
-from mpsearch.models import Model, from_module, load_model
+from mpsearch.models import Model, from_module, load_whole
 from mpsearch.quantizers import get_quantizer
 from mpsearch.recall import RecallProxy
 from mpsearch.served import ask
@@ -198,7 +198,7 @@ def test_scored_again_it_is_the_candidate_fact_by_fact(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mpsearch.models.compute_dtype", lambda device: dtype)
-    model = load_model(str(tiny_folder))
+    model = load_whole(str(tiny_folder))
     space = resolve(model, *SPACES[name])
     assignment = alternating(space)
     folder = mps.export(model, assignment, to="dequantized", out=tmp_path / "out", space=space)
@@ -248,7 +248,7 @@ def test_layers_that_no_quantized_checkpoint_holds_are_stored_too(
 def test_the_built_in_model_is_the_candidate_in_a_pipeline_of_a_fresh_process(
     tmp_path: Path,
 ) -> None:
-    model = load_model("builtin:smollm2-135m")
+    model = load_whole("builtin:smollm2-135m")
     space = resolve(model, "bitsandbytes", "nf4, bf16")
     assignment = alternating(space)
     folder = mps.export(model, assignment, to="dequantized", out=tmp_path / "out", space=space)

@@ -16,7 +16,7 @@ import mpsearch as mps
 from mpsearch.errors import CheckError, ResourceError, RunError
 from mpsearch.export.reload import load_any
 from mpsearch.manifest import faults, read_manifest
-from mpsearch.models import Model, load_model
+from mpsearch.models import Model, load_whole
 from mpsearch.run import Run
 from mpsearch.space import ResolvedSpace
 
@@ -31,7 +31,7 @@ def test_the_folder_holds_all_that_serving_and_checking_it_takes(
     (base / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     (base / "LICENSES").mkdir()
     (base / "LICENSES" / "MIT.txt").write_text("as is")
-    model = load_model(str(base))
+    model = load_whole(str(base))
     out = mps.export(model, tiny_space.smallest, out=tmp_path / "export", space=tiny_space)
     assert {path.name for path in out.iterdir()} >= {
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"),

@@ -27,7 +27,7 @@ from mpsearch.bank import Bank
 from mpsearch.errors import ResourceError, UsageError
 from mpsearch.evaluate import Bench
 from mpsearch.formats import FORMATS
-from mpsearch.models import Model, load_model
+from mpsearch.models import Model, load_whole
 from mpsearch.quantizers import get_quantizer
 from mpsearch.space import ResolvedSpace, SearchSpace
 
@@ -344,7 +344,7 @@ def test_a_full_disk_leaves_nothing_that_looks_finished(
 
 
 def test_the_built_in_model_reloads_bit_equal_in_a_fresh_process(tmp_path: Path) -> None:
-    model = load_model("builtin:smollm2-135m")
+    model = load_whole("builtin:smollm2-135m")
     space = space_of(model, "embedding: [q4_0, q8_0]\n")
     assignment = mixed(space)
     folder = mps.export(model, assignment, to="gguf", out=tmp_path / "export", space=space)

@@ -21,7 +21,7 @@ from mpsearch.codecs import decode
 from mpsearch.errors import UsageError
 from mpsearch.export.gptq import quantization_config
 from mpsearch.formats import BF16, FORMATS
-from mpsearch.models import Model, load_model
+from mpsearch.models import Model, load_whole
 from mpsearch.quantizers import get_quantizer
 from mpsearch.space import ResolvedSpace, SearchSpace
 
@@ -106,7 +106,7 @@ def in_a_fresh_process(script: str, folder: Path, tmp_path: Path) -> dict[str, t
 
 def test_one_width_loads_in_transformers_too(tiny_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("gptqmodel")
-    model = load_model(str(tiny_folder))  # of its own, as its dtype is changed
+    model = load_whole(str(tiny_folder))  # of its own, as its dtype is changed
     text = "version: 1\ntarget: auto-gptq\nformats: [gptq4-g32]\n"
     space = SearchSpace.parse(text, "test").resolve(model)
     out = tmp_path / "export"

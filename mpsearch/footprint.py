@@ -1,0 +1,453 @@
+"""Peak memory of a job, part by part, told by a checkpoint's headers before anything is loaded.
+
+    process     interpreter and libraries, of which a GPU holds nothing
+    outside     weights that stand in no block: embedding, norms, head
+    blocks      of a loaded model all, of a streamed one two: one computes, the next is read
+    reading     what is beside a tensor while it is converted to the computing dtype
+    kept        what a loaded model keeps in bf16 beside what it computes with
+    candidate   decoded weights in place: of all blocks, or of the one that is streamed
+    codes       of candidates that share a walk, in two blocks
+    cache       decoded weights that the bank hands out again
+    activations of the tokens that run through a block at once
+    logits      of the tokens of a row, as computed, in float32, and what is made of them
+    rows        masks, rotary angles and tokens of all that is asked
+    text        what the reference said of running text
+    states      of all rows between two blocks, of a streamed model; they go to disk
+    reference   the first tokens' distributions, from which KL is measured
+    grams       of what layers read, of calibrated quantizers
+    decoding    a weight between its codes and the computing dtype
+    quantizing  one weight in float32, and what a quantizer makes on the way
+    gradients   of samples, with respect to the whole model or to the block that is streamed
+    graph       what a backward pass needs of a row, in all blocks or in one
+    checkpoint  what an export holds until it is written
+
+A job is done in stages, one after another, and takes what the largest takes. Numbers are on the
+large side, checked against the kernel's count of peaks by `benchmarks/footprint.py`. What is not
+here are caches, which take a share of what is left (`mpsearch.device.available_memory_bytes`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+
+from mpsearch.architecture import Architecture, read_architecture
+from mpsearch.budget import Workload, activation_bytes, scores_bytes
+from mpsearch.errors import ModelError
+from mpsearch.forward import MAX_NODES
+
+MIB = 2**20
+PROCESS_BYTES = 480 * MIB  # torch and transformers with what they import, the tokenizer, the facts
+_CALIBRATED_BYTES = 150 * MIB  # gptqmodel with what it imports
+_PLAIN_BYTES = 2  # of a weight in bf16
+_FLOAT_BYTES = 4
+_LOGITS = 4  # float32 tensors of all read tokens at once, beside them as computed
+_ROTARY_BYTES = 1024  # of a token: cosines and sines of 128 angles in float32
+_TEXT_TOKENS, _TEXT_TOP = 4096, 4096
+_TOKENS = 12_000  # distinct ones of what is asked at once; the gate's of the built-in facts
+_FACTS = 1000  # whose first tokens are remembered
+_GRADIENT_TOKENS = 4_000
+_CANDIDATES = 4  # of a streamed model that share a walk
+_GRADIENTS = 2  # of a part of the model: one sample's is used while the next is computed
+_DRAWS = 4  # of answers; each has a gradient of every state
+_GRADIENT_NODES = 128
+_QUANTIZING = 8  # float32 copies of the largest weight
+_OUTPUTS = re.compile(r"(^|_|\.)(o|out|down|dense|dense_4h_to_h|c|fc2|w2|wo)(_proj)?$")
+
+
+class Stored(Protocol):
+    """A tensor, or what a header says of one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of a stage's memory.
+
+    Attributes:
+        name: as in the module's docstring.
+        size_bytes: at most.
+        to_disk: whether it lies on disk where memory is short.
+    """
+
+    name: str
+    size_bytes: int
+    to_disk: bool = False
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a job takes at its peak, which is in one of its stages.
+
+    Attributes:
+        stage: that takes most.
+        parts: of it.
+    """
+
+    stage: str
+    parts: tuple[Part, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """With everything in memory that may be there."""
+        return sum(part.size_bytes for part in self.parts)
+
+    @property
+    def least_bytes(self) -> int:
+        """With all on disk that may lie there: the smallest limit that works."""
+        return sum(part.size_bytes for part in self.parts if not part.to_disk)
+
+    def __getitem__(self, name: str) -> int:
+        """Bytes of the part of that name; 0 if it has none."""
+        return sum(part.size_bytes for part in self.parts if part.name == name)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """How many weights a checkpoint has where, and how wide its blocks are.
+
+    Attributes:
+        outside: weights that stand in no block.
+        blocks: of each block.
+        largest_outside, largest_layer: of the largest tensor outside, and in a block.
+        largest_read: of the largest tensor that is put together in a block: all experts' in one.
+        stacked: whether a block's experts are put together so.
+        stored_bytes: of a weight in the files, the widest.
+        vocabulary, hidden: of the embedding.
+        squares: sums over a block's distinct inputs of `columns^2`, the largest block's.
+        all_squares: the same of all blocks.
+        rows: of all of a block's matrices: what a token's outputs there take.
+        architecture: what the config says, where its family is known.
+    """
+
+    outside: int
+    blocks: tuple[int, ...]
+    largest_outside: int
+    largest_layer: int
+    largest_read: int
+    stacked: bool
+    stored_bytes: int
+    vocabulary: int
+    hidden: int
+    squares: int
+    all_squares: int
+    rows: int
+    architecture: Architecture | None
+
+    @property
+    def inside(self) -> int:
+        return sum(self.blocks)
+
+    @property
+    def block(self) -> int:
+        """Weights of the largest block."""
+        return max(self.blocks, default=0)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> Contents:
+        """Of a checkpoint, by its headers, or of a loaded model, by its parameters.
+
+        Args:
+            tensors: by name, as `mpsearch.shards.Shards` has them; shared ones once.
+            config: the parsed `config.json`.
+        """
+        outside, blocks = _by_block(tensors)
+        tables = [stored.shape for stored in outside.values() if len(stored.shape) == 2]
+        vocabulary, hidden = max(tables, key=prod, default=(0, 0))
+        squares = [_squares(block) for block in blocks]
+        read = [_largest_read(block) for block in blocks]
+        try:
+            architecture = read_architecture(config, "")
+        except ModelError:  # its family is not known there, and is loaded all the same
+            architecture = None
+        return cls(
+            outside=sum(_count(outside.values())),
+            blocks=tuple(sum(_count(block.values())) for block in blocks),
+            largest_outside=max(_count(outside.values()), default=0),
+            largest_layer=max((max(_matrices(block.values())) for block in blocks), default=0),
+            largest_read=max((weights for weights, _ in read), default=0),
+            stacked=any(stacked for _, stacked in read),
+            stored_bytes=max((stored.dtype.itemsize for stored in tensors.values()), default=0),
+            vocabulary=vocabulary if architecture is None else architecture.vocabulary,
+            hidden=hidden,
+            squares=max(squares, default=0),
+            all_squares=sum(squares),
+            rows=max((_rows(block.values()) for block in blocks), default=0),
+            architecture=architecture,
+        )
+
+
+def _by_block(
+    tensors: Mapping[str, Stored],
+) -> tuple[dict[str, Stored], list[dict[str, Stored]]]:
+    """What stands in no block, and each block's tensors by their names in it.
+
+    Blocks are the modules of the numbered list that holds most.
+    """
+    numbered: dict[str, tuple[str, str, str]] = {}
+    held: Counter[str] = Counter()
+    for name, stored in tensors.items():
+        if found := re.match(r"(?:(.*?)\.)?(\d+)\.(.*)", name):
+            numbered[name] = (found[1] or "", found[2], found[3])
+            held[found[1] or ""] += prod(stored.shape)
+    trunk = held.most_common(1)[0][0] if held else None
+    blocks: dict[str, dict[str, Stored]] = defaultdict(dict)
+    outside: dict[str, Stored] = {}
+    for name, stored in tensors.items():
+        path, number, within = numbered.get(name, (None, "", ""))
+        if name in numbered and path == trunk:
+            blocks[number][within] = stored
+        else:
+            outside[name] = stored
+    return outside, list(blocks.values())
+
+
+def _count(tensors: Iterable[Stored]) -> list[int]:
+    return [prod(stored.shape) for stored in tensors]
+
+
+def _matrices(tensors: Iterable[Stored]) -> list[int]:
+    """Weights of each matrix, of a stack of them each one's."""
+    return [prod(stored.shape[-2:]) for stored in tensors] or [0]
+
+
+def _rows(tensors: Iterable[Stored]) -> int:
+    return sum(max(stored.shape[-2:]) for stored in tensors if len(stored.shape) >= 2)
+
+
+def _largest_read(block: Mapping[str, Stored]) -> tuple[int, bool]:
+    """Weights of the largest tensor that is made of a block's, and whether it is put together.
+
+    Experts that are stored one by one become two stacks: gate with up, and down.
+    """
+    alone = [prod(stored.shape) for name, stored in block.items() if ".experts." not in f".{name}"]
+    experts: Counter[str] = Counter()
+    for name, stored in block.items():
+        if ".experts." in f".{name}":
+            experts[re.sub(r"(?<=\.)\d+(?=\.)", "N", name)] += prod(stored.shape)
+    if not any("N" in kind for kind in experts):
+        return max([*alone, *experts.values()], default=0), False
+    return max([*alone, 2 * max(experts.values())]), True
+
+
+def _squares(block: Mapping[str, Stored]) -> int:
+    """`columns^2` over the distinct inputs of a block's matrices.
+
+    Matrices beside each other that have as many columns read one tensor, but for those that lead
+    out of a part; told by their names, and where those say nothing taken apart.
+    """
+    inputs: dict[tuple[str, int, bool], int] = {}
+    for name, stored in block.items():
+        path, _, leaf = name.removesuffix(".weight").rpartition(".")
+        if len(stored.shape) >= 2:
+            columns = stored.shape[-1]
+            inputs[path, columns, bool(_OUTPUTS.search(leaf))] = prod(stored.shape[:-2])
+    return sum(columns**2 * count for (_, columns, _), count in inputs.items())
+
+
+# ------------------------------------------------------------------------------------- stages
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is run.
+
+    Attributes:
+        streamed: block by block from its checkpoint, or loaded whole.
+        item_bytes: of a weight and an activation as they are computed with.
+        on_cpu: whether interpreter and libraries share the memory.
+    """
+
+    streamed: bool
+    item_bytes: int
+    on_cpu: bool = True
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is done with a model.
+
+    Attributes:
+        stages: names of `_STAGES`.
+        calibrated: whether weights are quantized by what layers read.
+        tables: whether embedding or head are quantized, too.
+    """
+
+    stages: tuple[str, ...]
+    calibrated: bool = False
+    tables: bool = False
+
+    def largest(self, contents: Contents) -> int:
+        """Weights of the largest matrix that is quantized."""
+        return max(contents.largest_layer, contents.largest_outside if self.tables else 0)
+
+
+JOBS: Mapping[str, Job] = MappingProxyType(
+    {
+        "look": Job(()),
+        "ask": Job(("asking",)),
+        "bank": Job(("quantizing",)),
+        "sensitivity": Job(("asking", "quantizing", "sensitivity")),
+        "search": Job(("asking", "quantizing", "sensitivity", "candidates")),
+        "refine": Job(("quantizing", "candidates"), calibrated=True),
+        "export": Job(("export",)),
+    }
+)
+
+
+def footprint(contents: Contents, way: Way, job: Job) -> Footprint:
+    """What a job takes at its peak."""
+    held = _held(contents, way)
+    stages = {"opening": _opening(contents, way)}
+    for name in job.stages:
+        stages[name] = (*held, *_STAGES[name](contents, way, job))
+    found = [
+        Footprint(name, tuple(part for part in parts if part.size_bytes))
+        for name, parts in stages.items()
+    ]
+    return max(found, key=lambda footprint: footprint.least_bytes)
+
+
+def held_bytes(contents: Contents, way: Way) -> int:
+    """What of it is in memory once the model is open."""
+    return sum(part.size_bytes for part in _held(contents, way))
+
+
+def _process(way: Way, calibrated: bool = False) -> int:
+    if not way.on_cpu:
+        return 0
+    return PROCESS_BYTES + (_CALIBRATED_BYTES if calibrated else 0)
+
+
+def _held(contents: Contents, way: Way) -> tuple[Part, ...]:
+    """What is in memory in every stage."""
+    item = way.item_bytes
+    copied = not way.streamed and way.item_bytes != _PLAIN_BYTES
+    return (
+        Part("process", _process(way)),
+        Part("outside", contents.outside * item),
+        Part("kept", contents.outside * _PLAIN_BYTES if copied and way.on_cpu else 0),
+        Part("blocks", contents.inside * item if not way.streamed else 0),
+    )
+
+
+def _opening(contents: Contents, way: Way) -> tuple[Part, ...]:
+    largest = max(contents.largest_outside, contents.largest_read)
+    if not way.streamed:
+        plain = contents.inside * _PLAIN_BYTES if way.item_bytes != _PLAIN_BYTES else 0
+        return (*_held(contents, way), Part("reading", plain))
+    return (*_held(contents, way), Part("reading", _reading(contents, way, largest)))
+
+
+def _reading(contents: Contents, way: Way, weights: int) -> int:
+    """Of a tensor of so many weights: as stored, in bf16, and what stacking makes beside."""
+    copies = contents.stored_bytes if contents.stored_bytes != way.item_bytes else 0
+    if contents.stored_bytes != _PLAIN_BYTES != way.item_bytes:
+        copies += _PLAIN_BYTES
+    return weights * (copies + (_PLAIN_BYTES if contents.stacked else 0))
+
+
+def _running(contents: Contents, way: Way) -> tuple[Part, ...]:
+    """What a forward pass takes, whatever is asked."""
+    item = way.item_bytes
+    if architecture := contents.architecture:
+        activations = MAX_NODES * activation_bytes(architecture, item)
+        activations += scores_bytes(architecture, Workload(MAX_NODES, 1, "bf16"), item)
+    else:
+        activations = MAX_NODES * item * (contents.rows + 4 * contents.hidden)
+    computed = item if item != _FLOAT_BYTES else 0
+    each = MAX_NODES + (_ROTARY_BYTES if way.streamed else 0)
+    return (
+        Part("blocks", 2 * contents.block * item if way.streamed else 0),
+        Part("reading", _reading(contents, way, contents.largest_read) if way.streamed else 0),
+        Part("activations", activations),
+        Part("logits", MAX_NODES * contents.vocabulary * (_FLOAT_BYTES * _LOGITS + computed)),
+        Part("rows", _TOKENS * each),
+        Part("states", _TOKENS * contents.hidden * item if way.streamed else 0, to_disk=True),
+    )
+
+
+def _said(contents: Contents) -> tuple[Part, ...]:
+    """What is remembered of the reference."""
+    top = min(_TEXT_TOP, contents.vocabulary)
+    return (
+        # A float32 and an int32 of each; and of a row's, what KL is computed with in float64.
+        Part("text", 8 * top * (_TEXT_TOKENS + 5 * MAX_NODES)),
+        Part("reference", _FACTS * contents.vocabulary * _FLOAT_BYTES, to_disk=True),
+    )
+
+
+def _asking(contents: Contents, way: Way, job: Job) -> tuple[Part, ...]:
+    return (*_running(contents, way), *_said(contents))
+
+
+def _candidates(contents: Contents, way: Way, job: Job) -> tuple[Part, ...]:
+    asking = _asking(contents, way, job)
+    decoding = Part("decoding", job.largest(contents) * 2 * _FLOAT_BYTES)
+    if not way.streamed:
+        decoded = contents.inside * way.item_bytes
+        needed = decoded + sum(part.size_bytes for part in asking if not part.to_disk)
+        # The bank takes a quarter of what is left beside the model.
+        return (*asking, decoding, Part("candidate", decoded), Part("cache", needed // 3))
+    states = sum(part.size_bytes for part in asking if part.name == "states")
+    return (
+        *asking,
+        decoding,
+        Part("candidate", contents.block * way.item_bytes),
+        Part("codes", 2 * _CANDIDATES * contents.block),  # of 8 bits
+        Part("states", (_CANDIDATES - 1) * states, to_disk=True),
+    )
+
+
+def _quantizing(contents: Contents, way: Way, job: Job) -> tuple[Part, ...]:
+    return (
+        Part("process", _process(way, job.calibrated) - _process(way)),
+        *(_running(contents, way) if job.calibrated else ()),
+        Part("grams", _FLOAT_BYTES * (contents.squares if way.streamed else contents.all_squares)
+             if job.calibrated else 0),
+        Part("quantizing", job.largest(contents) * _FLOAT_BYTES * _QUANTIZING),
+    )  # fmt: skip
+
+
+def _sensitivity(contents: Contents, way: Way, job: Job) -> tuple[Part, ...]:
+    item, depth = way.item_bytes, len(contents.blocks)
+    layers, graphs = (contents.block, 1) if way.streamed else (contents.inside, depth)
+    state = _GRADIENT_TOKENS * contents.hidden * item
+    return (
+        *(part for part in _running(contents, way) if part.name != "states"),
+        *_said(contents),
+        Part("gradients", _GRADIENTS * layers * item),
+        Part("graph", graphs * _GRADIENT_NODES * 2 * (contents.rows + 8 * contents.hidden) * item),
+        Part("decoding", job.largest(contents) * _FLOAT_BYTES * (_GRADIENTS + 4)),
+        Part("states", state * (depth + 2 * _DRAWS) if way.streamed else 0, to_disk=True),
+    )
+
+
+def _export(contents: Contents, way: Way, job: Job) -> tuple[Part, ...]:
+    packed = contents.inside + contents.outside * _PLAIN_BYTES
+    if way.streamed:
+        packed = max(contents.largest_outside, contents.largest_read) * _PLAIN_BYTES
+    return (Part("checkpoint", packed),)
+
+
+_STAGES: Mapping[str, Callable[[Contents, Way, Job], tuple[Part, ...]]] = MappingProxyType(
+    {
+        "asking": _asking,
+        "candidates": _candidates,
+        "quantizing": _quantizing,
+        "sensitivity": _sensitivity,
+        "export": _export,
+    }
+)
