@@ -36,8 +36,12 @@ class StoredTensor:
     shape: tuple[int, ...]
 
     @property
+    def weights(self) -> int:
+        return prod(self.shape)
+
+    @property
     def stored_bytes(self) -> int:
-        return ITEM_BYTES[self.dtype] * prod(self.shape)
+        return ITEM_BYTES[self.dtype] * self.weights
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from mpsearch.builtin import builtin_folder
 from mpsearch.checkpoint import Checkpoint
 from mpsearch.device import compute_dtype, pick_device
 from mpsearch.errors import CheckError, ModelError
-from mpsearch.formats import ITEM_BYTES
+from mpsearch.formats import StoredTensor
 from mpsearch.hub import BUILTIN_NAME, from_hub
 from mpsearch.layers import Layer
 from mpsearch.places import (
@@ -112,13 +112,29 @@ class Model:
         return (*self.layers, *(layer for layer in (self.embedding, self.head) if layer))
 
     @property
+    def kept_stored(self) -> dict[str, StoredTensor]:
+        """Dtype and shape of each of `kept`, for which none is read."""
+        held = self.module.state_dict() if self.kept else {}
+        weights = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
+        return {
+            name: StoredTensor(
+                "bfloat16"  # whatever the model computes in
+                if name in weights and held[name].is_floating_point()
+                else str(held[name].dtype).removeprefix("torch."),
+                tuple(held[name].shape),
+            )
+            for name in self.kept
+        }
+
+    @property
     def kept_bytes(self) -> int:
-        return sum(_stored_bytes(tensor) for tensor in self.kept.values())
+        return sum(tensor.stored_bytes for tensor in self.kept_stored.values())
 
     @property
     def vector_weights(self) -> int:
         """Weights of the kept norms and biases, which some containers store in float32."""
-        return sum(tensor.numel() for tensor in self.kept.values() if tensor.dim() == 1)
+        kept = self.kept_stored.values()
+        return sum(tensor.weights for tensor in kept if len(tensor.shape) == 1)
 
     def kept_by_reason(self, searched: Collection[str] = ()) -> list[dict[str, Any]]:
         """The kept tensors: reason, names, weights and stored bytes, the largest sum first.
@@ -126,6 +142,7 @@ class Model:
         Args:
             searched: names of layers that a space decides, which it so does not keep.
         """
+        kept = self.kept_stored
         names: dict[str, list[str]] = {}
         for name, reason in self.why_kept.items():
             if name.removesuffix(".weight") not in searched:
@@ -134,8 +151,8 @@ class Model:
             {
                 "reason": reason,
                 "names": alike,
-                "weights": sum(self.kept[name].numel() for name in alike),
-                "stored_bytes": sum(_stored_bytes(self.kept[name]) for name in alike),
+                "weights": sum(kept[name].weights for name in alike),
+                "stored_bytes": sum(kept[name].stored_bytes for name in alike),
             }
             for reason, alike in names.items()
         ]
@@ -144,12 +161,13 @@ class Model:
     @property
     def unrecognised(self) -> dict[str, str]:
         """Kept weights above 1 % of the parameters that are of no known kind, and their kinds."""
+        kept = self.kept_stored
         weights = sum(layer.weights for layer in self.layers)
-        weights += sum(tensor.numel() for tensor in self.kept.values())
+        weights += sum(tensor.weights for tensor in kept.values())
         return {
             name: reason
             for name, reason in self.why_kept.items()
-            if reason.startswith(UNRECOGNISED) and self.kept[name].numel() > 0.01 * weights
+            if reason.startswith(UNRECOGNISED) and kept[name].weights > 0.01 * weights
         }
 
     def restore(self) -> None:
@@ -368,10 +386,6 @@ def require_masked(
             "hides, as state spaces and linear attention do, so facts cannot share a pass; use a "
             "model with softmax attention throughout, loaded with sdpa"
         )
-
-
-def _stored_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * ITEM_BYTES[str(tensor.dtype).removeprefix("torch.")]
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:

@@ -49,6 +49,9 @@ class _Read(Mapping[str, Tensor]):
             raise KeyError(name)
         return self._read(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # by default it would be read
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -84,6 +87,7 @@ def load_skeleton(
                 config_of(folder), dtype=torch.bfloat16, attn_implementation=ATTENTION
             )
         module.eval()
+        _read_generation_settings(module, folder)
         _compute_buffers(module, device)
         checkpoint = Checkpoint(name, module, Shards(folder, name), device, dtype)
     stored = list(module.state_dict())
@@ -103,6 +107,20 @@ def _fingerprint(name: str, checkpoint: Checkpoint, stored: Iterable[str]) -> st
         return tensor
 
     return fingerprint_of(_Read(stored, finite))
+
+
+def _read_generation_settings(module: Any, folder: Path) -> None:
+    """What the folder says about generating text, which an export hands on.
+
+    Source: transformers' loader, which makes the same call.
+    """
+    if not module.can_generate():
+        return
+    module.adjust_generation_fn(
+        None, False, False, folder,
+        cache_dir=None, force_download=False, proxies=None, local_files_only=True, token=None,
+        revision=None, subfolder="", trust_remote_code=False,
+    )  # fmt: skip
 
 
 def _compute_buffers(module: Any, device: torch.device) -> None:

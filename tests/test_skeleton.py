@@ -72,6 +72,10 @@ def test_it_is_the_loaded_model_tensor_for_tensor(
         for name, tensor in theirs.items():
             assert ours[name].dtype == tensor.dtype
             assert torch.equal(ours[name], tensor), name
+    assert model.kept_stored == expected.kept_stored
+    for name, stored in model.kept_stored.items():
+        assert stored.shape == expected.kept[name].shape, name
+        assert f"torch.{stored.dtype}" == str(expected.kept[name].dtype), name
     theirs = dict(expected.module.named_parameters())
     read = model.checkpoint.read(theirs)
     for name, tensor in theirs.items():

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from mpsearch.bank import Bank
 from mpsearch.errors import UsageError
-from mpsearch.formats import Format
+from mpsearch.export.parts import Part, write_parts
+from mpsearch.formats import Format, StoredTensor
 from mpsearch.models import Model
 
 SHARD_BYTES = 5_000_000_000  # above which weights are split, as on the hub
@@ -37,16 +37,16 @@ def write_checkpoint(
     Raises:
         UsageError: a quantized layer is no linear, and so nothing could load it.
     """
-    tensors = {
-        name: tensor.contiguous()
-        for name, tensor in model.kept.items()
+    parts = {
+        name: part
+        for name, part in kept_parts(model).items()
         if name.removesuffix(".weight") not in formats
     }
-    names = {parameter: name for name, parameter in model.module.named_parameters()}
+    names = parameter_names(model)
     for layer, fmt in formats.items():
         place = model.places[layer]
         if not fmt.quantized:  # as the model stores it: transposed, or all experts in one
-            tensors[names[place.parameter]] = place.loaded.to("cpu", torch.bfloat16).contiguous()
+            parts[names[layer]] = _reference_part(model, layer, names[layer])
         elif not place.is_linear:
             # transformers 5.23 dequantizes stacked experts by one scheme for the whole model, and
             # compressed-tensors 0.20 and gptqmodel 7.6 store linears only.
@@ -55,16 +55,59 @@ def write_checkpoint(
                 "search a space whose rules leave such layers bf16"
             )
         else:
-            for suffix, tensor in bank.stored(layer, fmt).items():
-                tensors[f"{layer}.{suffix}"] = tensor
-                if place.tied and suffix != "weight":  # the head decodes the shared codes itself
-                    tensors[f"{place.tied}.{suffix}"] = tensor.clone()
-    write_folder(model, tensors, folder, dtype, quantization)
+            parts[layer] = _coded_part(model, bank, layer, fmt)
+    write_folder(model, parts.values(), folder, dtype, quantization)
+
+
+def kept_parts(model: Model) -> dict[str, Part]:
+    """Each of the model's kept tensors, by its name in the state dict."""
+
+    def part(name: str, stored: StoredTensor) -> Part:
+        return Part({name: stored}, lambda: {name: model.kept[name]})
+
+    return {name: part(name, stored) for name, stored in model.kept_stored.items()}
+
+
+def parameter_names(model: Model) -> dict[str, str]:
+    """Each layer to the name of the parameter that holds it, alone or among others."""
+    names = {parameter: name for name, parameter in model.module.named_parameters()}
+    return {layer: names[place.parameter] for layer, place in model.places.items()}
+
+
+def reference(model: Model, layer: str, parameter: str) -> Tensor:
+    """The whole parameter that holds a layer, on the CPU in bf16 and as the model stores it."""
+    if model.checkpoint is not None:
+        return model.checkpoint.read_plain([parameter])[parameter]
+    return model.places[layer].loaded.to("cpu", torch.bfloat16)
+
+
+def _reference_part(model: Model, layer: str, parameter: str) -> Part:
+    shape = tuple(model.places[layer].parameter.shape)
+    return Part(
+        {parameter: StoredTensor("bfloat16", shape)},
+        lambda: {parameter: reference(model, layer, parameter)},
+    )
+
+
+def _coded_part(model: Model, bank: Bank, layer: str, fmt: Format) -> Part:
+    """A quantized layer's tensors; a tied head decodes the shared codes itself."""
+    rows, columns = model.places[layer].weight.shape
+    tied = model.places[layer].tied
+    stored, source = {}, {}
+    for suffix, tensor in sorted(fmt.tensors(rows, columns).items()):
+        for name in (layer, tied) if tied and suffix != "weight" else (layer,):
+            stored[f"{name}.{suffix}"], source[f"{name}.{suffix}"] = tensor, suffix
+
+    def read() -> dict[str, Tensor]:
+        codes = bank.stored(layer, fmt)
+        return {name: codes[suffix] for name, suffix in source.items()}
+
+    return Part(stored, read)
 
 
 def write_folder(
     model: Model,
-    tensors: dict[str, Tensor],
+    parts: Collection[Part],
     folder: Path,
     dtype: torch.dtype = torch.bfloat16,
     quantization: Mapping[str, Any] | None = None,
@@ -72,13 +115,11 @@ def write_folder(
     """Write given weights with the model's config, tokenizer and licence.
 
     Args:
-        tensors: by the names of the model's state dict.
+        parts: with tensors by the names of the model's state dict.
         dtype: that loaders compute in by default.
         quantization: the `quantization_config`; None for a plain model.
     """
-    save_torch_state_dict(tensors, folder, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
-    for weights in folder.glob("*.safetensors"):
-        weights.chmod(0o644)  # a server may run as another user
+    write_parts(parts, folder, SHARD_BYTES)
     write_beside(model, folder, dtype, quantization)
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank
 from mpsearch.codecs import decode
-from mpsearch.export.checkpoint import write_folder
-from mpsearch.formats import BF16, Format
+from mpsearch.export.checkpoint import kept_parts, parameter_names, reference, write_folder
+from mpsearch.export.parts import Part
+from mpsearch.formats import BF16, Format, StoredTensor
 from mpsearch.models import Model
 
 DEQUANTIZED = "dequantized"
@@ -33,17 +35,33 @@ def write_dequantized(
     Args:
         formats: layer name to format, for every searched layer, of any container.
     """
-    names = {parameter: name for name, parameter in model.module.named_parameters()}
-    decoded: dict[str, Tensor] = {}
-    for layer, fmt in formats.items():
-        place = model.places[layer]
-        weight = decode(bank.stored(layer, fmt), fmt)
-        name = names[place.parameter]
-        if name not in decoded:  # of one layer, or of all experts of a block
-            decoded[name] = place.loaded.to("cpu", weight.dtype, copy=True).contiguous()
-        place.part(decoded[name]).copy_(weight)
-    kept = {name: tensor.contiguous() for name, tensor in model.kept.items()}
-    write_folder(model, {**kept, **decoded}, folder)
+    inside: dict[str, list[str]] = {}  # a parameter's layers: one, or those of a block's experts
+    for layer, parameter in parameter_names(model).items():
+        if layer in formats:
+            inside.setdefault(parameter, []).append(layer)
+    decoded = {
+        parameter: _decoded_part(
+            model, bank, {layer: formats[layer] for layer in layers}, parameter
+        )
+        for parameter, layers in inside.items()
+    }
+    write_folder(model, {**kept_parts(model), **decoded}.values(), folder)
+
+
+def _decoded_part(model: Model, bank: Bank, formats: Mapping[str, Format], parameter: str) -> Part:
+    """A parameter, and in it what its layers decode to."""
+    first, fmt = next(iter(formats.items()))
+    dtype = torch.float16 if fmt.container == "gptq" else torch.bfloat16
+    shape = tuple(model.places[first].parameter.shape)
+
+    def read() -> dict[str, Tensor]:
+        whole = reference(model, first, parameter).to(dtype, copy=True)
+        for layer, fmt in formats.items():
+            if fmt.quantized:
+                model.places[layer].part(whole).copy_(decode(bank.stored(layer, fmt), fmt))
+        return {parameter: whole}
+
+    return Part({parameter: StoredTensor(str(dtype).removeprefix("torch."), shape)}, read)
 
 
 def as_stored(assignment: Assignment, to: str) -> Assignment:

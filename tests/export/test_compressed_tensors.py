@@ -304,7 +304,7 @@ def test_a_full_disk_leaves_nothing_that_looks_finished(
         raise OSError(28, "No space left on device")
 
     writer = sys.modules["mpsearch.export.checkpoint"]
-    monkeypatch.setattr(writer, "save_torch_state_dict", full)
+    monkeypatch.setattr(writer, "write_parts", full)
     with pytest.raises((OSError, ResourceError)):
         mps.export(tiny, tiny_space.smallest, out=tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
