@@ -65,7 +65,7 @@ def search(args: argparse.Namespace) -> None:
             device_budget=device_budget,
             resume=args.resume,
             report=report,
-            needed=report.need,
+            needed=lambda needs: say(str(needs)),
             estimated=report.expect,
         )
     run.content["command"] = shlex.join(["mpsearch", *args.given])

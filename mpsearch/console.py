@@ -12,7 +12,7 @@ from typing import Any
 from mpsearch.estimates import Estimate
 from mpsearch.facts import PARTITIONS
 from mpsearch.facts.describe import Description
-from mpsearch.forecast import Forecast, Needs
+from mpsearch.forecast import Forecast
 from mpsearch.measures import Sensitivity
 from mpsearch.outcome import outcome
 from mpsearch.points import ParetoFront, Point
@@ -119,10 +119,6 @@ class Progress:
         after = self._forecast.after_trials(pace)
         return f"about {format_seconds(seconds)} left, then {format_seconds(after)}"
 
-    def need(self, needs: Needs) -> None:
-        """Say what a search takes beside time."""
-        say(needs_line(needs))
-
     def expect(self, forecast: Forecast) -> None:
         """Say how long a search takes; its trials then show what follows them, too."""
         self._forecast = forecast
@@ -137,19 +133,6 @@ def format_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def needs_line(needs: Needs) -> str:
-    """How the model is run, and the memory and the disk that a search takes so."""
-    way = "block by block" if needs.streamed else "loaded whole"
-    disk = f"{format_size(needs.disk_bytes)} of disk for the bank" if needs.disk_bytes else ""
-    states = f"{format_size(needs.states_bytes)} of memory or disk for hidden states"
-    parts = [
-        f"about {format_size(needs.memory_bytes)} of memory at the peak",
-        *([disk] if disk else []),
-        *([states] if needs.states_bytes else []),
-    ]
-    return f"run {way} ({needs.why}): {', '.join(parts)}"
 
 
 def forecast_line(forecast: Forecast) -> str:

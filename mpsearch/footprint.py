@@ -21,9 +21,8 @@
     graph       what a backward pass needs of a row, in all blocks or in one
     checkpoint  what an export holds until it is written
 
-A job is done in stages, one after another, and takes what the largest takes. Numbers are on the
-large side, checked against the kernel's count of peaks by `benchmarks/footprint.py`. What is not
-here are caches, which take a share of what is left (`mpsearch.device.available_memory_bytes`).
+A job takes what its largest stage takes. Checked by `benchmarks/footprint.py`. Other caches take a
+share of what is left.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ _CANDIDATES = 4  # of a streamed model that share a walk
 _GRADIENTS = 2  # of a part of the model: one sample's is used while the next is computed
 _DRAWS = 4  # of answers; each has a gradient of every state
 _GRADIENT_NODES = 128
-_QUANTIZING = 8  # float32 copies of the largest weight
+_QUANTIZING = 14  # float32 copies of the largest weight
 _OUTPUTS = re.compile(r"(^|_|\.)(o|out|down|dense|dense_4h_to_h|c|fc2|w2|wo)(_proj)?$")
 
 
@@ -74,13 +73,7 @@ class Stored(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """Of a stage's memory.
-
-    Attributes:
-        name: as in the module's docstring.
-        size_bytes: at most.
-        to_disk: whether it lies on disk where memory is short.
-    """
+    """Of a stage's memory, named as above; `to_disk` if it goes there where memory is short."""
 
     name: str
     size_bytes: int

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from mpsearch.sizes import format_size
+
 _RIVALS = 3  # at most so many simple allocations are read on test facts beside the pick
 _FLOOR = 0.8  # of a pass, for the noise floor of the reference
 
@@ -33,6 +35,15 @@ class Needs:
     memory_bytes: int
     disk_bytes: int
     states_bytes: int
+
+    def __str__(self) -> str:
+        way = "block by block" if self.streamed else "loaded whole"
+        parts = [f"about {format_size(self.memory_bytes)} of memory at the peak"]
+        if self.disk_bytes:
+            parts.append(f"{format_size(self.disk_bytes)} of disk for the bank")
+        if self.states_bytes:
+            parts.append(f"{format_size(self.states_bytes)} of memory or disk for hidden states")
+        return f"run {way} ({self.why}): {', '.join(parts)}"
 
 
 @dataclass(frozen=True)

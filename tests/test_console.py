@@ -12,7 +12,7 @@ import pytest
 from mpsearch import console
 from mpsearch.console import Progress, forecast_line, format_seconds, plus_minus, table
 from mpsearch.estimates import Estimate
-from mpsearch.forecast import Forecast, Needs
+from mpsearch.forecast import Forecast
 
 
 class Clock:
@@ -71,19 +71,6 @@ def test_a_forecast_is_one_line_by_part_and_trials_show_what_follows_them(
     assert lines[0] == forecast_line(forecast)
     assert lines[2].endswith(": 1/150, about 48 min 40 s left, then 8 min 00 s")
     assert lines[-1].endswith(": 1/2, about 20 s left")
-
-
-def test_what_a_search_needs_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    loaded = Needs(False, "3.00 GiB is available", 2 * 2**30, 0, 0)
-    streamed = Needs(True, "loaded whole it takes 9.00 GiB", 2**30, 5 * 2**20, 2**20)
-    with Progress() as report:
-        report.need(loaded)
-        report.need(streamed)
-    assert capsys.readouterr().err.splitlines() == [
-        "run loaded whole (3.00 GiB is available): about 2.00 GiB of memory at the peak",
-        "run block by block (loaded whole it takes 9.00 GiB): about 1.00 GiB of memory at the "
-        "peak, 5.00 MiB of disk for the bank, 1.00 MiB of memory or disk for hidden states",
-    ]
 
 
 def test_a_limit_of_time_bounds_what_is_left(

@@ -45,6 +45,16 @@ def test_a_forecast_by_hand() -> None:
     assert found.after_trials(25.0) == (found.finalists + found.test) / 2
 
 
+def test_what_a_search_needs_is_one_line() -> None:
+    loaded = Needs(False, "3.00 GiB is available", 2 * 2**30, 0, 0)
+    streamed = Needs(True, "loaded whole it takes 9.00 GiB", 2**30, 5 * 2**20, 2**20)
+    assert [str(loaded), str(streamed)] == [
+        "run loaded whole (3.00 GiB is available): about 2.00 GiB of memory at the peak",
+        "run block by block (loaded whole it takes 9.00 GiB): about 1.00 GiB of memory at the "
+        "peak, 5.00 MiB of disk for the bank, 1.00 MiB of memory or disk for hidden states",
+    ]
+
+
 def test_a_proposal_may_take_more_than_an_evaluation() -> None:
     plan = Plan(baselines=10, trials=150, finalists=6, trial_cost=1.2)
     found = forecast(0.5, TOKENS, plan, {}, 7.0, None)
