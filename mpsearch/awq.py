@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mpsearch.calibration import Calibration, calibration_tokens, input_statistics
 from mpsearch.codecs import decode
-from mpsearch.errors import ModelError
+from mpsearch.errors import ModelError, ResourceError
 from mpsearch.formats import FORMATS
 from mpsearch.models import Model, from_module
 from mpsearch.quantizers import InputStatistics
@@ -49,7 +49,9 @@ def prepare(
         model: must not be used any more afterwards.
     Raises:
         ModelError: no norm is read by linears alone, or folding would change the function.
+        ResourceError: the model is streamed.
     """
+    _require_loaded(model)
     tokens = calibration_tokens(model, calibration or Calibration())
     readers = _readers(model, tokens[:1])
     if not readers:
@@ -78,7 +80,9 @@ def fold(model: Model, foldings: Mapping[str, Any]) -> Model:
     Raises:
         ModelError: it would not be the same function: a norm does not multiply by its weight, or
             something else reads it.
+        ResourceError: the model is streamed.
     """
+    _require_loaded(model)
     probe = torch.arange(1, 17, device=model.device)[None] % len(model.tokenizer)
     with torch.inference_mode():
         before = model.module(probe, use_cache=False).logits
@@ -100,6 +104,14 @@ def fold(model: Model, foldings: Mapping[str, Any]) -> Model:
         model.name, model.folder, model.module, model.tokenizer, model.device, model.dtype
     )
     return replace(prepared, preparation=dict(foldings), chat=model.chat)
+
+
+def _require_loaded(model: Model) -> None:
+    if model.streamed:
+        raise ResourceError(
+            f"AWQ's scales are folded into a model in memory, and '{model.name}' is read block by "
+            "block for want of it; give it more memory, or leave --awq away"
+        )
 
 
 def _readers(model: Model, tokens: Tensor) -> dict[str, list[str]]:

@@ -10,36 +10,38 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import re
-import signal
-import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpsearch.calibration import (
-    Calibration,
-    calibration_tokens,
-    check_statistics,
-    input_statistics,
-)
+from mpsearch.calibration import Calibration, calibration_tokens, check_statistics
 from mpsearch.codecs import decode
 from mpsearch.device import available_memory_bytes, require_disk
 from mpsearch.errors import CheckError, ResourceError, RunError
 from mpsearch.files import Claims, home, write_atomically
+from mpsearch.flow import is_placeholder
 from mpsearch.formats import Format
+from mpsearch.helpers import helping, processes, threads
 from mpsearch.in_order import inputs_in_order, reading_order
 from mpsearch.layers import Layer
 from mpsearch.models import Model
-from mpsearch.quantizers import QUANTIZERS, InputStatistics, Quantizer, get_quantizer
+from mpsearch.portions import portions
+from mpsearch.quantizers import (
+    QUANTIZERS,
+    InputStatistics,
+    Quantizer,
+    get_quantizer,
+    working_bytes,
+)
 from mpsearch.tensor_files import intact, read_tensors, write_tensors
 from mpsearch.wanted import Wanted, check_formats, digest_of
 
@@ -62,22 +64,12 @@ def _warn(unused: int, layers: int) -> None:
         )
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """So many threads of torch's, and afterwards as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class Bank:
     """Quantized weights of one model by one quantizer.
 
     Args:
-        model: must hold its reference weights while `build` runs.
+        model: a loaded one must hold its reference weights while `build` runs. Of a streamed one
+            then a block's weights are in memory at a time, and what its quantization takes.
         quantizer: decides codes and scales.
         calibration: for quantizers that need inputs.
         root: folder of all banks.
@@ -105,7 +97,8 @@ class Bank:
         )
         self._decoded: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self._decoded_bytes = 0
-        self._most_decoded_bytes = available_memory_bytes(model.device) // 4
+        most_bytes = available_memory_bytes(model.device) // 4
+        self._most_decoded_bytes = 0 if model.streamed else most_bytes  # the newest is kept anyway
 
     @classmethod
     def of(cls, model: Model, settings: Mapping[str, Any]) -> Bank:
@@ -206,25 +199,53 @@ class Bank:
         if self.in_order:
             self._build_in_order(wanted, report)
             return
-        statistics = self._statistics(report)
-        if estimated is not None:
-            missing, seconds = self._time(missing, statistics, report)
-            if missing:
-                estimated(seconds)
-        with self._helpers(missing, statistics):
-            self._fill(missing, statistics, report)
+        self._build_apart(missing, report, estimated)
 
-    def _statistics(self, report: Report) -> dict[str, InputStatistics]:
-        """What calibration says about the inputs of every layer; empty if nothing asks for it."""
-        if not self.quantizer.calibrated:
-            return {}
-        report("calibration text", 0, 1)
-        text = calibration_tokens(self.model, self.calibration)
-        statistics = input_statistics(
-            self.model, text, lambda done, total: report("calibration", done, total)
-        )
-        _warn(check_statistics(statistics), len(statistics))
-        return statistics
+    def _text(self, report: Report) -> Tensor:
+        count = partial(report, "calibration text")
+        return calibration_tokens(self.model, self.calibration, count, self.folder.parent)
+
+    def _build_apart(
+        self,
+        missing: Mapping[str, list[Format]],
+        report: Report,
+        estimated: Callable[[float], None] | None,
+    ) -> None:
+        """Quantize the missing layers, each by what it reads in the reference."""
+        stage, done, unused, watched = f"quantizing ({self.quantizer.name})", 0, 0, 0
+        embedding = self.model.embedding.name if self.model.embedding else ""
+        reads = self.quantizer.calibrated and any(name != embedding for name in missing)
+        tokens = self._text(report) if reads else None
+
+        def lacks(name: str) -> bool:
+            return not all(intact(self.path(name, fmt)) for fmt in missing[name])
+
+        def entering(block: int, of: int) -> None:
+            report(f"{stage}, calibration {block} of {of} blocks", done, len(missing))
+
+        def progress(here: int) -> None:
+            report(stage, done + here, len(missing))
+
+        start = time.perf_counter()
+        with closing(portions(self.model, list(missing), lacks, tokens, entering)) as found:
+            for portion in found:
+                statistics = portion.statistics
+                unused, watched = unused + check_statistics(statistics), watched + len(statistics)
+                here = {name: missing[name] for name in portion.layers}
+                first = len(here)
+                if estimated is not None:
+                    walking = (time.perf_counter() - start) * (1 / portion.walked - 1)
+                    here, seconds = self._time(here, missing, statistics, report)
+                    if first - len(here) < len(missing):
+                        estimated(walking + seconds)
+                    estimated, done = None, first - len(here)
+                work = partial(self._fill, here, statistics)
+                with helping(self._processes(here) - 1, work):
+                    self._fill(here, statistics, progress)
+                done += len(here)
+        if done < len(missing):  # other processes have made the rest
+            report(stage, len(missing), len(missing))
+        _warn(unused, watched)
 
     def _build_in_order(self, wanted: Wanted, report: Report) -> None:
         """Quantize layer after layer, each behind those before it; the reference is restored.
@@ -233,9 +254,7 @@ class Bank:
         """
         stage = f"re-quantizing in order ({self.quantizer.name})"
         formats = {layer.name: fmt for layer, fmt in wanted if fmt.quantized}
-        report("calibration text", 0, 1)
-        tokens = calibration_tokens(self.model, self.calibration)
-        report("calibration text", 1, 1)
+        tokens = self._text(report)
         with Claims(self.folder) as claims:
             while not claims.take(0):
                 report("waiting for another process that quantizes this", 0, 1)
@@ -259,50 +278,64 @@ class Bank:
 
     def _time(
         self,
+        here: Mapping[str, list[Format]],
         missing: Mapping[str, list[Format]],
         statistics: Mapping[str, InputStatistics],
         report: Report,
     ) -> tuple[dict[str, list[Format]], float]:
-        """Quantize a layer of each shape; what is left, and the seconds that it will take.
+        """Quantize a layer of each shape that is here; what is left, and the seconds that all that
+        is missing then takes.
 
-        A layer takes the seconds that the timed one of its shape and formats took, and processes
-        share them.
+        A layer takes the seconds that the timed one of its shape and formats took, or as many a
+        weight as the timed ones, and processes share them.
         """
-        alike: dict[tuple[object, ...], list[str]] = {}
-        for name, formats in missing.items():
-            layer = self._layers[name]
-            alike.setdefault((layer.rows, layer.columns, *formats), []).append(name)
-        left, seconds = dict(missing), 0.0
+        alike = {
+            name: (self._layers[name].rows, self._layers[name].columns, *formats)
+            for name, formats in missing.items()
+        }
+        left, timed = dict(here), dict[str, float]()
 
         def make(name: str) -> float:
             start = time.perf_counter()
-            self._fill({name: left.pop(name)}, statistics, silent)
+            self._fill({name: left.pop(name)}, statistics)
             return time.perf_counter() - start
 
-        with _threads(1 if self._processes(missing) > 1 else torch.get_num_threads()):
-            make(next(iter(missing)))  # libraries load meanwhile, so its time says nothing
-            for index, same in enumerate(alike.values()):
-                report("timing a layer of each shape", index, len(alike))
-                if others := [name for name in same if name in left]:
-                    seconds += make(others[0]) * (len(others) - 1)
-        report("timing a layer of each shape", len(alike), len(alike))
-        return left, seconds / self._processes(left)
+        def codes(name: str) -> int:
+            return self._layers[name].weights * len(missing[name])
+
+        first, shapes = next(iter(here)), list(dict.fromkeys(alike[name] for name in here))
+        with threads(1 if self._processes(here) > 1 else torch.get_num_threads()):
+            warming = make(first)  # libraries load meanwhile, so it says little
+            for index, shape in enumerate(shapes):
+                report("timing a layer of each shape", index, len(shapes))
+                if other := next((name for name in left if alike[name] == shape), None):
+                    timed[other] = make(other)
+        report("timing a layer of each shape", len(shapes), len(shapes))
+        timed = timed or {first: warming}
+        seconds_of = {alike[name]: seconds for name, seconds in timed.items()}
+        a_code = sum(timed.values()) / sum(map(codes, timed))
+        rest = [name for name in missing if name in left or name not in here]
+        seconds = sum(seconds_of.get(alike[name], a_code * codes(name)) for name in rest)
+        return left, seconds / self._processes(left or missing)
 
     def _fill(
         self,
         missing: Mapping[str, list[Format]],
         statistics: Mapping[str, InputStatistics],
-        report: Report,
+        progress: Callable[[int], None] = lambda done: None,
     ) -> None:
-        """Quantize the missing layers that no other process is working on, until all are there."""
+        """Quantize the missing layers that no other process is working on, until all are there.
+
+        Args:
+            progress: called with how many are done.
+        """
         numbers = {layer.name: number for number, layer in enumerate(self.model.every_layer)}
         pending, parent = list(missing), os.getppid()
         with Claims(self.folder) as claims:
             while pending and os.getppid() == parent:
                 before = len(pending)
                 for name in list(pending):
-                    done = len(missing) - len(pending)
-                    report(f"quantizing ({self.quantizer.name})", done, len(missing))
+                    progress(len(missing) - len(pending))
                     if not claims.take(numbers[name]):
                         continue
                     try:
@@ -312,7 +345,7 @@ class Bank:
                     pending.remove(name)
                 if len(pending) == before:
                     time.sleep(0.1)  # another process has all that is left
-        report(f"quantizing ({self.quantizer.name})", len(missing), len(missing))
+        progress(len(missing))
 
     def _quantize(
         self, name: str, formats: Iterable[Format], statistics: InputStatistics | None
@@ -321,47 +354,24 @@ class Bank:
         formats = [fmt for fmt in formats if not intact(self.path(name, fmt))]
         if not formats:
             return
-        stored = self.quantizer.quantize(self.model.originals[name].float(), formats, statistics)
+        stored = self.quantizer.quantize(self._reference(name).float(), formats, statistics)
         for fmt in formats:
             self._check(self._layers[name], fmt, stored[fmt.name])
             write_tensors(self.path(name, fmt), stored[fmt.name])
 
-    def _processes(self, missing: Mapping[str, list[Format]]) -> int:
-        """How many share the work: one a thread where processes can be forked."""
-        forks = self.model.device.type == "cpu" and sys.platform == "linux"
-        return max(1, min(torch.get_num_threads(), len(missing))) if forks else 1
+    def _reference(self, name: str) -> Tensor:
+        """A layer's `(rows, columns)` weight, which is not read again where it is in place."""
+        if self.model.streamed:
+            weight = self.model.places[name].weight
+            if not is_placeholder(weight):
+                return weight
+        return self.model.originals[name]
 
-    @contextmanager
-    def _helpers(
-        self, missing: Mapping[str, list[Format]], statistics: Mapping[str, InputStatistics]
-    ) -> Iterator[None]:
-        """A process a thread, each with one: quantizers spend their time between small products.
-
-        They share the work by its claims, and what one leaves undone the caller does. Forked, as
-        torch's data loaders are, since a started one would run the caller's script again.
-        """
-        count = self._processes(missing) - 1
-        if not count:
-            yield
-            return
-
-        def help_out() -> None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller is told, and ends us
-            torch.set_num_threads(1)
-            with suppress(Exception):  # the caller meets the same error
-                self._fill(missing, statistics, silent)
-
-        context = multiprocessing.get_context("fork")
-        helpers = [context.Process(target=help_out, daemon=True) for _ in range(count)]
-        for helper in helpers:
-            helper.start()
-        try:
-            with _threads(1):
-                yield
-        finally:
-            for helper in helpers:
-                helper.terminate()
-                helper.join()
+    def _processes(self, missing: Iterable[str]) -> int:
+        """How many share the work."""
+        layers = [self._layers[name] for name in missing]
+        needed_bytes = max((working_bytes(layer, self.quantizer) for layer in layers), default=0)
+        return processes(self.model.device, len(layers), needed_bytes)
 
     def stored(self, layer: str, fmt: Format) -> dict[str, Tensor]:
         """The tensors of one layer as the export will hold them, on the CPU."""

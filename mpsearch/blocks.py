@@ -27,6 +27,14 @@ def find_blocks(module: Any, layers: Iterable[str]) -> list[nn.Module]:
     return list(blocks) if isinstance(blocks, nn.ModuleList) else []
 
 
+def block_parameters(module: nn.Module, blocks: Iterable[nn.Module]) -> list[list[str]]:
+    """Of each block the names that its parameters have in the model, shared ones once."""
+    paths = {id(child): path for path, child in module.named_modules()}
+    return [
+        [f"{paths[id(block)]}.{name}" for name, _ in block.named_parameters()] for block in blocks
+    ]
+
+
 @contextmanager
 def recorded(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
     """A list into which everything goes that these blocks return meanwhile."""

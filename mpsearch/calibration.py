@@ -7,6 +7,8 @@ decides it, so the bank can name it before it exists.
 from __future__ import annotations
 
 import hashlib
+import json
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +18,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mpsearch.errors import CheckError, UsageError
+from mpsearch.device import available_memory_bytes
+from mpsearch.errors import CheckError, ResourceError, UsageError
+from mpsearch.files import Claims
+from mpsearch.flow import flowing
 from mpsearch.models import Model
 from mpsearch.places import expert_inputs
 from mpsearch.quantizers import InputStatistics
+from mpsearch.sizes import format_size
+from mpsearch.tensor_files import intact, read_tensors, write_tensors
 
 BATCH = 8  # sequences
+
+Count = Callable[[int, int], None]
+
+
+def uncounted(done: int, total: int) -> None:
+    """A count that goes nowhere."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +77,17 @@ class Calibration:
         return {"text": "sampled from the model by inversion", **size, "seed": self.seed}
 
 
-def calibration_tokens(model: Model, recipe: Calibration) -> Tensor:
+def calibration_tokens(
+    model: Model, recipe: Calibration, report: Count = uncounted, kept: Path | None = None
+) -> Tensor:
     """`(sequences, length)` tokens of a recipe.
 
+    Args:
+        report: called with tokens of each text done and in all.
+        kept: folder of this model in which a text that it writes is kept, and found again.
     Raises:
         UsageError: the text is too short, or only its digest is at hand.
+        ResourceError: as `sample_text`.
     """
     if recipe.digest and not recipe.text:
         raise UsageError(
@@ -76,7 +95,7 @@ def calibration_tokens(model: Model, recipe: Calibration) -> Tensor:
             "them with 'mpsearch bank', or 'mpsearch refine', and the same --calibration file"
         )
     if not recipe.text:
-        return sample_text(model, recipe)
+        return _kept(kept, model, recipe, report) if kept else sample_text(model, recipe, report)
     tokens = model.tokenizer(recipe.text, add_special_tokens=False)["input_ids"]
     needed = recipe.sequences * recipe.length
     if len(tokens) < needed:
@@ -88,29 +107,78 @@ def calibration_tokens(model: Model, recipe: Calibration) -> Tensor:
     return cut.reshape(recipe.sequences, recipe.length)
 
 
+def _kept(folder: Path, model: Model, recipe: Calibration, report: Count) -> Tensor:
+    """The model's own text, written once by one process: a streamed model takes long over it."""
+    key = hashlib.sha256(json.dumps(recipe.settings, sort_keys=True).encode()).hexdigest()
+    path = folder / f"text-{key[:12]}.tokens"
+    with Claims(folder) as claims:
+        while not claims.take(0):
+            report(0, recipe.length)
+            time.sleep(0.5)
+        if not intact(path):
+            write_tensors(path, {"tokens": sample_text(model, recipe, report)})
+    return read_tensors(path)["tokens"].to(model.device)
+
+
 @torch.no_grad()
-def sample_text(model: Model, recipe: Calibration) -> Tensor:
+def sample_text(model: Model, recipe: Calibration, report: Count = uncounted) -> Tensor:
     """`(sequences, length)` tokens, each text begun with a random token and continued at
     temperature 1.
 
+    The newest tokens of all texts run together, so a streamed model reads its blocks once a token.
+    The keys and values of all texts stay in memory.
+
+    Args:
+        report: called with tokens of each text done and in all.
+    Raises:
+        ResourceError: there is no memory for the keys and values.
     Source: data-free calibration from the model's own samples, LLM-QAT (arXiv:2305.17888).
     """
     generator = torch.Generator(model.device).manual_seed(recipe.seed)
-    vocabulary = len(model.tokenizer)
+    # A tokenizer may know more tokens than its model was trained with, and the other way round.
+    vocabulary = min(len(model.tokenizer), len(model.module.get_input_embeddings().weight))
     tokens = torch.randint(
         vocabulary, (recipe.sequences, 1), generator=generator, device=model.device
     )
     cache = None
     newest = tokens
-    while tokens.shape[1] < recipe.length:
-        output = model.module(newest, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        # By the inverse of the distribution function: one random number a text, not one a token.
-        below = output.logits[:, -1, :vocabulary].float().softmax(-1).cumsum(-1)
-        drawn = torch.rand(len(below), 1, generator=generator, device=model.device)
-        newest = torch.searchsorted(below, drawn * below[:, -1:]).clamp(max=vocabulary - 1)
-        tokens = torch.cat([tokens, newest], dim=1)
+    with flowing(model):
+        while (done := tokens.shape[1]) < recipe.length:
+            report(done, recipe.length)
+            output = model.module(newest, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            if done == 1:
+                _require_cache(model, cache, recipe)
+            # By the inverse of the distribution function: one random number a text, not one a
+            # token.
+            below = output.logits[:, -1, :vocabulary].float().softmax(-1).cumsum(-1)
+            drawn = torch.rand(len(below), 1, generator=generator, device=model.device)
+            newest = torch.searchsorted(below, drawn * below[:, -1:]).clamp(max=vocabulary - 1)
+            tokens = torch.cat([tokens, newest], dim=1)
+    report(recipe.length, recipe.length)
     return tokens
+
+
+def _require_cache(model: Model, cache: Any, recipe: Calibration) -> None:
+    """Raise `ResourceError` if the keys and values of all tokens will not fit.
+
+    Args:
+        cache: those of one token of each text.
+    """
+    needed = (recipe.length - 2) * _cached_bytes(cache)
+    if (available := available_memory_bytes(model.device)) < needed:
+        raise ResourceError(
+            f"the model's own calibration text of {recipe.sequences} x {recipe.length} tokens "
+            f"needs {format_size(needed)} of memory for keys and values, and "
+            f"{format_size(available)} is available on {model.device.type}; give a text with "
+            "--calibration FILE, which needs none"
+        )
+
+
+def _cached_bytes(cache: Any) -> int:
+    """What a transformers cache holds."""
+    parts = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(part.nbytes for part in parts if part is not None)
 
 
 class WatchedInputs:
@@ -205,9 +273,7 @@ def batches(tokens: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def input_statistics(
-    model: Model, tokens: Tensor, report: Callable[[int, int], None]
-) -> dict[str, InputStatistics]:
+def input_statistics(model: Model, tokens: Tensor, report: Count) -> dict[str, InputStatistics]:
     """Gram matrices of every input that is a vector over the reference model's pass of the text.
 
     That is every layer's, and the head's, which reads what the decoder gives at each token.

@@ -11,17 +11,16 @@ kept, `sequences x length x hidden` numbers, and only that block runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mpsearch.blocks import find_blocks, hand_on_all, recorded, returning
-from mpsearch.calibration import WatchedInputs, batches
-from mpsearch.layers import LayerGroup
+from mpsearch.calibration import WatchedInputs
+from mpsearch.flow import flowing
 from mpsearch.models import Model
 from mpsearch.quantizers import InputStatistics
+from mpsearch.text_walk import BEFORE, TextWalk
 
 Step = tuple[str, ...]
 
@@ -78,7 +77,8 @@ def reading_order(model: Model, tokens: Tensor) -> list[Step]:
         for path, hook in hooked.items()
     ]
     try:
-        model.module.get_decoder()(tokens, use_cache=False)
+        with flowing(model):
+            model.module.get_decoder()(tokens, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -93,8 +93,9 @@ def inputs_in_order(
 ) -> Iterator[tuple[Step, dict[str, InputStatistics]]]:
     """The steps one after another, each with statistics of its inputs at the time it is reached.
 
-    The caller puts a step's quantized weights in place before it asks for the next one. The model
-    must hold its reference weights at first and is left with whatever the caller put there.
+    The caller puts a step's quantized weights in place before it asks for the next one. A loaded
+    model must hold its reference weights at first and is left with whatever the caller put there;
+    a block of a streamed one has its weights from its first step until the text has left it.
 
     Args:
         tokens: `(sequences, length)`.
@@ -107,58 +108,11 @@ def inputs_in_order(
     if not end:
         return
     yield order[0], WatchedInputs(model, order[0]).statistics
-    walk = _Walk(model, tokens)
-    depths = {layer.name: LayerGroup((layer,)).depth for layer in model.every_layer}
-    outside = 0.0  # what stands in no block stands before all of them, or behind
-    for step, need in zip(order[1:end], needed[1:end], strict=True):
-        depth = depths[step[0]]
-        outside = outside if depth is None else inf
-        yield step, walk.statistics(step, outside if depth is None else depth) if need else {}
-
-
-class _Walk:
-    """The calibration text on its way through the blocks.
-
-    Where a block reads more than what the one before it returned, all blocks run each time.
-    """
-
-    def __init__(self, model: Model, tokens: Tensor):
-        self._model = model
-        self._batches = batches(tokens)
-        self._blocks: Sequence[nn.Module] = ()
-        self._reached = 0  # the block that runs
-        self._entering: list[Any] = [None] * len(self._batches)  # what it reads of each batch
-        blocks, first = find_blocks(model.module, model.places), tokens[:1]
-        with recorded(blocks) as states:
-            self._run(first, None)
-        if len(states) == len(blocks) > 0 and hand_on_all(
-            blocks, states, lambda: self._run(first, None)
-        ):
-            self._blocks = blocks
-            # Nothing enters the first block; the others, which do not run, return something.
-            self._entering = [states[0]] * len(self._batches)
-
-    def statistics(self, step: Step, block: float) -> dict[str, InputStatistics]:
-        """Of the inputs of a step in that block; beyond the last one the text has left them all."""
-        while self._reached < min(block, len(self._blocks)):
-            self._leave_block()
-        head = self._model.head
-        with WatchedInputs(self._model, step) as seen:
-            for batch, entering in zip(self._batches, self._entering, strict=True):
-                output = self._run(batch, entering)
-                if head and head.name in step:
-                    seen.add(head.name, output.last_hidden_state)
-        return seen.statistics
-
-    def _leave_block(self) -> None:
-        """Let the text through the current block, with the weights that it has now."""
-        for place, batch in enumerate(self._batches):
-            with recorded([self._blocks[self._reached]]) as outputs:
-                self._run(batch, self._entering[place])
-            self._entering[place] = outputs[0]
-        self._reached += 1
-
-    def _run(self, batch: Tensor, entering: Any) -> Any:
-        others = [block for place, block in enumerate(self._blocks) if place != self._reached]
-        with returning(others, entering):
-            return self._model.module.get_decoder()(batch, use_cache=False)
+    with TextWalk(model, tokens) as walk:
+        for step, need in zip(order[1:end], needed[1:end], strict=True):
+            depth = walk.depth_of.get(step[0])
+            if depth is not None:
+                walk.reach(depth)
+            elif walk.reached > BEFORE:  # what stands in no block stands before all, or behind
+                walk.reach(walk.end)
+            yield step, walk.statistics(step) if need else {}

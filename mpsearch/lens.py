@@ -32,6 +32,7 @@ from mpsearch.facts import Fact, FactSet
 from mpsearch.forward import Pass, PreparedRow, TokenSequence
 from mpsearch.models import Model
 from mpsearch.recall import SHOTS, ask
+from mpsearch.walk import Walk
 
 # The last reading repeats the arithmetic that it is checked against.
 _TOLERANCE_NATS = 0.01
@@ -58,13 +59,15 @@ def read_facts(
 def read_blocks(model: Model, sequences: Sequence[TokenSequence]) -> NDArray[Any]:
     """Log-probability of each sequence's continuation after every block.
 
-    Held at a time are the blocks' outputs on one row of tokens, and the logits of one block.
+    Held at a time are the blocks' outputs on one row of tokens, and the logits of one block; of a
+    streamed model what a walk holds.
 
     Returns:
         `(sequences, blocks)` in nats, summed over the continuation's tokens.
     Raises:
         CheckError: the blocks cannot be found or do not run once each, the model's logits are not
             those of its last block, or a reading is NaN or infinite.
+        ModelError: a streamed model's blocks hand on more than hidden states.
     """
     if not (blocks := find_blocks(model.module, model.places)):
         raise CheckError(
@@ -73,6 +76,12 @@ def read_blocks(model: Model, sequences: Sequence[TokenSequence]) -> NDArray[Any
         )
     work = Pass(model, sequences)
     found = np.empty((work.count, len(blocks)))
+    if model.streamed:  # a walk is refused where more than the last block decides the logits
+        for depth, logits in enumerate(Walk(work).readings()):
+            for row, said in zip(work.rows, logits, strict=True):
+                found[row.indices, depth] = _answers(said, row)
+        _check(model, found[:, -1], found)
+        return found
     for row in work.rows:
         with recorded(blocks) as outputs:
             own = _answers(work.logits(row), row)

@@ -70,8 +70,9 @@ def refine(
     bank = Bank(model, quantizer, calibration, in_order=digest_of(wanted))
     settings = json.dumps(bank.settings, sort_keys=True)
     refined = Assignment(point.assignment.pairs, settings, refined=True)
-    weights = sum(layer.weights for layer, _ in wanted)
-    require_memory(model.dtype.itemsize * weights + 1_000_000_000, model.device, "refining")
+    if not model.streamed:  # else a block's decoded weights are in memory at a time
+        weights = sum(layer.weights for layer, _ in wanted)
+        require_memory(model.dtype.itemsize * weights + 1_000_000_000, model.device, "refining")
     with run.locked():
         run = Run.open(run.folder)  # as whoever held it has left it
         run.mend()

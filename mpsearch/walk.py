@@ -144,6 +144,11 @@ class Walk:
                 "memory to be loaded whole"
             )
 
+    @property
+    def as_tuple(self) -> bool:
+        """Whether the model's blocks return their states in a tuple."""
+        return self._as_tuple
+
     def logits(self, held: Held) -> Iterator[Tensor]:
         """What `Pass.logits` gives for each row, in order, of one candidate; as `run`."""
         (logits,) = self.run([held])
@@ -169,6 +174,20 @@ class Walk:
         branch_of = {member: branch for branch in branches for member in branch.members}
         for index, own in enumerate(owns):
             yield self._left(branch_of[index], own)
+
+    def readings(self) -> Iterator[Iterator[Tensor]]:
+        """For each block what `Pass.logits` would give for each row if it were the last, of the
+        reference. Take a block's rows before the next block.
+
+        Raises:
+            ResourceError: hidden states fill the disk.
+        """
+        owns: list[Owns] = [{}]
+        room = self.room()
+        branches = self.entered(owns, room)
+        for depth, packed in self.fetched(range(len(self.blocks)), owns):
+            branches = self._through(depth, packed, branches, owns, room)
+            yield self._left(branches[0], {})
 
     def own(self, candidate: Held) -> dict[int | None, Own]:
         """What a candidate holds in each block where it holds something of its own."""

@@ -63,4 +63,5 @@ def weights_in(folder: Path) -> list[str]:
 
 def unfinished_in(folder: Path) -> list[str]:
     expected = (*weights_in(folder), "settings.json", ".claims")
-    return [name for name in files(folder) if name not in expected]
+    found = [name for name in files(folder) if name not in expected]
+    return [name for name in found if not (name.startswith("text-") and name.endswith(".tokens"))]

@@ -31,18 +31,21 @@ WITHOUT_TORCH = (
 )
 WITH_TORCH = (
     *("device", "builtin", "shards", "checkpoint", "places", "blocks", "models", "skeleton"),
-    *("states", "forward", "reuse"),
+    *("flow", "states", "forward", "reuse"),
     *(
         "codecs",
         "walk",
         "backward",
         "quantizers",
         "wanted",
+        "tensor_files",
         "calibration",
+        "text_walk",
         "in_order",
         "awq",
         "searched",
-        "tensor_files",
+        "portions",
+        "helpers",
         "bank",
         "guard",
         "recall",

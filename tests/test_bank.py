@@ -106,7 +106,7 @@ def test_an_embedding_is_quantized_without_statistics_and_a_head_with_its_own(
     assert (embedding.name, head.name) == ("model.embed_tokens", "lm_head")
     bank = Bank(untied, quantizer, Calibration(4, 8), root=tmp_path)
     bank.build([(embedding, FORMATS["fp8"]), (head, INT4)])
-    of_embedding, of_head = quantizer.seen
+    of_head, of_embedding = quantizer.seen
     assert of_embedding is None
     assert of_head is not None
     assert of_head.tokens == 32

@@ -170,6 +170,8 @@ def test_a_second_process_waits_and_then_finds_everything_done(
 
     def busy(self: Claims, number: int) -> bool:
         """The other process has it until it has built everything."""
+        if self._path.parent != bank.folder:
+            return True  # of the calibration text
         taken.append(number)
         if len(taken) == 1:
             with pytest.MonkeyPatch.context() as free:
