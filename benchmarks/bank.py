@@ -97,10 +97,7 @@ def main() -> None:
         text = calibration_tokens(model, Calibration())
         inputs = input_statistics(model, text, lambda done, total: None)
         proxy = mps.RecallProxy(model, facts, asked, contrast=False)
-        with (
-            patch("mpsearch.bank.calibration_tokens", lambda *_: text),
-            patch("mpsearch.bank.input_statistics", lambda *_: inputs),
-        ):
+        with patch("mpsearch.bank.calibration_tokens", lambda *_: text):
             for row in rows:
                 save({"rows": [*result["rows"], _row(model, *row, proxy, inputs)]})
 

@@ -77,13 +77,20 @@ class Claims:
 
     A claim is a lock on one byte of a file, so it ends with its process, however that ends. Use it
     as a context manager, once a process and folder: closing the file gives up all its claims.
+    Entering raises `ResourceError` if the file cannot be made.
     """
 
     def __init__(self, folder: Path):
         self._path = folder / ".claims"
 
     def __enter__(self) -> Claims:
-        self._stream = open(self._path, "ab")
+        try:
+            self._stream = open(self._path, "ab")
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write '{self._path}' ({error.strerror}); free some disk space, or set "
+                "MPSEARCH_HOME to a folder that can be written"
+            ) from None
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from mpsearch import awq, cli
 from mpsearch.calibration import Calibration, calibration_tokens, input_statistics
 from mpsearch.codecs import decode
-from mpsearch.errors import ModelError, RunError
+from mpsearch.errors import ModelError, ResourceError, RunError
 from mpsearch.formats import FORMATS
 from mpsearch.models import Model, from_module
 from mpsearch.quantizers.rounding import Rounding
 from mpsearch.run import Run
+from mpsearch.skeleton import load_skeleton
 
 TEXT = Calibration(8, 24)
 NORMS = 4  # of the tiny Llama that linears read
@@ -154,6 +155,14 @@ def test_a_norm_that_something_else_reads_is_refused() -> None:
     }
     with pytest.raises(ModelError, match="changes what it computes"):
         awq.fold(model, half)
+
+
+def test_a_streamed_model_is_refused_at_once(tiny_folder: Path) -> None:
+    model = load_skeleton(str(tiny_folder))
+    for refused in (lambda: awq.prepare(model, TEXT), lambda: awq.fold(model, {})):
+        with pytest.raises(ResourceError, match=r"give it more memory, or leave --awq away$") as it:
+            refused()
+        assert it.value.exit_code == 5
 
 
 def test_progress_speaks_of_every_norm() -> None:

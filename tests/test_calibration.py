@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_tokenizer, tiny_family, tiny_llama
-from torch import Tensor
+from test_bank_streamed import FAMILIES
+from test_skeleton import CPU, loaded, saved
+from torch import Tensor, nn
 
+from mpsearch import calibration
 from mpsearch.calibration import (
     Calibration,
     calibration_tokens,
     input_statistics,
     sample_text,
 )
-from mpsearch.errors import UsageError
+from mpsearch.errors import ResourceError, UsageError
 from mpsearch.models import Model, from_module
+from mpsearch.skeleton import load_skeleton
 
 RECIPE = Calibration(sequences=11, length=24, seed=3)  # a full batch of eight and a part of one
 
@@ -86,6 +91,69 @@ def test_the_text_is_what_the_model_writes_without_a_cache(model: Model) -> None
         tokens = torch.cat([tokens, newest], dim=1)
     # A draw within float32 rounding of an edge may fall on its other side on another machine.
     assert (sample_text(model, RECIPE) == tokens).all(dim=1).double().mean() > 0.85
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_streamed_model_writes_the_very_same_text(tmp_path: Path, name: str) -> None:
+    family, dtype, changes = FAMILIES[name]
+    folder = saved(tmp_path, family, **changes)  # type: ignore[arg-type]
+    whole, streamed = loaded(folder, dtype), load_skeleton(str(folder), device=CPU, dtype=dtype)
+    written = sample_text(streamed, RECIPE)
+    assert torch.equal(written, sample_text(whole, RECIPE))
+    assert len(written.unique()) > 20
+
+
+def test_a_streamed_model_reads_its_blocks_once_a_token(tmp_path: Path) -> None:
+    model = load_skeleton(str(saved(tmp_path, "llama")), device=CPU, dtype=torch.float32)
+    assert model.checkpoint is not None
+    before, steps = model.checkpoint.read_bytes, list[tuple[int, int]]()
+    sample_text(model, RECIPE, lambda *step: steps.append(step))
+    block_bytes = 2 * sum(part.numel() for part in model.module.model.layers[0].parameters())
+    # And the first once more, ahead of a token that does not come.
+    assert model.checkpoint.read_bytes - before == block_bytes * (2 * (RECIPE.length - 1) + 1)
+    assert steps == [(done, RECIPE.length) for done in range(1, RECIPE.length + 1)]
+
+
+def test_a_text_whose_keys_and_values_fit_no_memory_is_refused_at_its_first_token(
+    model: Model, monkeypatch: pytest.MonkeyPatch, module_calls: Counter[nn.Module]
+) -> None:
+    # Keys and values of two blocks, two heads of 16 in float32, of all tokens but the first and
+    # the last, which is not read.
+    needed = 2 * 2 * 2 * 16 * 4 * RECIPE.sequences * (RECIPE.length - 2)
+    monkeypatch.setattr(calibration, "available_memory_bytes", lambda device: needed)
+    sample_text(model, RECIPE)
+    module_calls.clear()
+    monkeypatch.setattr(calibration, "available_memory_bytes", lambda device: needed - 1)
+    with pytest.raises(ResourceError, match=r"11 x 24 tokens .*give a text with --calibration"):
+        sample_text(model, RECIPE)
+    assert module_calls[model.module] == 1
+
+
+def test_a_text_is_written_once_and_found_again(model: Model, tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+
+    def kept(recipe: Calibration) -> Tensor:
+        steps.clear()
+        return calibration_tokens(model, recipe, lambda *step: steps.append(step), tmp_path)
+
+    first = kept(RECIPE).clone()  # the file is mapped
+    assert torch.equal(first, sample_text(model, RECIPE))
+    assert len(steps) == RECIPE.length
+    assert torch.equal(kept(RECIPE), first)
+    assert steps == []
+    assert not torch.equal(kept(replace(RECIPE, seed=4)), first)
+    paths = sorted(tmp_path.glob("*.tokens"), key=lambda path: path.stat().st_mtime_ns)
+    assert len(paths) == 2
+    paths[0].write_bytes(paths[0].read_bytes()[:-1] + b"?")
+    assert torch.equal(kept(RECIPE), first)
+    assert len(steps) == RECIPE.length
+
+
+def test_a_tokenizer_may_know_tokens_that_the_model_does_not(model: Model) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["more", "words"])
+    other = replace(model, tokenizer=tokenizer)
+    assert torch.equal(sample_text(other, RECIPE), sample_text(model, RECIPE))
 
 
 def test_settings_name_all_that_decides_the_text() -> None:

@@ -209,3 +209,9 @@ def test_claims_end_with_their_process(tmp_path: Path) -> None:
     with Claims(tmp_path) as claims:
         assert claims.take(7)
     assert take_elsewhere(tmp_path, 7)
+
+
+def test_claims_where_no_file_can_be_made_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"cannot write '.*claims' \(No such file") as caught:
+        Claims(tmp_path / "missing").__enter__()
+    assert "\n" not in str(caught.value)

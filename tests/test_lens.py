@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, build_tokenizer, tiny_config, tiny_family, tiny_llama
+from test_bank_streamed import FAMILIES as STREAMED
+from test_skeleton import CPU, loaded, saved
 from torch import nn
 from transformers import AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
@@ -18,6 +20,7 @@ from mpsearch.forward import Pass, TokenSequence
 from mpsearch.lens import read_blocks, read_facts
 from mpsearch.models import Model, from_module
 from mpsearch.recall import RecallProxy
+from mpsearch.skeleton import load_skeleton
 
 # Float32 sums in another order. A wrong block, norm or token changes readings by tenths.
 ROUNDING = 1e-4
@@ -98,6 +101,16 @@ def test_the_last_block_gives_the_models_own_log_probabilities(name: str) -> Non
     np.testing.assert_allclose(
         read_blocks(model, SEQUENCES)[:, -1], Pass(model, SEQUENCES).run(), atol=1e-6, rtol=0
     )
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_a_streamed_model_is_read_to_the_bit_as_a_loaded_one(tmp_path: Path, name: str) -> None:
+    kind, dtype, changes = STREAMED[name]
+    folder = saved(tmp_path, kind, **changes)  # type: ignore[arg-type]
+    whole, streamed = loaded(folder, dtype), load_skeleton(str(folder), device=CPU, dtype=dtype)
+    expected = read_blocks(whole, SEQUENCES)
+    np.testing.assert_array_equal(read_blocks(streamed, SEQUENCES), expected)
+    assert np.abs(expected[:, 0] - expected[:, 1]).min() > 0
 
 
 def test_facts_are_asked_as_the_proxy_asks_them(tiny: Model, tiny_facts: FactSet) -> None:
