@@ -273,13 +273,20 @@ class Peers:
 def fact_tokens(
     run: Run, space: ResolvedSpace, model: mps.Model, facts: FactSet
 ) -> list[tuple[int, float, int]]:
-    """What a run had spent after each of its trials: unique tokens of facts, its loss, its size.
+    """What a run had spent after each trial: unique tokens of facts, its answer loss, its size.
 
-    Slopes are part of the next trial. The last entry, of no loss, adds the validation facts, by
-    which the point is chosen; test facts choose nothing and are left out.
+    The study holds answer loss plus KL, which ours lowers; rivals lower the answer loss. Slopes are
+    part of the next trial. The last entry, of no loss, adds the validation facts, by which the
+    point is chosen; test facts choose nothing and are left out.
     """
     study = open_study(run, space)
     slopes = [v for name, v in study.user_attrs.items() if name.startswith(SLOPES)]
+    relations = run.relations("search")
+    losses = {
+        score.assignment.pairs: relation_mean(score.loss_per_fact, relations).mean
+        for score in run.scores()
+        if score.partition == "search"
+    }
     spent, total, finished = [], 0, 0
     for trial in study.get_trials(deepcopy=False):
         if "fact_tokens" not in trial.user_attrs:
@@ -287,8 +294,9 @@ def fact_tokens(
         total += sum(held["fact_tokens"] for held in slopes if held["after"] == finished)
         total += trial.user_attrs["fact_tokens"]
         finished += 1
-        loss = trial.values[0] if trial.values else inf
-        spent.append((total, loss, space.stored_bytes(Assignment.of(trial.params))))
+        assignment = Assignment.of({name: trial.params[name] for name in space.options})
+        loss = losses[assignment.pairs] if trial.values else inf
+        spent.append((total, loss, space.stored_bytes(assignment)))
     asked = asked_facts(run, facts, "validation")
     scores = sum(score.partition == "validation" for score in run.scores())
     return [*spent, (total + scores * tokens_of(model, facts, asked, contrast=True), inf, 0)]

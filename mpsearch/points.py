@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mpsearch.assignment import Assignment
 from mpsearch.errors import RunError
 from mpsearch.estimates import Estimate, paired_difference
 from mpsearch.fluency import TextScores
 from mpsearch.front import best_under
 
+OBJECTIVE = "answer loss + KL"  # of the search; kept in a run, as older ones had another
 SIMPLE_KINDS = ("uniform", "greedy", "knapsack")
 
 
@@ -26,6 +30,7 @@ class Score:
         correct: contrastive, or None where distractors were not asked.
         text: beside validation facts held-out text, beside search facts search text where the run
             limits its KL; None where it was not read.
+        kl_per_fact: from the reference at the first answer token, in nats; empty in older runs.
     """
 
     assignment: Assignment
@@ -37,6 +42,18 @@ class Score:
     correct: tuple[bool, ...] | None
     seconds: float
     text: TextScores | None = None
+    kl_per_fact: tuple[float, ...] = ()
+
+    @property
+    def objective_per_fact(self) -> NDArray[Any]:
+        """`(facts,)` answer loss plus KL in nats: what a search lowers.
+
+        The answer loss of a known fact has a sign, and a candidate that is chosen among many for it
+        has lowered it by luck, too. KL is the same loss of an answer drawn from the reference: it
+        has no sign to be lucky with, and tells candidates apart on few facts.
+        """
+        lost: NDArray[Any] = np.array(self.loss_per_fact) + np.array(self.kl_per_fact)
+        return lost
 
 
 @dataclass(frozen=True, eq=False)

@@ -214,10 +214,10 @@ class RecallProxy:
         texts = (self._model.tokenizer.decode([token]) for token in answer)
         return next((place for place, text in enumerate(texts) if text.strip()), 0)
 
-    def loss_gradients(
+    def objective_gradients(
         self, layers: Sequence[str], weights: Sequence[float], held: Held
     ) -> Generator[dict[str, Tensor], None, None]:
-        """Gradients of the facts' answer losses, weighted and summed, a part of the model at once.
+        """Gradients of the facts' answer losses plus KL, weighted and summed, by part of the model.
 
         Args:
             layers: whose gradients are wanted.
@@ -227,16 +227,19 @@ class RecallProxy:
             For each part that `mpsearch.backward.gradients` knows, layer to its `(rows, columns)`
             in float32, in nats; zeros where no token reached it.
         """
-        weight_of = {answers[0]: w for answers, w in zip(self._answers_of, weights, strict=True)}
+        fact_of = {answers[0]: fact for fact, answers in enumerate(self._answers_of)}
+        assert self.first is not None  # since this was built
+        before = self.first.log_probs
 
         def loss(row: PreparedRow, logits: Tensor) -> list[Tensor]:
-            log_probs = logits.log_softmax(-1)
-            total = -sum(
-                weight_of[index] * log_probs[places, tokens].sum()
-                for index, (places, tokens) in zip(row.indices, row.spans, strict=True)
-                if index in weight_of
-            )
-            return [total] if isinstance(total, Tensor) else []
+            log_probs, terms = logits.log_softmax(-1), []
+            for index, (places, tokens) in zip(row.indices, row.spans, strict=True):
+                if (fact := fact_of.get(index)) is not None:
+                    reference = before[fact].to(log_probs.device).exp()
+                    # Of KL what depends on the candidate, its cross-entropy.
+                    kl = -(reference * log_probs[places[self._first_visible[fact]]]).sum()
+                    terms.append(weights[fact] * (kl - log_probs[places, tokens].sum()))
+            return [torch.stack(terms).sum()] if terms else []
 
         with closing(gradients(self._pass, held, layers, loss)) as parts:
             for part in parts:

@@ -35,8 +35,8 @@ from mpsearch.space import ResolvedSpace, Rule, SearchSpace
 from mpsearch.targets import TARGETS
 
 VERSION = 1
-# Of a line of evaluations.jsonl; `text` is missing in those of older runs, and those of refined
-# assignments have the settings of their bank as `refined`.
+# Of a line of evaluations.jsonl; `text` and `kl_per_fact` are missing in those of older runs, and
+# those of refined assignments have the settings of their bank as `refined`.
 _SCORE_KEYS = {
     *("assignment", "kind", "partition", "loss_per_fact", "kl_nats", "top1", "correct", "seconds"),
 }
@@ -366,6 +366,7 @@ def _score(line: dict[str, Any], bank: str) -> Score:
         None if correct is None else tuple(correct),
         line["seconds"],
         TextScores.of(line.get("text")),
+        tuple(line.get("kl_per_fact", ())),
     )
 
 

@@ -60,7 +60,7 @@ class _Trial:
     """A finished one.
 
     Attributes:
-        loss: answer loss in nats; an estimate where it was stopped early.
+        loss: in nats; an estimate where it was stopped early.
         levels: `(groups,)`.
         over_text_kl: text KL minus its limit, or 0.
         whole: whether it was measured on all facts.
@@ -79,7 +79,7 @@ class _Trial:
 
 
 class LevelSwitchSampler(BaseSampler):
-    """Proposes assignments for studies whose values are (answer loss, stored bytes).
+    """Proposes assignments for studies whose values are (a loss in nats, stored bytes).
 
     It works with the damage table alone, and several times better with slopes, which whoever runs
     the trials measures where `due` says so, and hands over with `record`.
@@ -183,7 +183,7 @@ class LevelSwitchSampler(BaseSampler):
         """Keep what was measured at a trial, in the study.
 
         Args:
-            slopes: `(group, format)` to the first-order change of answer loss in nats; empty if
+            slopes: `(group, format)` to the first-order change of the loss in nats; empty if
                 they could not be measured.
             fact_tokens: what it cost, kept beside it.
         """

@@ -37,8 +37,8 @@ class Scored:
     """What came of asking one assignment.
 
     Attributes:
-        score: the evaluation; an estimate of the answer loss, in nats, where it was stopped early;
-            or what is wrong with a candidate that gives NaN.
+        score: the evaluation; an estimate of the objective, in nats, where it was stopped early; or
+            what is wrong with a candidate that gives NaN.
         fact_tokens: tokens of facts that were pushed through the model for it.
     """
 
@@ -101,14 +101,14 @@ class Scorer:
         return [found[assignment] for assignment, _ in asked]
 
     def slopes(self, assignment: Assignment) -> dict[tuple[str, str], float]:
-        """How answer loss on search facts changes from there, to first order; see `slopes.py`."""
+        """How the objective changes from there, to first order; see `slopes.py`."""
         proxies = [proxy for _, proxy in self._asked("search")]
         self.fact_tokens += EVALUATIONS * sum(proxy.tokens for proxy in proxies)
         return measure_slopes(self._bench, assignment, proxies)
 
-    def loss(self, score: Score) -> float:
-        """Answer loss of a score, in nats."""
-        return relation_mean(score.loss_per_fact, self._run.relations(score.partition)).mean
+    def objective(self, score: Score) -> float:
+        """Answer loss plus KL of a score, in nats: what a search lowers."""
+        return relation_mean(score.objective_per_fact, self._run.relations(score.partition)).mean
 
     def _measure(
         self,
@@ -136,10 +136,10 @@ class Scorer:
                 evaluations[assignment].append(evaluation)
                 best = bests.get(assignment)
                 if best is not None and number < len(asked):
-                    there = np.array(best.loss_per_fact)[places]
-                    behind = hopeless(evaluation.loss_per_fact, there, proxy.relations)
+                    here = evaluation.loss_per_fact + evaluation.scores.kl
+                    behind = hopeless(here, best.objective_per_fact[places], proxy.relations)
                     if behind is not None:
-                        found[assignment] = Scored(self.loss(best) + behind, so_far)
+                        found[assignment] = Scored(self.objective(best) + behind, so_far)
         whole = [a for a in kinds if a not in found]
         texts = [None] * len(whole) if guard is None else self._bench.read_all(whole, guard)
         seconds = (time.perf_counter() - began) / len(kinds)
@@ -182,6 +182,7 @@ class Scorer:
             tuple(map(bool, joined(correct))) if correct else None,
             seconds,
             text,
+            tuple(map(float, joined([e.scores.kl for e in evaluations]))),
         )
 
     def read_test(self, report: Report, at_once: int = 1) -> None:

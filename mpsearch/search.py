@@ -38,6 +38,7 @@ from mpsearch.guard import cut_text
 from mpsearch.measures import Sensitivity
 from mpsearch.models import Model
 from mpsearch.opening import needs_of
+from mpsearch.points import OBJECTIVE
 from mpsearch.quantizers import get_quantizer
 from mpsearch.recall import SHOTS
 from mpsearch.run import Run
@@ -148,6 +149,7 @@ class _Search:
             "text": self.wish.text and self.wish.text.digest,
             "max_text_kl_nats": self.wish.max_text_kl_nats,
             "shots": SHOTS,
+            "objective": OBJECTIVE,
             "budget_bytes": self.wish.budget_bytes,
             "seed": self.wish.seed,
             "sampler": self.wish.sampler,

@@ -1,6 +1,6 @@
-"""Slopes: how the answer loss changes to first order when one group takes another format.
+"""Slopes: how answer loss plus KL changes to first order when one group takes another format.
 
-One backward pass over the facts, with a candidate in place, gives the gradient of the loss with
+One backward pass over the facts, with a candidate in place, gives the gradient of that sum with
 respect to every weight. Along the way from the weight in place to that of another format it is the
 slope of that change, so one pass serves all groups and all formats. It costs as much as three
 evaluations: a backward pass computes twice what a forward pass does.
@@ -29,13 +29,13 @@ EVALUATIONS = 3  # that a measurement of slopes costs
 def measure_slopes(
     bench: Bench, assignment: Assignment, proxies: Sequence[RecallProxy]
 ) -> dict[tuple[str, str], float]:
-    """First-order change of answer loss from an assignment, in nats, of every (group, format).
+    """First-order change of answer loss plus KL from an assignment, in nats, by (group, format).
 
     Zero for the formats that the assignment has.
 
     Args:
         bench: the assignment stays in place.
-        proxies: whose facts together make the loss; no relation in more than one of them.
+        proxies: whose facts together make the sum; no relation in more than one of them.
     Raises:
         CheckError: a slope is NaN or infinite.
     """
@@ -47,7 +47,7 @@ def measure_slopes(
     along = {(group.name, f.name): 0.0 for group in groups for f in bench.space.options[group.name]}
     for proxy in proxies:
         weights = [1 / (relations * proxy.relations.count(name)) for name in proxy.relations]
-        with closing(proxy.loss_gradients(layers, weights, bench.held)) as parts:
+        with closing(proxy.objective_gradients(layers, weights, bench.held)) as parts:
             for gradients in parts:
                 _add_along(along, bench, gradients)
                 if bank.model.streamed:

@@ -40,7 +40,7 @@ def hopeless(
     asked and by as many that were not. It is hopeless where the chance to win is below 5 %.
 
     Args:
-        losses, best: `(facts,)` answer losses on the same facts, those of the first half.
+        losses, best: `(facts,)` what is lost on the same facts, those of the first half, in nats.
         relations: `(facts,)` names.
     """
     names = np.asarray(relations)

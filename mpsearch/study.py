@@ -216,10 +216,10 @@ class SearchStudy:
 
     def _values(self, score: Score) -> list[float]:
         stored_bytes = self.space.stored_bytes(score.assignment)
-        return [self.scorer.loss(score), float(stored_bytes)]
+        return [self.scorer.objective(score), float(stored_bytes)]
 
     def _ranked(self) -> list[tuple[float, float, Assignment]]:
-        """Search-fact (loss, bytes, assignment) of all complete trials that break no limit."""
+        """Search-fact (objective, bytes, assignment) of all complete trials that break no limit."""
         budget = self.wish.budget_bytes
         ranked = [
             (trial.values[0], trial.values[1], assignment_of(trial, self.space))
@@ -230,7 +230,7 @@ class SearchStudy:
 
     def _best(self) -> str:
         ranked = self._ranked()
-        return f"{ranked[0][0]:.3f} nats lost" if ranked else "none yet"
+        return f"{ranked[0][0]:.3f} nats of loss and KL" if ranked else "none yet"
 
     # ----------------------------------------------------------------- finalists
 

@@ -62,7 +62,7 @@ def test_a_forecast_is_one_line_by_part_and_trials_show_what_follows_them(
     with Progress(clock) as report:
         report.expect(forecast)
         for done in range(3):
-            report("search, best 0.100 nats lost", done, 150)
+            report("search, best 0.100 nats of loss and KL", done, 150)
             clock.now += 19.6
         report("finalists on validation facts", 0, 2)
         clock.now += 19.6
@@ -91,11 +91,11 @@ def test_progress_says_only_beginnings_ends_and_a_line_every_ten_seconds(
 ) -> None:
     with Progress(clock) as report:
         for done in range(101):
-            report("search, best 0.100 nats lost", done, 100)
+            report("search, best 0.100 nats of loss and KL", done, 100)
             clock.now += 0.5
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "search, best 0.100 nats lost: 0/100"
-    assert lines[1] == "search, best 0.100 nats lost: 20/100, about 40 s left"
+    assert lines[0] == "search, best 0.100 nats of loss and KL: 0/100"
+    assert lines[1] == "search, best 0.100 nats of loss and KL: 20/100, about 40 s left"
     assert lines[-1].endswith(": 100/100")
     assert len(lines) == 6
 
@@ -106,10 +106,10 @@ def test_a_stage_goes_on_while_its_figures_change_and_another_begins_anew(
     with Progress(clock) as report:
         report("search, best none yet", 10, 20)  # resumed: ten were done before
         clock.now += 30
-        report("search, best 1.000 nats lost", 13, 20)
+        report("search, best 1.000 nats of loss and KL", 13, 20)
         report("test facts", 0, 1)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[1] == "search, best 1.000 nats lost: 13/20, about 1 min 10 s left"
+    assert lines[1] == "search, best 1.000 nats of loss and KL: 13/20, about 1 min 10 s left"
     assert lines[2] == "test facts: 0/1"
 
 

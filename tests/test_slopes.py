@@ -1,4 +1,4 @@
-"""Slopes are derivatives: a small step along them changes the measured loss as they say."""
+"""Slopes are derivatives: a small step along them changes measured loss and KL as they say."""
 
 from __future__ import annotations
 
@@ -53,13 +53,14 @@ def proxy(bench: Bench, tiny_facts: FactSet) -> RecallProxy:
 
 
 def stepped(bench: Bench, proxy: RecallProxy, group: LayerGroup, there: str, here: str) -> float:
-    """The measured derivative of the loss from one format of a group towards another."""
+    """The measured derivative of answer loss plus KL from one format of a group towards another."""
     losses = []
     for sign in (-1, 1):
         for layer in group.layers:
             at, to = (bench.bank.weight(layer.name, FORMATS[name]) for name in (here, there))
             bench.bank.model.places[layer.name].put(at + sign * STEP * (to - at))
-        lost = proxy.reference.log_prob - proxy.score().log_prob
+        scores = proxy.score()
+        lost = proxy.reference.log_prob - scores.log_prob + scores.kl
         losses.append(relation_mean(lost, proxy.relations).mean)
     for layer in group.layers:
         bench.bank.model.places[layer.name].put(bench.bank.weight(layer.name, FORMATS[here]))
@@ -153,7 +154,7 @@ def test_a_slope_that_is_no_number_is_named(
         originals = bench.bank.model.originals
         yield {layer: torch.full_like(originals[layer], torch.nan) for layer in layers}
 
-    monkeypatch.setattr(proxy, "loss_gradients", broken)
+    monkeypatch.setattr(proxy, "objective_gradients", broken)
     with pytest.raises(CheckError, match=f"slopes at assignment {assignment.id} are NaN"):
         measure_slopes(bench, assignment, [proxy])
     bench.restore()
