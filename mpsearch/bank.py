@@ -42,7 +42,7 @@ from mpsearch.quantizers import (
     get_quantizer,
     working_bytes,
 )
-from mpsearch.tensor_files import intact, read_tensors, write_tensors
+from mpsearch.tensor_files import CheckedFiles, intact, write_tensors
 from mpsearch.wanted import Wanted, check_formats, digest_of
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ class Bank:
         self.folder = (
             (root or home() / "bank") / model.fingerprint[:16] / f"{quantizer.name}-{key[:12]}"
         )
+        self._files = CheckedFiles()
         self._decoded: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self._decoded_bytes = 0
         most_bytes = available_memory_bytes(model.device) // 4
@@ -380,7 +381,7 @@ class Bank:
         path = self.path(layer, fmt)
         if not self.quantizer.calibrated and not path.exists():
             self.build([(self._layers[layer], fmt)])
-        return read_tensors(path)
+        return self._files.read(path)
 
     def weight(self, layer: str, fmt: Format) -> Tensor:
         """The decoded `(rows, columns)` weight on the model's device in its computing dtype.

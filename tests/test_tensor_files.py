@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mpsearch import tensor_files
 from mpsearch.errors import CheckError, ResourceError
-from mpsearch.tensor_files import intact, read_tensors, write_tensors
+from mpsearch.tensor_files import CheckedFiles, intact, read_tensors, write_tensors
 
 TENSORS = {
     "codes": torch.arange(-6, 6, dtype=torch.int8).reshape(3, 4),
@@ -114,3 +115,32 @@ def test_a_full_disk_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch, tmp_pa
         write_tensors(path, {"t": torch.zeros(1)})
     assert same(read_tensors(path), TENSORS)
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+# ------------------------------------------------------------------------------ checked once
+
+
+def test_a_file_is_checked_once_and_again_when_it_was_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, files, digests = tmp_path / "a", CheckedFiles(), []
+    digest = tensor_files._digest
+    monkeypatch.setattr(
+        tensor_files, "_digest", lambda tensors: digests.append(1) or digest(tensors)
+    )
+    write_tensors(path, TENSORS)
+    digests.clear()
+    assert all(same(files.read(path), TENSORS) for _ in range(3))
+    assert len(digests) == 1
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    for _ in range(2):
+        with pytest.raises(CheckError, match="damaged"):
+            files.read(path)
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckError, match="cannot be read"):
+        CheckedFiles().read(tmp_path / "a")
