@@ -38,7 +38,8 @@ from mpsearch.footprint import (
 )
 from mpsearch.forecast import Needs
 from mpsearch.forward import Pass, TokenSequence
-from mpsearch.models import Model, check_folder, load_whole, locate, require_masked
+from mpsearch.model_files import check_folder, locate
+from mpsearch.models import Model, load_whole, require_masked
 from mpsearch.shards import Shards
 from mpsearch.sizes import format_size
 from mpsearch.skeleton import load_skeleton

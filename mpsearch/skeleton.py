@@ -21,15 +21,14 @@ from mpsearch.blocks import find_blocks
 from mpsearch.checkpoint import Checkpoint
 from mpsearch.device import compute_dtype, pick_device
 from mpsearch.errors import ModelError
+from mpsearch.model_files import check_folder, locate
 from mpsearch.models import (
     ATTENTION,
     Model,
-    check_folder,
     config_of,
     fingerprint_of,
     layers_at,
     loader,
-    locate,
     one_line,
     read_tokenizer,
     require_finite,

@@ -30,7 +30,17 @@ WITHOUT_TORCH = (
     *("outcome", "forecast", "promise", "manifest", "verify"),
 )
 WITH_TORCH = (
-    *("device", "builtin", "shards", "checkpoint", "places", "blocks", "models", "skeleton"),
+    *(
+        "device",
+        "builtin",
+        "shards",
+        "model_files",
+        "checkpoint",
+        "places",
+        "blocks",
+        "models",
+        "skeleton",
+    ),
     *("flow", "states", "forward", "reuse"),
     *(
         "codecs",

@@ -33,7 +33,8 @@ from transformers import (
 
 from mpsearch import device
 from mpsearch.errors import CheckError, ModelError, MpsearchError
-from mpsearch.models import Model, check_folder, fingerprint_of, from_module, load_whole
+from mpsearch.model_files import check_folder
+from mpsearch.models import Model, fingerprint_of, from_module, load_whole
 from mpsearch.space import SearchSpace
 
 Edit = Callable[[Path], object]

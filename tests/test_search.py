@@ -23,7 +23,6 @@ import mpsearch.stages
 from mpsearch.allocate import greedy, knapsack, uniform
 from mpsearch.assignment import Assignment
 from mpsearch.errors import CheckError, InfeasibleError, MpsearchError, RunError, UsageError
-from mpsearch.estimates import relation_mean
 from mpsearch.evaluate import Bench, Evaluation
 from mpsearch.facts import FactSet
 from mpsearch.measures import Sensitivity
@@ -131,20 +130,6 @@ def test_every_simple_allocation_is_a_row(
     assert kinds["greedy"] == 1
     assert kinds["search"] == 0
     assert Counter(p.kind for p in whole.points())["search"] >= 1
-
-
-def test_what_is_lowered_is_answer_loss_and_kl(whole: Run) -> None:
-    scores = {s.assignment: s for s in whole.scores() if s.partition == "search"}
-    relations = whole.relations("search")
-    told = [t for t in study_of(whole).trials if t.state == TrialState.COMPLETE]
-    assert told
-    for trial in told:
-        score = scores[Assignment.of(trial.params)]
-        parts = (relation_mean(part, relations).mean
-                 for part in (score.loss_per_fact, score.kl_per_fact))  # fmt: skip
-        assert trial.values[0] == pytest.approx(sum(parts), abs=1e-12)
-        assert relation_mean(score.kl_per_fact, relations).mean == score.kl_nats
-    assert max(score.kl_nats for score in scores.values()) > 0.01
 
 
 def test_every_searched_proposal_fits_the_budget_and_is_asked_once(

@@ -8,10 +8,13 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.trial import TrialState
 from test_search import Search, ask, evaluation_lines, interrupt_at, proposals, result, study_of
 from torch import Tensor
 
+from mpsearch.assignment import Assignment
 from mpsearch.errors import RunError, UsageError
+from mpsearch.estimates import relation_mean
 from mpsearch.evaluate import Bench
 from mpsearch.models import Model
 from mpsearch.run import Run
@@ -48,6 +51,20 @@ def test_a_batch_is_of_different_proposals_that_know_nothing_of_each_other(batch
         assert max(t.datetime_start for t in batch) < min(t.datetime_complete for t in batch)
         if later := trials[first + AT_ONCE :]:
             assert max(t.datetime_complete for t in batch) < later[0].datetime_start
+
+
+def test_what_is_lowered_is_answer_loss_and_kl(batched: Run) -> None:
+    scores = {s.assignment: s for s in batched.scores() if s.partition == "search"}
+    relations = batched.relations("search")
+    told = [t for t in study_of(batched).trials if t.state == TrialState.COMPLETE]
+    assert told
+    for trial in told:
+        score = scores[Assignment.of(trial.params)]
+        parts = (relation_mean(part, relations).mean
+                 for part in (score.loss_per_fact, score.kl_per_fact))  # fmt: skip
+        assert trial.values[0] == pytest.approx(sum(parts), abs=1e-12)
+        assert relation_mean(score.kl_per_fact, relations).mean == score.kl_nats
+    assert max(score.kl_nats for score in scores.values()) > 0.01
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mpsearch.errors import ModelError
-from mpsearch.models import check_folder
+from mpsearch.model_files import check_folder
 from mpsearch.shards import INDEX, Shards
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
