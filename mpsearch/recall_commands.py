@@ -129,11 +129,6 @@ def compare(args: argparse.Namespace) -> None:
 
     started = time.perf_counter()
     model = _model(args, args.reference)
-    if args.depth and model.streamed:
-        raise UsageError(
-            f"--depth reads every block of a model that is loaded whole, and '{args.reference}' "
-            "does not fit so; leave --depth away, or give it more memory"
-        )
     with Progress() as report:
         stage = f"asking {len(facts)} facts of both"
         report(stage, 0, 3)

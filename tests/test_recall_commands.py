@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import exp, log
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from conftest import build_tokenizer
 
 import mpsearch as mps
-from mpsearch import cli, recall
+from mpsearch import cli, opening, recall
 from mpsearch.assignment import Assignment
 from mpsearch.export.reload import load_any
 from mpsearch.facts import Fact, FactSet
@@ -292,3 +293,25 @@ def test_wrong_usage_is_one_line(
         assert (code, out) == (2, "")
         assert err.splitlines()[-1].startswith("mpsearch: ")
         assert words in err.splitlines()[-1]
+
+
+def test_a_reference_that_is_run_block_by_block_reads_the_same_blocks(
+    tiny_folder: Path,
+    facts_file: Path,
+    int2: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    question = ("compare", tiny_folder, int2, "--facts", facts_file, "--depth")
+    loaded = call_json(capsys, *question)
+    choose, streamed = opening.choose, []
+
+    def streams(name: str, *asked: Any) -> opening.Choice:
+        streamed.append(name)
+        return replace(choose(name, *asked), streamed=True)
+
+    monkeypatch.setattr(opening, "choose", streams)
+    told = call_json(capsys, *question)
+    assert streamed == [str(tiny_folder)]
+    assert told["depth"] == loaded["depth"]
+    assert told["flips"] == loaded["flips"]
