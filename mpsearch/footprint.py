@@ -16,7 +16,7 @@
     reference   the first tokens' distributions, from which KL is measured
     grams       of what layers read, of calibrated quantizers
     decoding    a weight between its codes and the computing dtype
-    quantizing  one weight in float32, and what a quantizer makes on the way
+    quantizing  one weight in float32, what a quantizer makes on the way, a Gram matrix's factors
     gradients   of samples, with respect to the whole model or to the block that is streamed
     graph       what a backward pass needs of a row, in all blocks or in one
     checkpoint  what an export holds until it is written
@@ -57,7 +57,8 @@ _CANDIDATES = 4  # of a streamed model that share a walk
 _GRADIENTS = 2  # of a part of the model: one sample's is used while the next is computed
 _DRAWS = 4  # of answers; each has a gradient of every state
 _GRADIENT_NODES = 128
-_QUANTIZING = 14  # float32 copies of the largest weight
+_FIRST_BYTES = 40 * MIB  # what libraries make when they quantize and pack for the first time
+_FACTORS = 3  # float32 matrices of the size of a Gram matrix, beside it
 _OUTPUTS = re.compile(r"(^|_|\.)(o|out|down|dense|dense_4h_to_h|c|fc2|w2|wo)(_proj)?$")
 
 
@@ -115,6 +116,7 @@ class Contents:
         outside: weights that stand in no block.
         blocks: of each block.
         largest_outside, largest_layer: of the largest tensor outside, and in a block.
+        columns: of the widest matrix in a block.
         largest_read: of the largest tensor that is put together in a block: all experts' in one.
         stacked: whether a block's experts are put together so.
         stored_bytes: of a weight in the files, the widest.
@@ -129,6 +131,7 @@ class Contents:
     blocks: tuple[int, ...]
     largest_outside: int
     largest_layer: int
+    columns: int
     largest_read: int
     stacked: bool
     stored_bytes: int
@@ -170,6 +173,7 @@ class Contents:
             blocks=tuple(sum(_count(block.values())) for block in blocks),
             largest_outside=max(_count(outside.values()), default=0),
             largest_layer=max((max(_matrices(block.values())) for block in blocks), default=0),
+            columns=max((max(_columns(block.values())) for block in blocks), default=0),
             largest_read=max((weights for weights, _ in read), default=0),
             stacked=any(stacked for _, stacked in read),
             stored_bytes=max((stored.dtype.itemsize for stored in tensors.values()), default=0),
@@ -214,6 +218,10 @@ def _count(tensors: Iterable[Stored]) -> list[int]:
 def _matrices(tensors: Iterable[Stored]) -> list[int]:
     """Weights of each matrix, of a stack of them each one's."""
     return [prod(stored.shape[-2:]) for stored in tensors] or [0]
+
+
+def _columns(tensors: Iterable[Stored]) -> list[int]:
+    return [stored.shape[-1] for stored in tensors if len(stored.shape) >= 2] or [0]
 
 
 def _rows(tensors: Iterable[Stored]) -> int:
@@ -276,11 +284,14 @@ class Job:
         stages: names of `_STAGES`.
         calibrated: whether weights are quantized by what layers read.
         tables: whether embedding or head are quantized, too.
+        floats: float32 numbers for each weight of a layer that its quantizer holds at most; see
+            `mpsearch.quantizers.floats_a_weight`.
     """
 
     stages: tuple[str, ...]
     calibrated: bool = False
     tables: bool = False
+    floats: int = 15
 
     def largest(self, contents: Contents) -> int:
         """Weights of the largest matrix that is quantized."""
@@ -405,12 +416,14 @@ def _candidates(contents: Contents, way: Way, job: Job) -> tuple[Part, ...]:
 
 
 def _quantizing(contents: Contents, way: Way, job: Job) -> tuple[Part, ...]:
+    first = _FIRST_BYTES if way.on_cpu else 0
+    factored = _FACTORS * contents.columns**2 if job.calibrated else 0
     return (
-        Part("process", _process(way, job.calibrated) - _process(way)),
+        Part("process", _process(way, job.calibrated) - _process(way) + first),
         *(_running(contents, way) if job.calibrated else ()),
         Part("grams", _FLOAT_BYTES * (contents.squares if way.streamed else contents.all_squares)
              if job.calibrated else 0),
-        Part("quantizing", job.largest(contents) * _FLOAT_BYTES * _QUANTIZING),
+        Part("quantizing", _FLOAT_BYTES * (job.largest(contents) * job.floats + factored)),
     )  # fmt: skip
 
 
