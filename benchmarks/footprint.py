@@ -39,10 +39,11 @@ from mpsearch.bank import Bank
 from mpsearch.builtin import builtin_folder
 from mpsearch.codecs import compressor
 from mpsearch.console import quiet_libraries, say
+from mpsearch.contents import Contents
 from mpsearch.device import compute_dtype, limit_memory, pick_device
 from mpsearch.evaluate import Bench
 from mpsearch.facts import FactSet
-from mpsearch.footprint import JOBS, Contents, Way, footprint
+from mpsearch.footprint import JOBS, Way, footprint
 from mpsearch.formats import FORMATS
 from mpsearch.guard import TextGuard
 from mpsearch.models import Model, load_whole

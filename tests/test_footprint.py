@@ -14,7 +14,8 @@ from test_skeleton import MODELS, saved
 from transformers import AutoModelForCausalLM
 
 from mpsearch.architecture import load_config
-from mpsearch.footprint import JOBS, PROCESS_BYTES, Contents, Job, Way, footprint, held_bytes
+from mpsearch.contents import Contents
+from mpsearch.footprint import JOBS, PROCESS_BYTES, Job, Way, footprint, held_bytes
 from mpsearch.shards import Shards
 
 LOADED, STREAMED = Way(False, 2), Way(True, 2)

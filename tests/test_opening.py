@@ -12,8 +12,9 @@ import torch
 from test_skeleton import saved
 
 from mpsearch import device, footprint, opening
+from mpsearch.contents import Contents
 from mpsearch.errors import ModelError, ResourceError, UsageError
-from mpsearch.footprint import JOBS, Contents
+from mpsearch.footprint import JOBS
 from mpsearch.models import Model
 from mpsearch.opening import choose, load_model, needs_of
 from mpsearch.sizes import parse_size
