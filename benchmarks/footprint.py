@@ -25,6 +25,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,15 @@ from mpsearch.bank import Bank
 from mpsearch.builtin import builtin_folder
 from mpsearch.codecs import compressor
 from mpsearch.console import quiet_libraries, say
+from mpsearch.contents import Contents
 from mpsearch.device import compute_dtype, limit_memory, pick_device
 from mpsearch.evaluate import Bench
 from mpsearch.facts import FactSet
-from mpsearch.footprint import JOBS, Contents, Way, footprint
+from mpsearch.footprint import JOBS, Way, footprint
 from mpsearch.formats import FORMATS
 from mpsearch.guard import TextGuard
 from mpsearch.models import Model, load_whole
+from mpsearch.quantizers import floats_a_weight
 from mpsearch.quantizers.rounding import Rounding
 from mpsearch.recall import RecallProxy
 from mpsearch.sensitivity import measure_sensitivity
@@ -148,7 +151,8 @@ def peak_of(folder: Path, job: str, streamed: bool) -> dict[str, Any]:
     dtype = compute_dtype(pick_device())
     config = json.loads((folder / "config.json").read_text())
     contents = Contents.of(Shards(folder, "bench"), config)
-    said = footprint(contents, Way(streamed, dtype.itemsize), JOBS[job])
+    planned = replace(JOBS[job], floats=floats_a_weight(Rounding()))
+    said = footprint(contents, Way(streamed, dtype.itemsize), planned)
     limit_memory(said.least_bytes)
     compressor(FORMATS["int4-g64"])
     model = (load_skeleton if streamed else load_whole)(str(folder))

@@ -384,7 +384,7 @@ class Bank:
         return self._files.read(path)
 
     def weight(self, layer: str, fmt: Format) -> Tensor:
-        """The decoded `(rows, columns)` weight on the model's device in its computing dtype.
+        """The decoded `(rows, columns)` weight on the layer's device in its computing dtype.
 
         Do not write to it: recent ones are kept and handed out again.
         """
@@ -394,7 +394,7 @@ class Bank:
         if key in self._decoded:
             self._decoded.move_to_end(key)
             return self._decoded[key]
-        device = self.model.device
+        device = self.model.device_of(layer)
         stored = {name: tensor.to(device) for name, tensor in self.stored(layer, fmt).items()}
         weight = decode(stored, fmt).to(self.model.dtype)
         self._decoded[key] = weight

@@ -232,8 +232,8 @@ class WatchedInputs:
         found = {}
         for layer in self._read.values():
             name = self._leader_of.get(layer.name, layer.name)
-            seen = self._grams.get(name)
-            gram = torch.eye(layer.columns, device=self._model.device) if seen is None else seen
+            seen, device = self._grams.get(name), self._model.device_of(layer.name)
+            gram = seen if seen is not None else torch.eye(layer.columns, device=device)
             found[layer.name] = InputStatistics(gram, self._counts.get(name, 1))
         return found
 

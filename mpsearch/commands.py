@@ -266,14 +266,19 @@ def _model(args: argparse.Namespace, job: str, space: SearchSpace) -> Any:
     say(f"loading {args.model}")
     from mpsearch.footprint import JOBS
     from mpsearch.opening import load_model
-    from mpsearch.quantizers import get_quantizer
+    from mpsearch.quantizers import floats_a_weight, get_quantizer
 
     chat_template = getattr(args, "chat_template", False)
     planned = JOBS[job]
     if planned.stages:
         quantizer = get_quantizer(args.quantizer, space.target.container)
         tables = space.embedding is not None or space.head is not None
-        planned = replace(planned, calibrated=quantizer.calibrated, tables=tables)
+        planned = replace(
+            planned,
+            calibrated=quantizer.calibrated,
+            tables=tables,
+            floats=floats_a_weight(quantizer),
+        )
     model = load_model(args.model, chat_template, args.memory_limit_bytes, planned)
     for name, reason in model.unrecognised.items():
         say(f"'{name}' stays as it is ({reason})")

@@ -8,9 +8,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from mpsearch.errors import ResourceError, UsageError
 from mpsearch.sizes import format_size
@@ -19,16 +22,28 @@ from mpsearch.this_device import ThisDevice
 
 def pick_device() -> torch.device:
     """CUDA, then Apple's MPS, then the CPU; `MPSEARCH_DEVICE` overrides."""
+    return pick_devices()[0]
+
+
+def pick_devices() -> tuple[torch.device, ...]:
+    """All that blocks of a loaded model may lie on, the one of `pick_device` first.
+
+    Those that `MPSEARCH_DEVICE` names, with commas between them, or every CUDA device.
+
+    Raises:
+        UsageError: it names something else.
+    """
     if wanted := os.environ.get("MPSEARCH_DEVICE"):
         try:
-            return torch.device(wanted)
+            return tuple(torch.device(name.strip()) for name in wanted.split(","))
         except RuntimeError:
             raise UsageError(
-                f"MPSEARCH_DEVICE '{wanted}' is no device; use cpu or cuda:0"
+                f"MPSEARCH_DEVICE '{wanted}' is no device; use cpu, cuda:0, or cuda:0,cuda:1"
             ) from None
     if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        others = (torch.device("cuda", number) for number in range(1, torch.cuda.device_count()))
+        return (torch.device("cuda"), *others)
+    return (torch.device("mps" if torch.backends.mps.is_available() else "cpu"),)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -43,6 +58,96 @@ def compute_dtype(device: torch.device) -> torch.dtype:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if native else torch.float32
     return torch.float32
+
+
+def spread(block_bytes: Sequence[int], free_bytes: Sequence[int]) -> list[int]:
+    """Which device each block of a model goes to.
+
+    Each device gets blocks that follow each other, in the devices' order, so that the one that is
+    fullest, for what is free on it, is as little full as can be, to a thousandth.
+
+    Args:
+        block_bytes: of each block, in order.
+        free_bytes: of each device.
+    Returns:
+        For each block the index of its device.
+    Raises:
+        ResourceError: they do not fit so.
+    """
+
+    def filled(thousandths: int) -> list[int]:
+        found, device, used_bytes = list[int](), 0, 0
+        for size_bytes in block_bytes:
+            while 1000 * (used_bytes + size_bytes) > thousandths * free_bytes[device]:
+                device, used_bytes = device + 1, 0
+                if device == len(free_bytes):
+                    return []
+            found.append(device)
+            used_bytes += size_bytes
+        return found
+
+    for thousandths in range(1001):
+        if len(found := filled(thousandths)) == len(block_bytes):
+            return found
+    free = " + ".join(map(format_size, free_bytes))
+    raise ResourceError(
+        f"the model's blocks take {format_size(sum(block_bytes))} and {free} is free on its "
+        "devices; close other programs, name more devices, or use a smaller model"
+    )
+
+
+def place_blocks(
+    module: nn.Module, blocks: Sequence[nn.Module], devices: Sequence[torch.device]
+) -> None:
+    """Put a model's blocks on several devices, and everything else on the first.
+
+    Norm and head are there, too: tokens, what is read of states, and logits so are all on one
+    device, and a tied head is where its embedding is. A block takes to its own device whatever it
+    is called with, and the last one hands back its output to the first device. Not verified on a
+    GPU.
+
+    Raises:
+        ResourceError: the blocks do not fit.
+    """
+    sizes_bytes = [_bytes(block) for block in blocks]
+    free_bytes = [available_memory_bytes(device) for device in devices]
+    free_bytes[0] = max(0, free_bytes[0] - (_bytes(module) - sum(sizes_bytes)))
+    device_of = [devices[index] for index in spread(sizes_bytes, free_bytes)]
+    inside = {id(child) for block in blocks for child in block.modules()}
+    for child in module.modules():
+        if id(child) not in inside:
+            child._apply(  # type: ignore[no-untyped-call]  # torch's own has no types
+                lambda tensor: tensor.to(devices[0]), recurse=False
+            )
+    for block, device in zip(blocks, device_of, strict=True):
+        block.to(device)
+        block.register_forward_pre_hook(_moves_in(device), with_kwargs=True)
+    blocks[-1].register_forward_hook(lambda block, args, output: moved(output, devices[0]))
+
+
+def _moves_in(device: torch.device) -> Any:
+    def hook(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return moved(args, device), moved(kwargs, device)
+
+    return hook
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """With every tensor in it, tuples, lists and mappings included, on a device.
+
+    What is there already is not copied.
+    """
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if type(value) in (tuple, list):
+        return type(value)(moved(part, device) for part in value)
+    if type(value) is dict:
+        return {key: moved(part, device) for key, part in value.items()}
+    return value
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 # Where the two versions of control groups say limit, use, and what of it can be reclaimed. In the

@@ -8,19 +8,18 @@ the same bf16 values.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from mpsearch.blocks import find_blocks
 from mpsearch.checkpoint import Checkpoint
-from mpsearch.device import compute_dtype, pick_device
-from mpsearch.errors import CheckError, ModelError
+from mpsearch.device import compute_dtype, pick_device, place_blocks
+from mpsearch.errors import ModelError
 from mpsearch.formats import StoredTensor
 from mpsearch.layers import Layer
 from mpsearch.model_files import check_folder, locate
@@ -32,14 +31,9 @@ from mpsearch.places import (
     find_places,
     why_kept,
 )
+from mpsearch.refusals import check_attention, one_line, require_finite
 
 ATTENTION = "sdpa"  # transformers' one that takes a general mask
-
-# What transformers, tokenizers and safetensors raise for a damaged or strange folder.
-_FROM_BELOW = (
-    OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError,
-    SafetensorError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +86,10 @@ class Model:
     @property
     def device(self) -> torch.device:
         return self._embedded.device
+
+    def device_of(self, layer: str) -> torch.device:
+        """That a layer computes on, as blocks of a loaded model may lie on several."""
+        return self.device if self.streamed else self.places[layer].parameter.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -176,15 +174,19 @@ class Model:
         return list({id(place.parameter): place for place in self.places.values()}.values())
 
 
-def load_whole(name: str, chat_template: bool = False) -> Model:
+def load_whole(
+    name: str, chat_template: bool = False, beside: Sequence[torch.device] = ()
+) -> Model:
     """Load `builtin:smollm2-135m`, a folder (one safetensors file or shards) or a hub id, whole.
 
     Args:
         chat_template: ask facts as a user's turn in the tokenizer's chat template.
+        beside: as of `from_module`.
     Raises:
         ModelError: it cannot be had, is stored as pickle, or is already quantized.
         CheckError: a weight is NaN or infinite.
-        ResourceError: the disk is too small to prepare the built-in model.
+        ResourceError: its blocks do not fit on the devices, or the disk is too small
+            to prepare the built-in model.
     """
     folder = locate(name)
     check_folder(folder, name)
@@ -206,20 +208,8 @@ def load_whole(name: str, chat_template: bool = False) -> Model:
             f"model '{name}': its checkpoint lacks '{missing[0]}' and {len(missing) - 1} more "
             "weights that its architecture has; get it again"
         )
-    model = from_module(name, folder, module, tokenizer, device, dtype)
+    model = from_module(name, folder, module, tokenizer, device, dtype, beside)
     return replace(model, chat=chat_template)
-
-
-@contextmanager
-def one_line(name: str) -> Iterator[None]:
-    """What the libraries below raise for a damaged or strange folder becomes a `ModelError`."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
-        yield
-    except (*_FROM_BELOW, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"model '{name}' does not load: {reason}") from error
 
 
 def loader(folder: Path) -> Any:
@@ -268,9 +258,12 @@ def from_module(
     tokenizer: Any,
     device: torch.device,
     dtype: torch.dtype,
+    beside: Sequence[torch.device] = (),
 ) -> Model:
     """Wrap a transformers model, whose weights are taken in bf16 precision.
 
+    Args:
+        beside: more devices, over all of which its blocks are spread; not verified on a GPU.
     Raises:
         CheckError: a weight is NaN or infinite.
         ModelError: nothing in it can be quantized, or tokens reach each other past its attention.
@@ -289,13 +282,17 @@ def from_module(
             seen.add(tensor.data_ptr())
             kept[tensor_name] = tensor.detach().cpu()
     fingerprint = fingerprint_of(module.state_dict())
-    module = module.to(device)
+    blocks = find_blocks(module, find_places(module)) if beside else []
+    if blocks:
+        place_blocks(module, blocks, (device, *beside))
+    else:
+        module = module.to(device)
     _cast(module, dtype)
     # Again, now that its tensors are those that it computes with.
     found = find_places(module), find_embedding(module), find_head(module)
     layers, embedding, head = map(layers_at, found)
     places = {layer: place for part in found for layer, place in part.items()}
-    _check_attention(name, module, device, any(".experts." in layer for layer in places))
+    check_attention(name, module, device, any(".experts." in layer for layer in places))
     return Model(
         name=name,
         folder=folder,
@@ -312,77 +309,12 @@ def from_module(
     )
 
 
-def require_finite(name: str, tensor_name: str, tensor: Tensor) -> None:
-    """Raise `CheckError` if a tensor of model `name` holds a NaN or an infinity."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return
-    # A NaN is the least and the greatest; this needs no second tensor of the size.
-    if not all(extreme.isfinite() for extreme in tensor.aminmax()):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise CheckError(
-            f"model '{name}': '{tensor_name}' holds {bad} NaN or infinite of "
-            f"{tensor.numel()} values; the checkpoint is damaged, get it again"
-        )
-
-
 def layers_at(places: Mapping[str, Place]) -> tuple[Layer, ...]:
     """The layers whose weights live at these places."""
     shapes = {name: place.original.shape for name, place in places.items()}
     return tuple(
         Layer(name, rows, columns, places[name].tied) for name, (rows, columns) in shapes.items()
     )
-
-
-@torch.inference_mode()
-def _check_attention(name: str, module: Any, device: torch.device, has_experts: bool) -> None:
-    """Refuse models in which a token sees another that its mask hides; see `mpsearch.forward`."""
-    mask = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool, device=device)
-
-    def logits_of_last(hidden: int) -> Tensor:
-        output = module(
-            input_ids=torch.tensor([[1, hidden, 2]], device=device),
-            position_ids=torch.tensor([[0, 1, 1]], device=device),
-            attention_mask=mask[None, None],
-            use_cache=False,
-            logits_to_keep=torch.tensor([2], device=device),
-        )
-        logits: Tensor = output.logits[0, -1].float()
-        return logits
-
-    require_masked(name, module, lambda: [logits_of_last(hidden) for hidden in (3, 4)], has_experts)
-
-
-def require_masked(
-    name: str, module: Any, ask: Callable[[], Sequence[Tensor]], has_experts: bool
-) -> None:
-    """Refuse a model in which a token sees another that its mask hides.
-
-    State spaces, linear attention and attention without a general mask fail this.
-
-    Args:
-        ask: gives the logits of the last of three tokens, which attends to the first only, with one
-            and with another token between them, which it so must not notice.
-    Raises:
-        ModelError: it does notice, or no such mask can be given.
-    """
-    try:
-        one, other = ask()
-    except torch.OutOfMemoryError:
-        raise
-    except _FROM_BELOW as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"model '{name}' ({type(module).__name__}) does not run under a general attention "
-            f"mask, by which facts share a pass ({reason}); use another model"
-        ) from error
-    # Rounding alone, where experts take other tokens together in the second pass.
-    tolerance = 5e-2 if has_experts else 1e-4
-    if (one - other).abs().max() > tolerance * one.std():
-        raise ModelError(
-            f"model '{name}' ({type(module).__name__}) lets a token see another that its mask "
-            "hides, as state spaces and linear attention do, so facts cannot share a pass; use a "
-            "model with softmax attention throughout, loaded with sdpa"
-        )
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:

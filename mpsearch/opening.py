@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from mpsearch.architecture import read_config
+from mpsearch.contents import Contents
 from mpsearch.device import (
     available_memory_bytes,
     compute_dtype,
     limit_memory,
     memory_limit,
     pick_device,
+    pick_devices,
     require_disk,
     require_memory,
     used_memory_bytes,
@@ -29,7 +31,6 @@ from mpsearch.errors import ResourceError
 from mpsearch.footprint import (
     JOBS,
     PROCESS_BYTES,
-    Contents,
     Footprint,
     Job,
     Way,
@@ -39,7 +40,8 @@ from mpsearch.footprint import (
 from mpsearch.forecast import Needs
 from mpsearch.forward import Pass, TokenSequence
 from mpsearch.model_files import check_folder, locate
-from mpsearch.models import Model, load_whole, require_masked
+from mpsearch.models import Model, load_whole
+from mpsearch.refusals import require_masked
 from mpsearch.shards import Shards
 from mpsearch.sizes import format_size
 from mpsearch.skeleton import load_skeleton
@@ -70,8 +72,9 @@ def load_model(
     folder = locate(name)
     check_folder(folder, name)
     contents = Contents.of(Shards(folder, name), read_config(folder / "config.json", name))
-    if not choose(name, contents, JOBS[job] if isinstance(job, str) else job).streamed:
-        return load_whole(name, chat_template)
+    choice = choose(name, contents, JOBS[job] if isinstance(job, str) else job)
+    if not choice.streamed:
+        return load_whole(name, chat_template, choice.beside)
     model = load_skeleton(name, chat_template)
     _check_attention(model)
     return model
@@ -85,11 +88,13 @@ class Choice:
         streamed: block by block, or else loaded whole.
         footprint: of the job in that way.
         why: in words and numbers.
+        beside: more devices that its blocks are spread over, where the first does not hold it.
     """
 
     streamed: bool
     footprint: Footprint
     why: str
+    beside: tuple[torch.device, ...] = ()
 
 
 def choose(name: str, contents: Contents, job: Job) -> Choice:
@@ -106,6 +111,8 @@ def choose(name: str, contents: Contents, job: Job) -> Choice:
     room = _Room.of(device, PROCESS_BYTES if device.type == "cpu" else 0)
     if whole.least_bytes <= room.allowed_bytes:
         return Choice(False, whole, str(room))
+    if beside := _beside(room.allowed_bytes, whole):
+        return Choice(False, whole, f"on {1 + len(beside)} devices, {room} on the first", beside)
     if streamed.least_bytes <= room.allowed_bytes:
         takes = format_size(whole.least_bytes)
         return Choice(True, streamed, f"loaded whole it takes {takes}, and {room}")
@@ -115,6 +122,15 @@ def choose(name: str, contents: Contents, job: Job) -> Choice:
         f"model '{name}' needs at least {least} of memory even block by block, and {room}; "
         + (f"give --memory-limit {least} or more" if room.limited else way_out)
     )
+
+
+def _beside(first_bytes: int, whole: Footprint) -> tuple[torch.device, ...]:
+    """The other devices if all together hold a loaded model and its job; none under a limit, which
+    is of one. Each has to hold what runs through a block, too. Not verified on a GPU."""
+    others = pick_devices()[1:] if memory_limit() is None else ()
+    running_bytes = whole["activations"] + whole["logits"] + whole["decoding"]
+    more_bytes = sum(max(0, available_memory_bytes(d) - running_bytes) for d in others)
+    return others if first_bytes + more_bytes >= whole.least_bytes else ()
 
 
 def needs_of(model: Model, job: Job, what: str, disk_bytes: int = 0) -> Needs:
@@ -131,7 +147,11 @@ def needs_of(model: Model, job: Job, what: str, disk_bytes: int = 0) -> Needs:
         _way(model.device, model.dtype, streams) for streams in (model.streamed, not model.streamed)
     )
     found = footprint(contents, here, job)
-    require_memory(found.least_bytes - held_bytes(contents, here), model.device, what)
+    needed_bytes = found.least_bytes - held_bytes(contents, here)
+    if not model.streamed:  # blocks may lie on other devices, too, and what they need beside them
+        others = {place.parameter.device for place in model.places.values()} - {model.device}
+        needed_bytes -= sum(map(available_memory_bytes, others))
+    require_memory(needed_bytes, model.device, what)
     require_disk(found["states"], Path(gettempdir()), "keeping hidden states")
     why = str(_Room.of(model.device, held_bytes(contents, here)))
     if model.streamed:

@@ -39,7 +39,7 @@ from mpsearch.measures import Sensitivity
 from mpsearch.models import Model
 from mpsearch.opening import needs_of
 from mpsearch.points import OBJECTIVE
-from mpsearch.quantizers import get_quantizer
+from mpsearch.quantizers import floats_a_weight, get_quantizer
 from mpsearch.recall import SHOTS
 from mpsearch.run import Run
 from mpsearch.scorer import Scorer
@@ -252,6 +252,7 @@ class _Search:
             JOBS["search"],
             calibrated=self.bank.quantizer.calibrated and bool(lacking),
             tables=any(layer in tables for layer, _ in wanted),
+            floats=floats_a_weight(self.bank.quantizer),
         )
         needs = needs_of(self.model, job, "the search", disk_bytes)
         require_disk(50_000_000, out, "the run folder")

@@ -29,11 +29,10 @@ from mpsearch.models import (
     fingerprint_of,
     layers_at,
     loader,
-    one_line,
     read_tokenizer,
-    require_finite,
 )
 from mpsearch.places import find_embedding, find_head, find_places, why_kept
+from mpsearch.refusals import one_line, require_finite
 from mpsearch.shards import Shards
 
 

@@ -285,7 +285,7 @@ class Walk:
             for number, (own, members) in enumerate(parts.items(), start=1):
                 for item in own:
                     if item not in decoded:
-                        decoded[item] = self._decode(item[1][1], packed[item])
+                        decoded[item] = self._decode(item, packed[item])
                 # Those that part last go on in the room of them all.
                 last = number == len(parts)
                 states = branch.states if last else room.states(branch.states_bytes)
@@ -361,10 +361,11 @@ class Walk:
 
     # ------------------------------------------------------------------------------------ weights
 
-    def _decode(self, fmt: Format, stored: Stored) -> Tensor:
-        model = self._work.model
-        moved = {name: tensor.to(model.device) for name, tensor in stored.items()}
-        return decode(moved, fmt).to(model.dtype)
+    def _decode(self, item: tuple[str, Coded], stored: Stored) -> Tensor:
+        model, (layer, (_, fmt)) = self._work.model, item
+        device = model.device_of(layer)
+        there = {name: tensor.to(device) for name, tensor in stored.items()}
+        return decode(there, fmt).to(model.dtype)
 
     @contextmanager
     def inside(self, depth: int, own: Owns, packed: Codes) -> Iterator[None]:
@@ -374,7 +375,7 @@ class Walk:
             packed: as `fetched` yields them with the block.
         """
         items = own.get(depth, ())
-        weights = {item[0]: self._decode(item[1][1], packed[item]) for item in items}
+        weights = {item[0]: self._decode(item, packed[item]) for item in items}
         with _put(self._places(depth), weights):
             yield
 
@@ -385,7 +386,7 @@ class Walk:
             yield
 
     def _decoded(self, own: Own) -> dict[str, Tensor]:
-        return {layer: self._decode(fmt, packed(layer, fmt)) for layer, (packed, fmt) in own}
+        return {item[0]: self._decode(item, item[1][0](item[0], item[1][1])) for item in own}
 
     def _places(self, depth: int) -> dict[str, Place]:
         """Of a block's layers while its reference weights are in place."""

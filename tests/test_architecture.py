@@ -30,23 +30,15 @@ WITHOUT_TORCH = (
     *("outcome", "forecast", "promise", "manifest", "verify"),
 )
 WITH_TORCH = (
-    *(
-        "device",
-        "builtin",
-        "shards",
-        "model_files",
-        "checkpoint",
-        "places",
-        "blocks",
-        "models",
-        "skeleton",
-    ),
+    *("device", "builtin", "shards", "model_files", "checkpoint", "places", "blocks", "refusals"),
+    *("models", "skeleton"),
     *("flow", "states", "forward", "reuse"),
     *(
         "codecs",
         "walk",
         "runner",
         "backward",
+        "contents",
         "footprint",
         "opening",
         "quantizers",

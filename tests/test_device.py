@@ -40,6 +40,20 @@ def fake_files(monkeypatch: pytest.MonkeyPatch, folder: Path, contents: dict[str
 # ------------------------------------------------------------------------------- which device
 
 
+def test_all_cuda_devices_may_hold_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerators(monkeypatch, cuda=True, mps=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert device.pick_devices() == (
+        torch.device("cuda"), torch.device("cuda:1"), torch.device("cuda:2"),
+    )  # fmt: skip
+    monkeypatch.setenv("MPSEARCH_DEVICE", "cuda:1, cuda:0")
+    assert device.pick_devices() == (torch.device("cuda:1"), torch.device("cuda:0"))
+    assert device.pick_device() == torch.device("cuda:1")
+    monkeypatch.setenv("MPSEARCH_DEVICE", "cuda:1,gpu")
+    with pytest.raises(UsageError, match=r"'cuda:1,gpu' is no device; use cpu, cuda:0, or cuda:0,"):
+        device.pick_devices()
+
+
 @pytest.mark.parametrize(
     ("cuda", "mps", "picked"),
     [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")],

@@ -14,7 +14,8 @@ from test_skeleton import MODELS, saved
 from transformers import AutoModelForCausalLM
 
 from mpsearch.architecture import load_config
-from mpsearch.footprint import JOBS, PROCESS_BYTES, Contents, Job, Way, footprint, held_bytes
+from mpsearch.contents import Contents
+from mpsearch.footprint import JOBS, PROCESS_BYTES, Job, Way, footprint, held_bytes
 from mpsearch.shards import Shards
 
 LOADED, STREAMED = Way(False, 2), Way(True, 2)
@@ -47,6 +48,7 @@ def test_weights_are_counted_where_the_model_has_them(tmp_path: Path, family: st
 def test_experts_stored_one_by_one_are_put_together(tmp_path: Path) -> None:
     found = contents_of(saved(tmp_path, "mixtral"))
     assert found.stacked
+    assert found.columns == 128
     assert found.largest_read == 2 * 4 * 128 * 64  # gate and up of four
     assert found.largest_layer == 128 * 64
 
@@ -71,9 +73,9 @@ def test_a_family_that_is_not_known_is_bounded_by_its_rows(tmp_path: Path) -> No
 def plain() -> Contents:
     """Two blocks of a thousand weights, 500 outside."""
     return Contents(
-        outside=500, blocks=(1000, 1000), largest_outside=400, largest_layer=300, largest_read=300,
-        stacked=False, stored_bytes=2, vocabulary=10, hidden=8, squares=64, all_squares=128,
-        rows=100, architecture=None,
+        outside=500, blocks=(1000, 1000), largest_outside=400, largest_layer=300, columns=20,
+        largest_read=300, stacked=False, stored_bytes=2, vocabulary=10, hidden=8, squares=64,
+        all_squares=128, rows=100, architecture=None,
     )  # fmt: skip
 
 
@@ -117,6 +119,10 @@ def test_calibrated_quantizers_hold_what_layers_read(plain: Contents) -> None:
     assert footprint(plain, LOADED, gptq)["grams"] == 4 * 128
     assert footprint(plain, STREAMED, gptq)["grams"] == 4 * 64
     assert footprint(plain, LOADED, gptq)["process"] > PROCESS_BYTES
+    beside = [footprint(plain, LOADED, job)["quantizing"] for job in (rounding, gptq)]
+    assert beside == [4 * 300 * 15, 4 * (300 * 15 + 3 * 20**2)]  # GPTQ factors a Gram matrix
+    few = replace(rounding, floats=8)
+    assert footprint(plain, LOADED, few)["quantizing"] == 4 * 300 * 8
     tables = replace(rounding, tables=True)
     bytes_of = [footprint(plain, LOADED, job)["quantizing"] for job in (rounding, tables)]
     assert bytes_of[1] == bytes_of[0] * 400 // 300

@@ -12,8 +12,9 @@ import torch
 from test_skeleton import saved
 
 from mpsearch import device, footprint, opening
+from mpsearch.contents import Contents
 from mpsearch.errors import ModelError, ResourceError, UsageError
-from mpsearch.footprint import JOBS, Contents
+from mpsearch.footprint import JOBS
 from mpsearch.models import Model
 from mpsearch.opening import choose, load_model, needs_of
 from mpsearch.sizes import parse_size
@@ -35,9 +36,9 @@ def sizes(**changes: object) -> Contents:
     block = 2**32 * 9 // 10 // 32
     made = Contents(
         outside=2**32 // 10, blocks=(block,) * 32, largest_outside=2**32 // 10,
-        largest_layer=block // 4, largest_read=block // 4, stacked=False, stored_bytes=2,
-        vocabulary=100_000, hidden=4096, squares=10**8, all_squares=10**9, rows=40_000,
-        architecture=None,
+        largest_layer=block // 4, columns=14_336, largest_read=block // 4, stacked=False,
+        stored_bytes=2, vocabulary=100_000, hidden=4096, squares=10**8, all_squares=10**9,
+        rows=40_000, architecture=None,
     )  # fmt: skip
     return replace(made, **changes)
 
@@ -115,22 +116,6 @@ def test_without_a_limit_the_way_out_is_another(monkeypatch: pytest.MonkeyPatch)
 def test_a_limit_that_is_no_size_is_refused(tiny_folder: Path, limit: int) -> None:
     with pytest.raises(UsageError, match=f"memory limit {limit} is no size"):
         load_model(str(tiny_folder), memory_limit_bytes=limit)
-
-
-def least_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The smallest limit for asking the tiny model, to the byte."""
-    seen: list[opening.Choice] = []
-    made = opening.choose
-
-    def noted(*asked: object) -> opening.Choice:
-        seen.append(made(*asked))  # type: ignore[arg-type]
-        return replace(seen[-1], streamed=True)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(opening, "choose", noted)
-        patched.setattr(opening, "available_memory_bytes", lambda of: 2**40)
-        load_model(str(folder), job="ask")
-    return seen[0].footprint.least_bytes
 
 
 def test_a_forced_limit_streams_and_says_the_same(

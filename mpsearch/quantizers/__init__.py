@@ -12,7 +12,12 @@ from mpsearch.errors import UsageError
 from mpsearch.formats import Format, nearest
 from mpsearch.layers import Layer
 
-_FLOATS_A_WEIGHT = 15  # float32 that a quantizer holds at most: HQQ and GPTQ 14, others up to 8
+_FLOATS_A_WEIGHT = 15  # float32 that a quantizer holds at most: HQQ and GPTQ 14
+_FEWER_FLOATS = {
+    "rounding": 8,
+    "gguf": 8,
+    "bitsandbytes": 8,
+}  # the first on layers up to 25 million
 _FLOATS_A_PRODUCT = 3  # beside the Gram matrix: GPTQ factors it
 
 
@@ -55,13 +60,18 @@ class Quantizer(Protocol):
     ) -> dict[str, dict[str, Tensor]]: ...
 
 
+def floats_a_weight(quantizer: Quantizer) -> int:
+    """float32 numbers for each weight of a layer that quantizing it holds at most."""
+    return _FEWER_FLOATS.get(quantizer.name, _FLOATS_A_WEIGHT)
+
+
 def working_bytes(layer: Layer, quantizer: Quantizer) -> int:
     """Memory that quantizing a layer takes, beside its weight and its statistics.
 
     Source: measured on layers of 0.5 to 4 million weights, two or three formats at once.
     """
     products = layer.columns**2 if quantizer.calibrated else 0
-    return 4 * (_FLOATS_A_WEIGHT * layer.weights + _FLOATS_A_PRODUCT * products)
+    return 4 * (floats_a_weight(quantizer) * layer.weights + _FLOATS_A_PRODUCT * products)
 
 
 # By container; the first is its default.
