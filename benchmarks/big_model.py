@@ -12,9 +12,10 @@ kernel's, and opens the model as a user would, by `mpsearch.load_model` with tha
 
 Random weights know no fact, so facts are given and no gate is asked; losses say nothing here.
 
-The limit is RLIMIT_DATA, private memory that can be written: what allocations take, used or not.
-RLIMIT_AS would count the code of libraries, too, which is mapped and for the most part never read
-(torch with transformers: 0.8 GiB, of which 0.35 GiB are data). One thread computes and another
+The limit is RLIMIT_DATA, private memory that can be written: what allocations take, used or not,
+and the shards that torch maps to load them. RLIMIT_AS would count the code of libraries, too, which
+is mapped and for the most part never read (torch with transformers: 0.8 GiB, of which 0.35 GiB are
+data). What was resident, all files included, stands beside it. One thread computes and another
 reads ahead; they share one arena of malloc, as each arena reserves memory of its own.
 
     python benchmarks/big_model.py [--gigabytes 4] [--limit 2] [--facts 8] [--folder DIR]
@@ -113,18 +114,21 @@ def main() -> int:
         },
         "rows": [],
     }
-    if (made / "model").exists():
-        result = load(args.out)
+    so_far = made / "result.json"
+    if so_far.exists():
+        result = load(so_far)
     else:
         say(f"writing {args.gigabytes:g} GB")
         result |= write_model(made / "model", args.gigabytes)
+        save(so_far, result)
     for stage in STAGES[len(result["rows"]) :]:
         say(stage)
         row = {**held_to(limit_bytes, stage, made, args.facts), "commit": commit()}
         if not row["done"] and stage != "loaded":
             raise SystemExit(f"{stage}: {row['error']}; '{made}' is left as it is")
         result["rows"].append(row)
-        save(args.out, result)
+        save(so_far, result)
+    save(args.out, result)
     shutil.rmtree(made)
     show(result)
     return 0 if proven(result["rows"]) else 1
@@ -148,7 +152,7 @@ def write_model(folder: Path, gigabytes: float, sizes: Mapping[str, Any] = SIZES
     """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(builtin_folder())
     config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **sizes)
     with torch.device("meta"):

@@ -43,7 +43,7 @@ class Rounding:
 
     def _quantize(self, weight: Tensor, fmt: Format) -> dict[str, Tensor]:
         # Rows do not know of each other, so slices give the same codes.
-        found = [self._codes(rows, fmt) for rows in weight.split(_rows_at_once(weight))]
+        found = [self._codes(rows, fmt) for rows in torch.split(weight, _rows_at_once(weight))]
         codes, scale, zero_point = (torch.cat(parts) for parts in zip(*found, strict=True))
         return pack(codes, scale, fmt, None if fmt.symmetric else zero_point)
 
