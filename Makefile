@@ -86,6 +86,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/both_ways.py
+	$(BIN)/python benchmarks/big_model.py
 
 # Resumes; on two cores it takes days, so give it parts: PEERS='--sizes midway --seeds 0 --minutes 60'
 bench-peers: .venv/installed

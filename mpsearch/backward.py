@@ -47,7 +47,7 @@ _Ends = tuple[Tensor | None, Sequence[tuple[Tensor, Tensor | None]]]
 """What a part computed for a row from what entered it, with the gradient of each of its results."""
 
 
-SLICE = 2**26  # weights of which float32 copies are made at once; most layers have fewer
+SLICE = 2**20  # weights of which float32 copies are made at once: these stay near the processor
 
 
 def products(gradients: Sequence[Tensor], weight: Tensor) -> Tensor:

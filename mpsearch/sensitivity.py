@@ -53,7 +53,7 @@ from mpsearch.space import ResolvedSpace
 log = logging.getLogger(__name__)
 
 _ROW_NODES = 128  # smaller rows than for scoring: each gives one independent sample a draw
-_SAMPLES = 64  # independent samples at least, over all rows and draws
+_SAMPLES = 64  # independent ones, unless asked for others
 _MOST_MEMORY = 1 / 8  # of what is available, for gradients that are held together
 _BACKWARD = 3  # forward passes that a draw takes about, with the products of all formats
 
@@ -65,6 +65,7 @@ def measure_sensitivity(
     facts: tuple[Fact, ...],
     *,
     seed: int = 0,
+    samples: int = _SAMPLES,
     around: bool = True,
     check: bool = False,
     report: Report = silent,
@@ -79,6 +80,7 @@ def measure_sensitivity(
         bank: built for them; its model must hold the reference weights.
         facts: usually those of the search partition that the reference knows.
         seed: of sampled answers.
+        samples: independent ones at least, over all rows and draws.
         around: whether to measure output error and geometry, which no allocation needs.
         check: whether to measure the KL of each group alone in each format, too.
     Raises:
@@ -87,9 +89,10 @@ def measure_sensitivity(
     model = bank.model
     sequences = [ask(model, fact_set, fact, fact.answer, SHOTS) for fact in facts]
     work = Pass(model, sequences, max_nodes=_ROW_NODES)
+    draws = _draws(len(work.rows), samples)
     layer_errors, output_error, of_groups = _errors_and_geometry(space, bank, work, around, report)
     weight_error = {key: sum(of_layers.values()) ** 0.5 for key, of_layers in layer_errors.items()}
-    fisher, reached = _fisher(space, bank, work, seed, report)
+    fisher, reached = _fisher(space, bank, work, seed, draws, report)
     damage = _with_unreached(fisher, layer_errors, reached, space)
     perturbed: dict[tuple[str, str], float] = {}
     if check:
@@ -102,7 +105,7 @@ def measure_sensitivity(
         "formats": list(space.space.formats),
         "facts": {"source": fact_set.source, "digest": fact_set.digest, "used": len(facts)},
         "shots": SHOTS,
-        "draws": _draws(len(work.rows)),
+        "draws": draws,
         "unreached": [
             layer.name
             for group in space.groups
@@ -178,8 +181,8 @@ def _grams_fit(space: ResolvedSpace, model: Model) -> bool:
     return False
 
 
-def _draws(rows: int) -> int:
-    return -(-_SAMPLES // rows)
+def _draws(rows: int, samples: int = _SAMPLES) -> int:
+    return -(-samples // rows)
 
 
 def forward_tokens(tokens: float) -> float:
@@ -188,10 +191,9 @@ def forward_tokens(tokens: float) -> float:
 
 
 def _fisher(
-    space: ResolvedSpace, bank: Bank, work: Pass, seed: int, report: Report
+    space: ResolvedSpace, bank: Bank, work: Pass, seed: int, draws: int, report: Report
 ) -> tuple[dict[tuple[str, str], float], set[str]]:
     """Damage of each (group, format) by KL-Fisher, and the names of the layers with gradients."""
-    draws = _draws(len(work.rows))
     found = _Derivatives(space, bank, len(work.rows) * draws)
     generator = torch.Generator().manual_seed(seed)
     derived = gradients(

@@ -422,6 +422,18 @@ def test_a_seed_decides_the_table(
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_as_many_samples_are_drawn_as_are_asked_for(
+    tiny_space: ResolvedSpace,
+    bank: Bank,
+    tiny_facts: FactSet,
+    facts: tuple[Fact, ...],
+    table: Sensitivity,
+) -> None:
+    one = measure_sensitivity(tiny_space, bank, tiny_facts, facts, samples=1, around=False)
+    assert one.provenance["draws"] == 1 < table.provenance["draws"]
+    assert one.fisher_nats != table.fisher_nats
+
+
 def test_provenance_says_what_produced_the_table(
     tiny: Model, bank: Bank, tiny_facts: FactSet, facts: tuple[Fact, ...], table: Sensitivity
 ) -> None:

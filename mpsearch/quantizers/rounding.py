@@ -16,6 +16,8 @@ from mpsearch.quantizers import InputStatistics
 # Of a group's range, shrunk by 0 to 11 twentieths, the one with the least squared error is kept.
 CLIP = {"grid": 20, "steps": 12}
 
+_SLICE = 2**20  # weights that are tried at once: what that makes stays near the processor
+
 
 class Rounding:
     """Each weight takes the nearest code; each group's range is the one of `CLIP` that errs least.
@@ -40,6 +42,13 @@ class Rounding:
         return {fmt.name: self._quantize(weight, fmt) for fmt in formats}
 
     def _quantize(self, weight: Tensor, fmt: Format) -> dict[str, Tensor]:
+        # Rows do not know of each other, so slices give the same codes.
+        found = [self._codes(rows, fmt) for rows in torch.split(weight, _rows_at_once(weight))]
+        codes, scale, zero_point = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return pack(codes, scale, fmt, None if fmt.symmetric else zero_point)
+
+    def _codes(self, weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes `(rows, columns)`, scales as stored and zero-points `(rows, groups)`."""
         from compressed_tensors.quantization.lifecycle.forward import fake_quantize, quantize
         from compressed_tensors.quantization.utils import calculate_qparams
 
@@ -65,4 +74,8 @@ class Rounding:
             scale = torch.where(better, tried, scale)
             zero_point = torch.where(better, zero, zero_point)
         codes = quantize(weight, scale, zero_point, args, dtype=args.pytorch_dtype())[:, :columns]
-        return pack(codes, stored_scale(scale, fmt), fmt, None if fmt.symmetric else zero_point)
+        return codes, stored_scale(scale, fmt), zero_point
+
+
+def _rows_at_once(weight: Tensor) -> int:
+    return max(1, _SLICE // weight.shape[1])

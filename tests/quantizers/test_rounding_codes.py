@@ -17,6 +17,7 @@ from contract import (
 
 from mpsearch.codecs import stored_scale
 from mpsearch.formats import Format
+from mpsearch.quantizers import rounding
 
 each_rounded = pytest.mark.parametrize(
     "fmt", [fmt for fmt in made_by("rounding") if fmt.number == "int"], ids=lambda fmt: fmt.name
@@ -67,3 +68,17 @@ def test_fp8_is_the_nearest_float_on_a_scale_that_spans_the_row() -> None:
     torch.testing.assert_close(stored["weight_scale"].float() * 448, largest, rtol=2**-7, atol=0)
     codes = (weight() / stored["weight_scale"].float()).clamp(-448, 448).to(torch.float8_e4m3fn)
     assert torch.equal(stored["weight"].float(), codes.float())
+
+
+def test_slices_of_a_weight_get_the_codes_that_it_gets_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    formats = made_by("rounding")
+    monkeypatch.setattr(rounding, "_SLICE", weight().shape[1] * 5)  # does not divide the rows
+    assert len(weight()) % 5
+    sliced = rounding.Rounding().quantize(weight(), formats, None)
+    for fmt in formats:
+        whole = quantized("rounding")[fmt.name]
+        assert set(sliced[fmt.name]) == set(whole)
+        for name, tensor in whole.items():
+            assert torch.equal(sliced[fmt.name][name].float(), tensor.float()), (fmt.name, name)
