@@ -73,12 +73,11 @@ def test_fp8_is_the_nearest_float_on_a_scale_that_spans_the_row() -> None:
 def test_slices_of_a_weight_get_the_codes_that_it_gets_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    formats = made_by("rounding")
+    formats, whole = made_by("rounding"), quantized("rounding")
     monkeypatch.setattr(rounding, "_SLICE", weight().shape[1] * 5)  # does not divide the rows
     assert len(weight()) % 5
     sliced = rounding.Rounding().quantize(weight(), formats, None)
     for fmt in formats:
-        whole = quantized("rounding")[fmt.name]
-        assert set(sliced[fmt.name]) == set(whole)
-        for name, tensor in whole.items():
+        assert set(sliced[fmt.name]) == set(whole[fmt.name])
+        for name, tensor in whole[fmt.name].items():
             assert torch.equal(sliced[fmt.name][name].float(), tensor.float()), (fmt.name, name)
