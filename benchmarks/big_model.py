@@ -210,7 +210,8 @@ def held_to(limit_bytes: int, stage: str, made: Path, facts: int) -> dict[str, A
     if done.returncode:
         say(done.stderr)
         lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
-        return {"stage": stage, "done": False, "error": lines[-1][:300]}
+        error = lines[-1].replace(f"{made}/", "")[:300]
+        return {"stage": stage, "done": False, "error": error}
     return {"stage": stage, "done": True, **json.loads(done.stdout.splitlines()[-1])}
 
 
