@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from mpsearch import cli
+from mpsearch import cli, device
 from mpsearch.facts import FactSet
 from mpsearch.formats import FORMATS
 from mpsearch.models import Model, from_module, load_whole
@@ -226,6 +226,13 @@ def wanted(tiny: Model) -> Wanted:
     """Five layers in two formats each."""
     formats = (FORMATS["int2-g64"], FORMATS["int4-g64"])
     return [(layer, fmt) for layer in tiny.layers[:5] for fmt in formats]
+
+
+@pytest.fixture(autouse=True)
+def unlimited_memory() -> Iterator[None]:
+    """What one test allows the process is nothing to the next."""
+    yield
+    device.limit_memory(None)
 
 
 @pytest.fixture(scope="session", autouse=True)

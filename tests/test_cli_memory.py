@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,6 @@ import pytest
 from cli_cases import Cli, one_line
 
 from mpsearch import cli, device, opening
-
-
-@pytest.fixture(autouse=True)
-def unlimited_afterwards() -> Iterator[None]:
-    yield
-    device.limit_memory(None)
-
 
 REST = {"search": ["--budget", "57KiB", "-o", "run"], "export": ["best", "-o", "out"],
         "refine": ["best"], "compare": ["other"]}  # fmt: skip

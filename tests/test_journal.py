@@ -123,7 +123,9 @@ def test_what_was_refused_counts_as_tried_and_what_a_kill_cut_does_not(
     bad.set_user_attr("refused", "NaN")
     study.tell(bad, state=optuna.trial.TrialState.FAIL)
     again = open_study(run, space)
-    assert [trial.state.name for trial in again.get_trials()] == ["FAIL", "FAIL"]
+    # What was proposed and not measured is proposed again.
+    assert [trial.state.name for trial in again.get_trials()] == ["FAIL", "FAIL", "WAITING"]
+    assert dict(again.ask(distributions(space)).params) == dict(killed.params)
     assert tried(again, space) == {Assignment.of(bad.params)} - {Assignment.of(killed.params)}
 
 

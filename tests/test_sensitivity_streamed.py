@@ -120,7 +120,7 @@ def test_what_is_decoded_does_not_outlive_its_block(tiny_facts: FactSet, tmp_pat
 
     bank = Watched(model, Rounding(), root=tmp_path / "bank")
     bank.build(all_layers(space))
-    _fisher(space, bank, small_work(model, tiny_facts), 0, silent)
+    _fisher(space, bank, small_work(model, tiny_facts), 0, 32, silent)
     decoded = Counter(depth for depth, _ in alive)
     assert decoded == dict.fromkeys(range(3), 7 * 2)  # once for all rows
 
@@ -138,9 +138,9 @@ def test_without_memory_gradients_are_taken_one_by_one_and_say_the_same(
     bank = built(model, Rounding(), space, tmp_path / "bank")
     work = small_work(model, tiny_facts)
     assert len(work.rows) > 1
-    together = _fisher(space, bank, work, 0, silent)
+    together = _fisher(space, bank, work, 0, 32, silent)
     monkeypatch.setattr("mpsearch.sensitivity.available_memory_bytes", lambda device: 0)
-    assert _fisher(space, bank, work, 0, silent) == together
+    assert _fisher(space, bank, work, 0, 32, silent) == together
 
 
 @pytest.mark.parametrize("done", [1, 3])
@@ -162,6 +162,6 @@ def test_a_streamed_model_is_left_as_it_was_after_an_interrupt(
 
     bank = Interrupting(model, Rounding(), root=tmp_path / "bank")
     with pytest.raises(KeyboardInterrupt):
-        _fisher(space, bank, small_work(model, tiny_facts), 0, silent)
+        _fisher(space, bank, small_work(model, tiny_facts), 0, 32, silent)
     assert empty(model)
     assert not any(parameter.requires_grad for parameter in model.module.parameters())

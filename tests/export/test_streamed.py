@@ -17,7 +17,7 @@ from mpsearch.assignment import Assignment
 from mpsearch.errors import UsageError
 from mpsearch.export.reload import load_any
 from mpsearch.formats import BF16
-from mpsearch.models import Model, load_model
+from mpsearch.models import Model, load_whole
 from mpsearch.skeleton import load_skeleton
 from mpsearch.space import ResolvedSpace, SearchSpace
 
@@ -93,7 +93,7 @@ def test_it_is_the_loaded_models_export_file_for_file(
     to = "dequantized" if dequantized else target
     loaded, streamed = (
         exported(load(source), case, to, tmp_path / name)
-        for name, load in (("loaded", load_model), ("streamed", load_skeleton))
+        for name, load in (("loaded", load_whole), ("streamed", load_skeleton))
     )
     theirs, ours = files(loaded), files(streamed)
     assert set(ours) == set(theirs)
