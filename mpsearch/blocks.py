@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpsearch.places import Place
+
 
 def find_blocks(module: Any, layers: Iterable[str]) -> list[nn.Module]:
     """The model's blocks in order; empty if its layers are not numbered in one list of modules.
@@ -33,6 +35,20 @@ def block_parameters(module: nn.Module, blocks: Iterable[nn.Module]) -> list[lis
     return [
         [f"{paths[id(block)]}.{name}" for name, _ in block.named_parameters()] for block in blocks
     ]
+
+
+def within_blocks(
+    module: nn.Module, blocks: Iterable[nn.Module], places: Mapping[str, Place]
+) -> dict[str, tuple[int, str]]:
+    """Of each layer that is in a block: which one, and the name of the parameter it lies in."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    found = {
+        id(parameters[name]): (depth, name)
+        for depth, names in enumerate(block_parameters(module, blocks))
+        for name in names
+    }
+    parts = ((layer, id(place.parameter)) for layer, place in places.items())
+    return {layer: found[part] for layer, part in parts if part in found}
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mpsearch.blocks import block_parameters, find_blocks
+from mpsearch.blocks import block_parameters, find_blocks, within_blocks
 from mpsearch.models import Model
 
 
@@ -45,14 +45,9 @@ class BlockWeights:
         self._parameters = {name: parameters[name] for names in self._names for name in names}
         self._placeholders = {name: part.data for name, part in self._parameters.items()}
         self._held: tuple[str, ...] = ()
-        of = {id(part): name for name, part in self._parameters.items()}
-        depths = {name: depth for depth, names in enumerate(self._names) for name in names}
-        self._parameter_of = {
-            layer: of[id(place.parameter)]
-            for layer, place in model.places.items()
-            if id(place.parameter) in of
-        }
-        self.depth_of = {layer: depths[name] for layer, name in self._parameter_of.items()}
+        within = within_blocks(model.module, self.blocks, model.places)
+        self._parameter_of = {layer: name for layer, (_, name) in within.items()}
+        self.depth_of = {layer: depth for layer, (depth, _) in within.items()}
 
     def read(self, depth: int) -> Mapping[str, Tensor]:
         """The parameters of a block by name; none of a loaded model, which has them."""

@@ -29,7 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpsearch.blocks import Call, called, find_blocks, returning
+from mpsearch.blocks import (
+    Call,
+    block_parameters,
+    called,
+    find_blocks,
+    returning,
+    within_blocks,
+)
 from mpsearch.codecs import Stored, decode
 from mpsearch.device import available_memory_bytes
 from mpsearch.errors import ModelError
@@ -117,22 +124,13 @@ class Walk:
         self._states_bytes = states_bytes
         self.blocks = find_blocks(model.module, model.places)
         self._parameters = dict(model.module.named_parameters(remove_duplicate=False))
-        paths = {id(module): path for path, module in model.module.named_modules()}
-        depth_of, name_of = {}, {}
-        for depth, block in enumerate(self.blocks):
-            for name, parameter in block.named_parameters():
-                name_of[id(parameter)] = f"{paths[id(block)]}.{name}"
-                depth_of[id(parameter)] = depth
-        places = {layer: id(place.parameter) for layer, place in model.places.items()}
-        # Of the layers in blocks: which block, and which parameter they lie in.
-        self._depth = {layer: depth_of[part] for layer, part in places.items() if part in depth_of}
-        self._within = {layer: name_of[places[layer]] for layer in self._depth}
+        self._names = block_parameters(model.module, self.blocks)
+        within = within_blocks(model.module, self.blocks, model.places)
+        self._depth = {layer: depth for layer, (depth, _) in within.items()}
+        self._within = {layer: name for layer, (_, name) in within.items()}
         self.layers: list[list[str]] = [[] for _ in self.blocks]
         for layer, depth in self._depth.items():
             self.layers[depth].append(layer)
-        self._names: list[list[str]] = [[] for _ in self.blocks]
-        for part, name in name_of.items():
-            self._names[depth_of[part]].append(name)
         self._as_tuple = False
         if not self.blocks or not any(map(self._hands_on_states, (False, True))):
             raise ModelError(
