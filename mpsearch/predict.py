@@ -60,6 +60,14 @@ class Centre:
     slopes_nats: NDArray[Any] | None = None
 
 
+def curvature(damage_nats: NDArray[Any], levels: NDArray[Any]) -> NDArray[Any]:
+    """`(groups, levels)` of the damages of the format in place and of another, zero for staying."""
+    groups = np.arange(len(levels))
+    both = np.abs(damage_nats) + np.abs(damage_nats[groups, levels])[:, None]
+    both[groups, levels] = 0.0
+    return np.asarray(both)
+
+
 class Predictor:
     """Predicts losses near a centre from a damage table, slopes and trials.
 
@@ -82,8 +90,7 @@ class Predictor:
         here = damage_nats[self._groups, centre.levels][:, None]
         scale = max(abs(centre.loss_nats), _LEAST_NATS)
         differs = levels != centre.levels
-        both = np.abs(damage_nats) + np.abs(here)
-        both[self._groups, centre.levels] = 0.0
+        both = curvature(damage_nats, centre.levels)
         slopes = centre.slopes_nats
         known = np.abs(damage_nats) if slopes is None else np.abs(slopes) + both
         sizes = self._sums(known, levels)  # of all that a trial changes

@@ -1,15 +1,20 @@
 """The Optuna sampler: level switches that keep the budget, chosen by a predictor that learns.
 
-A proposal is the child of one or two parents near the front: it moves a few groups up and others
-down, so every trial is feasible, and every trial spends the same bytes in another way. Of many such
-children the one is proposed that a draw from the predictor's posterior likes best. The predictor is
-centred on the best assignment whose slopes have been measured (`slopes.py`), on the best one until
-there are any. Where text KL is limited, a second predictor says which children keep to it.
+A proposal is a step or a leap. A step is the child of one or two parents near the front: it moves a
+few groups up and others down, so every trial is feasible, and every trial spends the same bytes in
+another way. Of many such children the one is proposed that a draw from the predictor's posterior
+likes best. A leap, taken where slopes are known, is the assignment that such a draw likes best of
+all, less what moving away from the best parent may cost. Leaps gain most at first, steps later.
+
+The predictor is centred on the best assignment whose slopes have been measured (`slopes.py`), on
+the best one until there are any. Where text KL is limited, a second predictor says which proposals
+keep to it.
 
 All state is read from the study, so a resumed search goes on as if it had never stopped, and
 several workers can share one study.
 
-Source: choice by posterior sampling, Thompson (1933).
+Sources: choice by posterior sampling, Thompson (1933); a step that is held back where the model may
+not hold, as in the methods of Levenberg (1944) and Marquardt (1963).
 """
 
 from __future__ import annotations
@@ -28,11 +33,11 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from mpsearch.allocate import check_damage, feasible
+from mpsearch.allocate import check_damage, feasible, knapsack
 from mpsearch.errors import UsageError
 from mpsearch.formats import nearest
 from mpsearch.moves import Moves
-from mpsearch.predict import Centre, Foresight, Predictor, foresight
+from mpsearch.predict import Centre, Foresight, Predictor, curvature, foresight
 from mpsearch.space import ResolvedSpace
 
 SAMPLERS = ("level-switch", "nsga2", "tpe")
@@ -44,7 +49,10 @@ _CHILDREN = 64  # of which one is proposed
 _ATTEMPTS = 200
 _CROSSED = 0.15  # share of children with two parents
 _ELITE = 0.6  # chance that the best parent is taken, then the next, and so on
-_RENEWED = 8  # trials after which slopes are measured again, at a better place
+_LEAPS = 0.5  # share of proposals that are leaps, where slopes are known
+_CAUTION = 0.1, 4.0  # range of the weight of what a leap's distance may cost
+_DRAWS = 20  # until a leap leads where no trial has been
+_RENEWED = 6  # trials after which slopes are measured again, at a better place
 
 
 def distributions(space: ResolvedSpace) -> dict[str, BaseDistribution]:
@@ -161,7 +169,7 @@ class LevelSwitchSampler(BaseSampler):
     def due(self, study: Study) -> FrozenTrial | None:
         """The trial at which slopes should be measured next, or None for now.
 
-        That is the best one within the budget, first at once, later when it has changed and eight
+        That is the best one within the budget, first at once, later when it has changed and six
         trials have passed.
         """
         known, slopes = self._finished(study), self._slopes(study)
@@ -308,22 +316,49 @@ class LevelSwitchSampler(BaseSampler):
             first = next(children, None)
             return self._last(seen) if first is None else first
         centre = self._centre(above, slopes)
-        changes = self._predictor(known, centre).table(rng)
-        if limit < self._budget_bytes:  # what fits may be poor, and the best can be lowered to it
-            parents = above[:1] + parents
-        levels = [t.levels for t in parents]
-        children = self._children(rng, levels, limit, changes, seen)
-        found = list(children)
-        if not found:
-            return self._last(seen)
+        predictor = self._predictor(known, centre)
         groups = self._moves.groups
         text = self._text_table(known, centre[0])
 
-        def beyond_then_loss(child: NDArray[Any]) -> tuple[float, float]:
-            beyond = 0.0 if text is None else centre[0].over_text_kl + text[groups, child].sum()
-            return max(float(beyond), 0.0), float(changes[groups, child].sum())
+        def beyond(child: NDArray[Any]) -> float:
+            over = 0.0 if text is None else centre[0].over_text_kl + text[groups, child].sum()
+            return max(float(over), 0.0)
 
-        return min(found, key=beyond_then_loss)
+        if limit < self._budget_bytes:  # what fits may be poor, and the best can be lowered to it
+            parents = above[:1] + parents
+        if centre[1] is not None and rng.random() < _LEAPS:
+            leap = self._leap(rng, parents[0].levels, limit, predictor, seen)
+            if leap is not None and not beyond(leap):
+                return leap
+        changes = predictor.table(rng)
+        children = self._children(rng, [t.levels for t in parents], limit, changes, seen)
+        found = list(children)
+        if not found:
+            return self._last(seen)
+        return min(found, key=lambda child: (beyond(child), float(changes[groups, child].sum())))
+
+    def _leap(
+        self,
+        rng: np.random.Generator,
+        parent: NDArray[Any],
+        limit: int,
+        predictor: Predictor,
+        seen: set[bytes],
+    ) -> NDArray[Any] | None:
+        """What a draw likes best, held back by more or less caution; None if all has been tried."""
+        doubt = curvature(self._damage, parent)
+        for _ in range(_DRAWS):
+            caution = float(np.exp(rng.uniform(*np.log(_CAUTION))))
+            changes = predictor.table(rng) + caution * doubt
+            table = {
+                (name, fmt): float(changes[group, level])
+                for group, name in enumerate(self._moves.names)
+                for level, fmt in enumerate(self._moves.formats[group])
+            }
+            levels = self._levels(knapsack(self._space, table, [limit])[0])
+            if levels.tobytes() not in seen:
+                return levels
+        return None
 
     def _last(self, seen: set[bytes]) -> NDArray[Any]:
         """One of the few that are left; the smallest where none is."""

@@ -75,7 +75,7 @@ def test_slopes_find_lower_losses_with_the_same_number_of_trials() -> None:
     assert np.mean(sloped) < 0.7 * np.mean(plain)
 
 
-def test_slopes_are_due_at_the_best_trial_and_again_after_eight_at_a_better_one() -> None:
+def test_slopes_are_due_at_the_best_trial_and_again_after_six_at_a_better_one() -> None:
     space, world, sampler, study = begun(0)
     assert sampler.due(study) is None
     explore(study, space, world.loss, 3)
@@ -88,7 +88,7 @@ def test_slopes_are_due_at_the_best_trial_and_again_after_eight_at_a_better_one(
         explore(study, space, world.loss, 1)
         again = sampler.due(study)
         best = best_within(study, middle(space))
-        if told < 8 or best == first.values[0]:
+        if told < 6 or best == first.values[0]:
             assert again is None
         else:
             assert again is not None
