@@ -9,6 +9,8 @@ import pytest
 from optuna.study import Study
 from optuna.trial import TrialState
 
+from mpsearch import samplers
+from mpsearch.allocate import knapsack
 from mpsearch.samplers import HOPELESS_LOSS, LevelSwitchSampler
 from mpsearch.space import ResolvedSpace
 from tests.test_samplers import Damage, ask, explore, make_space, middle, new_study
@@ -163,3 +165,51 @@ def test_an_attribute_of_a_trial_that_a_kill_failed_does_not_count() -> None:
     trial.set_user_attr(HOPELESS_LOSS, 1.0)
     study.tell(trial, state=TrialState.FAIL)
     assert not sampler._finished(study)
+
+
+class Additive:
+    """A loss that is a sum over groups, which slopes tell and the damage table does not."""
+
+    def __init__(self, space: ResolvedSpace, seed: int):
+        rng = np.random.default_rng(seed)
+        self.true = {
+            (name, fmt.name): scale * 2.5 ** -(fmt.bits - 2)
+            for name, formats in space.options.items()
+            for scale in [rng.lognormal(0.0, 1.0)]
+            for fmt in formats
+        }
+        self.damage = dict.fromkeys(self.true, 0.01)
+
+    def loss(self, assignment: Mapping[str, str]) -> float:
+        return sum(self.true[pair] for pair in assignment.items())
+
+    def slopes(self, assignment: Mapping[str, str]) -> Damage:
+        return {
+            (name, fmt): value - self.true[name, assignment[name]]
+            for (name, fmt), value in self.true.items()
+        }
+
+
+def above_the_optimum(trials: int) -> float:
+    """Of studies' best, in the mean, as a share of the least loss there is."""
+    space = make_space(groups=120)
+    shares = []
+    for seed in range(3):
+        world = Additive(space, seed)
+        (least,) = knapsack(space, world.true, [middle(space)])
+        best = best_within(sloping(space, world, seed, trials), middle(space))
+        shares.append(best / world.loss(least) - 1)
+    return float(np.mean(shares))
+
+
+def test_leaps_find_at_once_what_steps_reach_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaping = above_the_optimum(8)
+    monkeypatch.setattr(samplers, "_LEAPS", 0.0)
+    assert leaping < 0.1
+    assert above_the_optimum(8) > 3 * leaping
+
+
+def test_no_leap_is_taken_that_promises_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaping = above_the_optimum(8)
+    monkeypatch.setattr(samplers, "_PROMISE", 0.9)
+    assert above_the_optimum(8) > 3 * leaping
