@@ -49,7 +49,7 @@ def begun(seed: int) -> tuple[ResolvedSpace, Quadratic, LevelSwitchSampler, Stud
     return space, world, sampler, new_study(sampler)
 
 
-def sloping(space: ResolvedSpace, world: Quadratic, seed: int, trials: int) -> Study:
+def sloping(space: ResolvedSpace, world: Quadratic | Additive, seed: int, trials: int) -> Study:
     """A study whose slopes are measured whenever they are due."""
     sampler = LevelSwitchSampler(space, world.damage, middle(space), seed)
     study = new_study(sampler)
