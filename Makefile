@@ -80,6 +80,7 @@ PEERS_PIP := .venv-peers/bin/python -m pip install --quiet --disable-pip-version
 bench: .venv/installed
 	$(BIN)/python benchmarks/bank.py
 	$(BIN)/python benchmarks/recall_speed.py
+	$(BIN)/python benchmarks/sensitivity.py
 	$(BIN)/python benchmarks/evaluation_cost.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/memory.py
