@@ -29,19 +29,18 @@ from numpy.typing import NDArray
 from mpsearch.measures import spearman
 
 _NEAR = 1.5  # trials up to this much above the centre's loss, as a share of it, teach the model
-_REACH = 1.5  # and by this share of all that they change: bad surprises teach most
+_REACH = 3.0  # and by this share of all that they change: bad surprises teach most
 _MOST_TRIALS = 300  # those that are predicted to differ least from the centre
 _LEAST_NATS = 0.1  # the scale of losses where they are near zero or below it
-# Factors of slopes and curvature before any trial, and their standard deviations. Whoever picks the
-# steepest of many slopes is disappointed: in finished searches they held to less than a third.
-_FACTORS, _FACTORS_DOUBT = np.array([0.3, 2.0]), np.array([0.1, 1.5])
+# Factors of slopes and curvature before any trial, and their standard deviations.
+_FACTORS, _FACTORS_DOUBT = np.array([0.7, 1.6]), np.array([0.2, 0.8])
 _LEAST_FACTOR = 0.1  # never negative: more damage is no gain
 # Standard deviation of a group's change, as a share of its second-order and first-order parts.
 _OF_CURVATURE, _OF_SLOPE = 0.2, 0.12
 _OF_DAMAGE = 0.7  # without slopes
-_MISFIT = 0.01  # of the additive model, as a share of the centre's loss
+_MISFIT = 0.02  # of the additive model, as a share of the centre's loss
 _INTERACTION = 0.05  # more of it, as a share of all changes' sum
-_SINGLE = 0.5  # of it more where factors are sought
+_SINGLE = 0.25  # and as much again where factors are sought
 _MISFIT_OF_DAMAGE = 0.03  # without slopes, where it has to learn fast
 
 

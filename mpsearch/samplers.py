@@ -4,7 +4,7 @@ A proposal is a step or a leap. A step is the child of one or two parents near t
 few groups up and others down, so every trial is feasible, and every trial spends the same bytes in
 another way. Of many such children the one is proposed that a draw from the predictor's posterior
 likes best. A leap, taken where slopes are known, is the assignment that such a draw likes best of
-all, less what moving away from the best parent may cost; where none promises to gain, steps follow.
+all, less what moving away from the best parent may cost. Leaps gain most at first, steps later.
 
 The predictor is centred on the best assignment whose slopes have been measured (`slopes.py`), on
 the best one until there are any. Where text KL is limited, a second predictor says which proposals
@@ -44,13 +44,12 @@ SAMPLERS = ("level-switch", "nsga2", "tpe")
 OVER_TEXT_KL = "over_text_kl_nats"  # a trial's constraint: its text KL minus the limit
 HOPELESS_LOSS = "hopeless_loss_nats"  # attribute of a trial that was stopped early: its estimate
 SLOPES = "slopes "  # and a trial's number: the study's attribute that holds them
-_LOOSE = 0.05  # share of proposals at another size than the budget, to cover the front
+_LOOSE = 0.1  # share of proposals at another size than the budget, to cover the front
 _CHILDREN = 64  # of which one is proposed
 _ATTEMPTS = 200
 _CROSSED = 0.15  # share of children with two parents
 _ELITE = 0.6  # chance that the best parent is taken, then the next, and so on
-_LEAPS = 0.75  # chance of asking for a leap; the predictor may be wrong for long
-_PROMISE = 0.01  # share of the best loss that a leap must promise to save
+_LEAPS = 0.5  # share of proposals that are leaps, where slopes are known
 _CAUTION = 0.1, 4.0  # range of the weight of what a leap's distance may cost
 _DRAWS = 20  # until a leap leads where no trial has been
 _RENEWED = 6  # trials after which slopes are measured again, at a better place
@@ -330,9 +329,7 @@ class LevelSwitchSampler(BaseSampler):
         if centre[1] is not None and rng.random() < _LEAPS:
             leap = self._leap(rng, parents[0].levels, limit, predictor, seen)
             if leap is not None and not beyond(leap):
-                promise = parents[0].loss - predictor.loss_nats(leap)
-                if promise > _PROMISE * abs(parents[0].loss):
-                    return leap
+                return leap
         changes = predictor.table(rng)
         children = self._children(rng, [t.levels for t in parents], limit, changes, seen)
         found = list(children)

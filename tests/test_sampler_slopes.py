@@ -207,9 +207,3 @@ def test_leaps_find_at_once_what_steps_reach_one_by_one(monkeypatch: pytest.Monk
     monkeypatch.setattr(samplers, "_LEAPS", 0.0)
     assert leaping < 0.1
     assert above_the_optimum(8) > 3 * leaping
-
-
-def test_no_leap_is_taken_that_promises_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    leaping = above_the_optimum(8)
-    monkeypatch.setattr(samplers, "_PROMISE", 0.9)
-    assert above_the_optimum(8) > 3 * leaping
