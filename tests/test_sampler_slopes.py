@@ -11,9 +11,19 @@ from optuna.trial import TrialState
 
 from mpsearch import samplers
 from mpsearch.allocate import knapsack
+from mpsearch.assignment import Assignment
 from mpsearch.samplers import HOPELESS_LOSS, LevelSwitchSampler
 from mpsearch.space import ResolvedSpace
-from tests.test_samplers import Damage, ask, explore, make_space, middle, new_study
+from tests.test_samplers import (
+    Damage,
+    ask,
+    conflict,
+    explore,
+    explore_limited,
+    make_space,
+    middle,
+    new_study,
+)
 
 
 class Quadratic:
@@ -207,3 +217,22 @@ def test_leaps_find_at_once_what_steps_reach_one_by_one(monkeypatch: pytest.Monk
     monkeypatch.setattr(samplers, "_LEAPS", 0.0)
     assert leaping < 0.1
     assert above_the_optimum(8) > 3 * leaping
+
+
+def test_leaps_keep_the_limit_of_text_kl(monkeypatch: pytest.MonkeyPatch) -> None:
+    space, damage, loss, text = conflict()
+    limit = text(space.smallest) / 10
+    sampler = LevelSwitchSampler(space, damage, middle(space), 0, max_text_kl_nats=limit)
+    study = new_study(sampler)
+    explore_limited(study, space, loss, text, limit, 12)
+    due = sampler.due(study)
+    assert due is not None
+    here = loss(Assignment.of(due.params))
+    slopes = {  # steep ones, that tempt
+        (name, fmt): 5 * (loss(Assignment.of({**due.params, name: fmt})) - here)
+        for name, fmt in damage
+    }
+    sampler.record(study, due, slopes)
+    monkeypatch.setattr(samplers, "_LEAPS", 1.0)
+    proposals = explore_limited(study, space, loss, text, limit, 10)
+    assert max(map(text, proposals)) <= limit
