@@ -11,7 +11,6 @@ from optuna.trial import TrialState
 
 from mpsearch import samplers
 from mpsearch.allocate import knapsack
-from mpsearch.assignment import Assignment
 from mpsearch.samplers import HOPELESS_LOSS, LevelSwitchSampler
 from mpsearch.space import ResolvedSpace
 from tests.test_samplers import (
@@ -219,20 +218,22 @@ def test_leaps_find_at_once_what_steps_reach_one_by_one(monkeypatch: pytest.Monk
     assert above_the_optimum(8) > 3 * leaping
 
 
-def test_leaps_keep_the_limit_of_text_kl(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limited", [True, False])
+def test_a_leap_that_would_break_the_limit_of_text_kl_is_not_taken(
+    limited: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     space, damage, loss, text = conflict()
     limit = text(space.smallest) / 10
-    sampler = LevelSwitchSampler(space, damage, middle(space), 0, max_text_kl_nats=limit)
+    sampler = LevelSwitchSampler(
+        space, damage, middle(space), 0, max_text_kl_nats=limit if limited else None
+    )
     study = new_study(sampler)
     explore_limited(study, space, loss, text, limit, 12)
     due = sampler.due(study)
     assert due is not None
-    here = loss(Assignment.of(due.params))
-    slopes = {  # steep ones, that tempt
-        (name, fmt): 5 * (loss(Assignment.of({**due.params, name: fmt})) - here)
-        for name, fmt in damage
-    }
-    sampler.record(study, due, slopes)
+    sampler.record(study, due, dict.fromkeys(damage, 0.0))
+    leap = sampler._levels(dict(space.smallest))
     monkeypatch.setattr(samplers, "_LEAPS", 1.0)
-    proposals = explore_limited(study, space, loss, text, limit, 10)
-    assert max(map(text, proposals)) <= limit
+    monkeypatch.setattr(LevelSwitchSampler, "_leap", lambda *_: leap)
+    _, proposed = ask(study, space)
+    assert (proposed == space.smallest) == (not limited)
