@@ -2,13 +2,15 @@
 
 An assignment is an array of levels, one a group: its format's number, smallest first. A switch
 raises a few groups by a level, lowers others until it fits, and spends what is left; a crossing
-takes each group's level from one of two assignments, and is fitted likewise.
+takes each group's level from one of two assignments, and is fitted likewise. Children of the best
+assignments are made of both.
 
 Source: level switch mutation, EvoPress (arXiv:2410.14649).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,10 @@ from mpsearch.space import ResolvedSpace
 _RAISED = (0.25, 0.25, 0.25, 0.25)  # chances of raising one to four groups
 _ANY = 0.25  # chance that a group is chosen blindly
 _KEEN = 0.055  # share of the groups among which the others are chosen
+_CHILDREN = 64
+_ATTEMPTS = 200
+_CROSSED = 0.15  # share of children with two parents
+_ELITE = 0.6  # chance that the best parent is taken, then the next, and so on
 
 
 Rates = dict[int, NDArray[Any]]
@@ -109,6 +115,38 @@ class Moves:
         one, other = parents
         levels = np.where(rng.random(len(one)) < 0.5, one, other)
         return self._fit(rng, levels, levels, np.zeros(len(levels), dtype=bool), limit, rates)
+
+    def children(
+        self,
+        rng: np.random.Generator,
+        parents: Sequence[NDArray[Any]],
+        limit: int,
+        changes: NDArray[Any],
+        seen: set[bytes],
+    ) -> Iterator[NDArray[Any]]:
+        """At most 64 distinct ones of one or two parents, by switches and crossings.
+
+        Args:
+            parents: best first.
+            limit: stored bytes.
+            changes: `(groups, levels)` predicted loss, as of `rates`.
+            seen: the bytes of assignments that are passed over.
+        """
+
+        def parent() -> NDArray[Any]:
+            return parents[min(int(rng.geometric(_ELITE)) - 1, len(parents) - 1)]
+
+        rates, found = self.rates(changes), set()
+        for _ in range(_ATTEMPTS):
+            if rng.random() < _CROSSED:
+                child = self.cross(rng, (parent(), parent()), limit, rates)
+            else:
+                child = self.switch(rng, parent(), limit, rates)
+            if (key := child.tobytes()) not in seen and key not in found:
+                found.add(key)
+                yield child
+            if len(found) == _CHILDREN:
+                return
 
     def _step(self, table: NDArray[Any], step: int) -> NDArray[Any]:
         other = np.clip(np.arange(table.shape[1]) + step, 0, self.top[:, None])

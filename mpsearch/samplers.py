@@ -19,7 +19,7 @@ not hold, as in the methods of Levenberg (1944) and Marquardt (1963).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
@@ -45,10 +45,6 @@ OVER_TEXT_KL = "over_text_kl_nats"  # a trial's constraint: its text KL minus th
 HOPELESS_LOSS = "hopeless_loss_nats"  # attribute of a trial that was stopped early: its estimate
 SLOPES = "slopes "  # and a trial's number: the study's attribute that holds them
 _LOOSE = 0.1  # share of proposals at another size than the budget, to cover the front
-_CHILDREN = 64  # of which one is proposed
-_ATTEMPTS = 200
-_CROSSED = 0.15  # share of children with two parents
-_ELITE = 0.6  # chance that the best parent is taken, then the next, and so on
 _LEAPS = 0.5  # share of proposals that are leaps, where slopes are known
 _CAUTION = 0.1, 4.0  # range of the weight of what a leap's distance may cost
 _DRAWS = 20  # until a leap leads where no trial has been
@@ -312,7 +308,7 @@ class LevelSwitchSampler(BaseSampler):
         parents = self._parents(known, limit)
         above = self._parents(known, self._budget_bytes)
         if not above:
-            children = self._children(rng, [smallest], limit, self._damage, seen)
+            children = self._moves.children(rng, [smallest], limit, self._damage, seen)
             first = next(children, None)
             return self._last(seen) if first is None else first
         centre = self._centre(above, slopes)
@@ -331,8 +327,8 @@ class LevelSwitchSampler(BaseSampler):
             if leap is not None and not beyond(leap):
                 return leap
         changes = predictor.table(rng)
-        children = self._children(rng, [t.levels for t in parents], limit, changes, seen)
-        found = list(children)
+        levels = [t.levels for t in parents]
+        found = list(self._moves.children(rng, levels, limit, changes, seen))
         if not found:
             return self._last(seen)
         return min(found, key=lambda child: (beyond(child), float(changes[groups, child].sum())))
@@ -381,31 +377,6 @@ class LevelSwitchSampler(BaseSampler):
             np.array([t.levels for t in read]),
             np.array([t.over_text_kl + limit_nats for t in read]),
         ).table()
-
-    def _children(
-        self,
-        rng: np.random.Generator,
-        parents: Sequence[NDArray[Any]],
-        limit: int,
-        changes: NDArray[Any],
-        seen: set[bytes],
-    ) -> Iterator[NDArray[Any]]:
-        """Distinct ones that no trial has had."""
-
-        def parent() -> NDArray[Any]:
-            return parents[min(int(rng.geometric(_ELITE)) - 1, len(parents) - 1)]
-
-        rates, found = self._moves.rates(changes), set()
-        for _ in range(_ATTEMPTS):
-            if rng.random() < _CROSSED:
-                child = self._moves.cross(rng, (parent(), parent()), limit, rates)
-            else:
-                child = self._moves.switch(rng, parent(), limit, rates)
-            if (key := child.tobytes()) not in seen and key not in found:
-                found.add(key)
-                yield child
-            if len(found) == _CHILDREN:
-                return
 
 
 def make_sampler(

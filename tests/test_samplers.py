@@ -15,6 +15,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import TrialState
 
+import mpsearch.moves
 import mpsearch.samplers
 from mpsearch.allocate import feasible, knapsack
 from mpsearch.assignment import Assignment
@@ -445,7 +446,7 @@ def test_parents_keep_the_limit_or_are_the_nearest_to_it(
         assert parents <= keeping
     else:
         assert min(first, key=text) in parents
-        monkeypatch.setattr(mpsearch.samplers, "_ELITE", 1.0)
+        monkeypatch.setattr(mpsearch.moves, "_ELITE", 1.0)
         parents.clear()
         ask(study, space)
         assert parents == {min(first, key=text)}
