@@ -139,7 +139,8 @@ def _candidates(space: ResolvedSpace) -> list[Assignment]:
 def _some(space: ResolvedSpace, most: int) -> ResolvedSpace:
     """Of groups at even distances, the last one included."""
     count = len(space.groups)
-    places = {count - 1 - (number * count) // most for number in range(min(most, count))}
+    taken = min(most, count)
+    places = {count - 1 - number * count // taken for number in range(taken)}
     groups = tuple(space.groups[place] for place in sorted(places))
     return replace(space, groups=groups, options={g.name: space.options[g.name] for g in groups})
 
