@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from result_file import commit, load, save
 
@@ -111,12 +112,11 @@ def _cost(
     evaluations: list[float] = []
     with Bench(space, bank) as bench:
         proxy = RecallProxy(bank.model, facts, asked, contrast=False)
-        candidates = _candidates(space)
-        bench.evaluate(candidates[0], proxy)  # decode and fill caches
-        for _ in range(args.turns):
+        for turn in range(args.turns):
             bench.restore()
             tables.append(_seconds(table))
-            evaluations += [_seconds(partial(bench.evaluate, c, proxy)) for c in candidates]
+            some = _candidates(space, turn)
+            evaluations += [_seconds(partial(bench.evaluate, c, proxy)) for c in some]
     mean = sum(evaluations) / len(evaluations)
     return {
         "table_cpu_seconds": tables,
@@ -125,12 +125,13 @@ def _cost(
     }
 
 
-def _candidates(space: ResolvedSpace) -> list[Assignment]:
-    """Each with another format in every group than the one before."""
+def _candidates(space: ResolvedSpace, turn: int) -> list[Assignment]:
+    """Each with another format in every group than the one before; other ones every turn."""
+    starts = np.random.default_rng(turn).integers(0, 1000, len(space.groups))
     return [
         Assignment.of({
-            name: formats[(place + shift) % len(formats)].name
-            for place, (name, formats) in enumerate(space.options.items())
+            name: formats[(int(start) + shift) % len(formats)].name
+            for start, (name, formats) in zip(starts, space.options.items(), strict=True)
         })
         for shift in range(_CANDIDATES)
     ]  # fmt: skip

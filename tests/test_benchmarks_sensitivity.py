@@ -31,7 +31,8 @@ def test_groups_are_taken_at_even_distances_up_to_the_last(
 
 def test_each_candidate_changes_every_group_so_that_nothing_is_reused() -> None:
     space = make_space(10)
-    candidates = _candidates(space)
+    candidates = _candidates(space, 0)
     assert all(space.allows(candidate) for candidate in candidates)
+    assert not set(candidates) & set(_candidates(space, 1))
     for before, after in pairwise(candidates):
         assert all(before[group] != after[group] for group in before)
