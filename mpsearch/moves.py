@@ -71,6 +71,14 @@ class Moves:
             ]
         )
 
+    def of_pairs(self, table: NDArray[Any]) -> dict[tuple[str, str], float]:
+        """By (group, format), what `table` was made of."""
+        return {
+            (name, fmt): float(value)
+            for name, formats, row in zip(self.names, self.formats, table, strict=True)
+            for fmt, value in zip(formats, row, strict=False)  # the row may be padded
+        }
+
     def size(self, levels: NDArray[Any]) -> int:
         """Stored bytes, kept weights included."""
         return self._kept_bytes + int(self.stored_bytes[self.groups, levels].sum())

@@ -346,12 +346,8 @@ class LevelSwitchSampler(BaseSampler):
         for _ in range(_DRAWS):
             caution = float(np.exp(rng.uniform(*np.log(_CAUTION))))
             changes = predictor.table(rng) + caution * doubt
-            table = {
-                (name, fmt): float(changes[group, level])
-                for group, name in enumerate(self._moves.names)
-                for level, fmt in enumerate(self._moves.formats[group])
-            }
-            levels = self._levels(knapsack(self._space, table, [limit])[0])
+            of_pairs = self._moves.of_pairs(changes)
+            levels = self._levels(knapsack(self._space, of_pairs, [limit])[0])
             if levels.tobytes() not in seen:
                 return levels
         return None

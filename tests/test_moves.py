@@ -31,6 +31,7 @@ def test_size_and_tables_are_those_of_the_space(moves: Moves) -> None:
         for level, fmt in enumerate(space.options[name])
     }
     assert np.array_equal(moves.table(numbers)[:, 2], 10 * np.arange(len(top)) + 2)
+    assert moves.of_pairs(moves.table(numbers)) == numbers
 
 
 def test_switches_and_crossings_fit_and_leave_no_room_for_what_was_not_lowered(
