@@ -107,7 +107,8 @@ def main() -> None:
                 save(args.out, result)
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Of the process, all its threads."""
     start = time.process_time()
     work()
     return time.process_time() - start
@@ -135,8 +136,8 @@ def _evaluation(
     for turn in range(turns):
         say(f"evaluation, turn {turn + 1} of {turns}")
         candidate = candidates[turn % len(candidates)]
-        whole.append(_seconds(lambda: evaluation(candidate)))  # noqa: B023
-        alone.append(_seconds(linears))
+        whole.append(cpu_seconds(lambda: evaluation(candidate)))  # noqa: B023
+        alone.append(cpu_seconds(linears))
     return {
         "facts": len(proxy.facts),
         "tokens": proxy.tokens,
@@ -152,9 +153,9 @@ def _parts(
     """Processor seconds of one evaluation by part."""
     model, work = bench.bank.model, proxy._pass
     bench.put(candidates[0])
-    swapping = _seconds(lambda: bench.put(candidates[1]))
+    swapping = cpu_seconds(lambda: bench.put(candidates[1]))
     with _timed(model) as spent:
-        spent["all"] = _seconds(proxy.score)
+        spent["all"] = cpu_seconds(proxy.score)
     rest = _rest(spent)
     one = Pass(model, [TokenSequence(tuple(work.rows[0].inputs["input_ids"][0, :2].tolist()), 1)])
     rests = []
@@ -224,8 +225,8 @@ def _proposals(
         say(f"proposal {place - 3} of {len(candidates) - first}")
         bench.put(candidate)
         scores = []
-        without = _seconds(lambda: scores.append(proxy.score()))  # noqa: B023
-        with_reuse = _seconds(lambda: scores.append(proxy.score(bench.held)))  # noqa: B023
+        without = cpu_seconds(lambda: scores.append(proxy.score()))  # noqa: B023
+        with_reuse = cpu_seconds(lambda: scores.append(proxy.score(bench.held)))  # noqa: B023
         equal &= all(map(torch.equal, *([torch.tensor(s.log_prob)] for s in scores)))
         if place >= 4:
             plain.append(without)

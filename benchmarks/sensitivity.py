@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from evaluation_cost import cpu_seconds
 from result_file import commit, load, save
 
 import mpsearch as mps
@@ -114,9 +114,9 @@ def _cost(
         proxy = RecallProxy(bank.model, facts, asked, contrast=False)
         for turn in range(args.turns):
             bench.restore()
-            tables.append(_seconds(table))
+            tables.append(cpu_seconds(table))
             some = _candidates(space, turn)
-            evaluations += [_seconds(partial(bench.evaluate, c, proxy)) for c in some]
+            evaluations += [cpu_seconds(partial(bench.evaluate, c, proxy)) for c in some]
     mean = sum(evaluations) / len(evaluations)
     return {
         "table_cpu_seconds": tables,
@@ -144,12 +144,6 @@ def _some(space: ResolvedSpace, most: int) -> ResolvedSpace:
     places = {count - 1 - number * count // taken for number in range(taken)}
     groups = tuple(space.groups[place] for place in sorted(places))
     return replace(space, groups=groups, options={g.name: space.options[g.name] for g in groups})
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 if __name__ == "__main__":
