@@ -1,14 +1,8 @@
 """The guard beside facts: does a candidate still predict text as its reference does?
 
-Perplexity and KL are over every token of the text. KL is between distributions that are kept
-short: the reference's likeliest `TOP` tokens one by one, and all others together. That takes
-`8 * TOP` bytes a token of text, 32 KiB, whatever the vocabulary, and is exact for one of up to
-`TOP + 1` tokens. Of a larger one it never exceeds the whole KL, and falls short of it by the KL
-within the others times their probability (the chain rule): 0.3 to 0.8 % of it on the built-in
-model at 2 to 8 bits. While it reads, about four `(256, vocab)` float32 tensors come on top: 0.2 GiB
-for 49k tokens, 0.5 GiB for 128k.
-
-Source: forward KL as a fitness, EvoPress (arXiv:2410.14649).
+Perplexity and KL are over every token of the text. While it reads, about four `(256, vocab)`
+float32 tensors are held beside what was kept of the reference (`divergence.py`): 0.2 GiB for 49k
+tokens, 0.5 GiB for 128k.
 """
 
 from __future__ import annotations
@@ -18,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from mpsearch.divergence import Shortened
 from mpsearch.errors import CheckError, UsageError
 from mpsearch.fluency import TextScores
 from mpsearch.forward import Pass, TokenSequence
@@ -30,7 +24,6 @@ from mpsearch.walk import Held
 
 LENGTH = 256  # tokens, at which a longer paragraph is cut
 MOST_TOKENS = 4096  # of a text; further paragraphs are left out
-TOP = 4096
 _LEAST_PARAGRAPHS = 2  # for a standard error
 
 
@@ -39,14 +32,12 @@ class ReferenceText:
     """What KL is measured from, without the model that said it.
 
     Attributes:
-        tops: for each sequence `(tokens, TOP)` the likeliest next tokens.
-        log_probs: for each sequence `(tokens, TOP + 1)` theirs, and that of all others together.
+        distributions: for each sequence its tokens'.
     """
 
     model_name: str
     sequences: tuple[TokenSequence, ...]
-    tops: tuple[Tensor, ...]
-    log_probs: tuple[Tensor, ...]
+    distributions: tuple[Shortened, ...]
 
 
 class TextGuard:
@@ -102,25 +93,22 @@ class TextGuard:
         """Of the rows' logits; by default those of the weights in place."""
         paragraphs = self._paragraph_of[-1] + 1
         counts, log_prob, kl = np.zeros(paragraphs, dtype=int), *np.zeros((2, paragraphs))
-        said: dict[int, tuple[Tensor, Tensor]] = {}
+        said: dict[int, Shortened] = {}
         for index, log_probs, tokens in self._pass.continuations(logits):
             paragraph = self._paragraph_of[index]
             counts[paragraph] += len(tokens)
             log_prob[paragraph] += float(log_probs.gather(-1, tokens[:, None]).double().sum())
             if self.said is None:
-                top = log_probs.topk(min(TOP, log_probs.shape[-1] - 1)).indices
-                said[index] = top.int().cpu(), shortened(log_probs, top).cpu()
+                said[index] = Shortened.of(log_probs)
             else:
-                top = self.said.tops[index].to(log_probs.device).long()
-                before = self.said.log_probs[index].to(log_probs.device)
-                kl[paragraph] += float(kl_by_token(before, shortened(log_probs, top)).sum())
+                kl[paragraph] += float(self.said.distributions[index].kl(log_probs).sum())
         if not (np.isfinite(log_prob).all() and np.isfinite(kl).all()):
             raise CheckError(
                 "log-probabilities of the text are NaN or infinite; the weights in place are broken"
             )
         if self.said is None:
-            tops, kept = zip(*(said[index] for index in range(len(said))), strict=True)
-            self.said = ReferenceText(self._model.name, self._sequences, tops, kept)
+            kept = tuple(said[index] for index in range(len(said)))
+            self.said = ReferenceText(self._model.name, self._sequences, kept)
         return TextScores(
             tuple(int(count) for count in counts),
             tuple(float(nats) for nats in log_prob),
@@ -157,23 +145,3 @@ def cut_paragraph(tokenizer: Any, paragraph: str) -> list[TokenSequence]:
     start, step = max(len(front), 1), LENGTH - len(front)
     cut = ((*front, *own[at : at + step]) for at in range(0, len(own), step))
     return [TokenSequence(piece, start) for piece in cut if len(piece) > start]
-
-
-def shortened(log_probs: Tensor, top: Tensor) -> Tensor:
-    """`(tokens, top + 1)`: the log-probabilities of some tokens, and of all others together.
-
-    Args:
-        log_probs: `(tokens, vocab)`.
-        top: `(tokens, top)` indices, distinct in a row and fewer than the vocabulary.
-    """
-    others = log_probs.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([log_probs.gather(-1, top), others], dim=-1)
-
-
-def kl_by_token(reference: Tensor, candidate: Tensor) -> Tensor:
-    """KL(reference || candidate) of `(tokens, outcomes)` log-probabilities, `(tokens,)` in nats.
-
-    In float64, clamped at zero, below which only rounding can take it.
-    """
-    divergence = (reference.double().exp() * (reference.double() - candidate.double())).sum(-1)
-    return divergence.clamp(min=0.0)

@@ -15,8 +15,9 @@ from mpsearch.errors import RunError
 from mpsearch.estimates import Estimate, paired_difference
 from mpsearch.fluency import TextScores
 from mpsearch.front import best_under
+from mpsearch.scores import objective
 
-OBJECTIVE = "answer loss + KL"  # of the search; kept in a run, as older ones had another
+OBJECTIVE = "answer loss + 2 prompt KL"  # of the search; kept in a run, as older ones had another
 SIMPLE_KINDS = ("uniform", "greedy", "knapsack")
 
 
@@ -30,7 +31,7 @@ class Score:
         correct: contrastive, or None where distractors were not asked.
         text: beside validation facts held-out text, beside search facts search text where the run
             limits its KL; None where it was not read.
-        kl_per_fact: from the reference at the first answer token, in nats; empty in older runs.
+        prompt_kl_per_fact: see `FactScores`; empty where it was not read.
     """
 
     assignment: Assignment
@@ -42,18 +43,12 @@ class Score:
     correct: tuple[bool, ...] | None
     seconds: float
     text: TextScores | None = None
-    kl_per_fact: tuple[float, ...] = ()
+    prompt_kl_per_fact: tuple[float, ...] = ()
 
     @property
     def objective_per_fact(self) -> NDArray[Any]:
-        """`(facts,)` answer loss plus KL in nats: what a search lowers.
-
-        The answer loss of a known fact has a sign, and a candidate that is chosen among many for it
-        has lowered it by luck, too. KL is the same loss of an answer drawn from the reference: it
-        has no sign to be lucky with, and tells candidates apart on few facts.
-        """
-        lost: NDArray[Any] = np.array(self.loss_per_fact) + np.array(self.kl_per_fact)
-        return lost
+        """`(facts,)` in nats: what a search lowers; of search facts only."""
+        return objective(np.array(self.loss_per_fact), np.array(self.prompt_kl_per_fact))
 
 
 @dataclass(frozen=True, eq=False)

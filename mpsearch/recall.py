@@ -4,6 +4,9 @@ Each fact is asked after a few solved examples of its relation. Scores per fact:
 
 - answer log-probability, summed over the answer's tokens, in nats;
 - KL from the reference to the candidate at the first answer token, in nats;
+- prompt KL, where it is asked for: the same a token of the prompt that a relation's first fact is
+  asked with, most of which are the solved examples. All facts of a relation share it. Its tokens
+  are computed anyway;
 - top-1: the likeliest first token is a non-empty, case-insensitive prefix of the answer
   (the rule of the LRE study, Hernandez et al. 2023). The first token is the first one with visible
   characters: some tokenizers write the space before a number as a token of its own;
@@ -28,12 +31,14 @@ from torch import Tensor
 
 from mpsearch.backward import gradients
 from mpsearch.device import available_memory_bytes
+from mpsearch.divergence import Shortened, kl_divergence
 from mpsearch.errors import CheckError, UsageError
 from mpsearch.facts import Fact, FactSet
 from mpsearch.forward import MAX_NODES, Pass, PreparedRow, TokenSequence
 from mpsearch.models import Model
 from mpsearch.runner import each_scored, runner
 from mpsearch.scores import (
+    PROMPT_WEIGHT,
     FactScores,
     NoiseFloor,
     RecallSummary,
@@ -74,6 +79,7 @@ class RecallProxy:
         fact_set: source of solved examples and distractors.
         facts: the ones to ask, usually one partition.
         contrast: whether to ask the distractors too.
+        prompts: whether to read the prompts' KL.
         shots: solved examples before each question, where the relation has that many.
         against: another model's first tokens on the same facts, from which KL is measured; by
             default these weights' own.
@@ -94,6 +100,7 @@ class RecallProxy:
         facts: Sequence[Fact],
         *,
         contrast: bool,
+        prompts: bool = False,
         shots: int = SHOTS,
         against: FirstTokens | None = None,
         row_tokens: int = MAX_NODES,
@@ -114,10 +121,21 @@ class RecallProxy:
                 for answer in (fact.answer, *distractors)
             ]
         self._first_visible = [self._blank_tokens(sequences[a[0]]) for a in self._answers_of]
-        self._lengths = np.array([len(s.tokens) - s.start for s in sequences])
         self.chances = np.array([1 / len(answers) for answers in self._answers_of])
         self._contrast = contrast
+        # Each relation's prompt as a sequence of its own, and what the reference says in it.
+        self._reads_prompts = prompts
+        self._prompt_of: dict[int, str] = {}
+        self._said: dict[int, Shortened] = {}
+        if prompts:
+            firsts = dict(zip(reversed(self.relations), reversed(self._answers_of), strict=True))
+            for relation, (first, *_) in firsts.items():
+                asked = sequences[first]
+                if asked.start > 1:  # or else there is nothing before it to predict
+                    self._prompt_of[len(sequences)] = relation
+                    sequences.append(TokenSequence(asked.tokens[: asked.start], 1))
         self._sequences = tuple(sequences)
+        self._lengths = np.array([len(s.tokens) - s.start for s in sequences])
         self._pass = Pass(model, sequences, row_tokens)
         self._runner = runner(self._pass)
         if against is not None and against.sequences != self._sequences:
@@ -166,12 +184,19 @@ class RecallProxy:
         """Of the rows' logits; by default those of the weights in place."""
         fact_of = {answers[0]: index for index, answers in enumerate(self._answers_of)}
         kl = np.zeros(len(self.facts))
+        prompt_kl = dict.fromkeys(self.relations, 0.0)
         first_tokens = np.zeros(len(self.facts), dtype=np.int64)
         reference = None if self.first is None else self.first.log_probs
         kept: States | None = None
 
         def visit(index: int, log_probs: Tensor) -> None:
             nonlocal kept
+            if (relation := self._prompt_of.get(index)) is not None:
+                if index not in self._said:  # these are the reference's
+                    self._said[index] = Shortened.of(log_probs)
+                else:
+                    prompt_kl[relation] = float(self._said[index].kl(log_probs).mean())
+                return
             if (fact := fact_of.get(index)) is None:
                 return
             first = log_probs[self._first_visible[fact]]
@@ -201,7 +226,15 @@ class RecallProxy:
             margin = np.array([option[0] - option[1:].max() for option in options])
             lead = np.array([np.diff(np.sort(option)[-2:])[0] for option in options])
         log_prob = sums[[answers[0] for answers in self._answers_of]]
-        return FactScores(log_prob, kl, np.array(top1, dtype=bool), margin, lead)
+        of_prompts = np.array([prompt_kl[name] for name in self.relations])
+        return FactScores(
+            log_prob,
+            kl,
+            np.array(top1, dtype=bool),
+            margin,
+            lead,
+            of_prompts if self._reads_prompts else None,
+        )
 
     def _room(self, size_bytes: int) -> States:
         """For the reference's first tokens, each of so many bytes."""
@@ -217,7 +250,7 @@ class RecallProxy:
     def objective_gradients(
         self, layers: Sequence[str], weights: Sequence[float], held: Held
     ) -> Generator[dict[str, Tensor], None, None]:
-        """Gradients of the facts' answer losses plus KL, weighted and summed, by part of the model.
+        """Gradients of the facts' objectives, weighted and summed, by part of the model.
 
         Args:
             layers: whose gradients are wanted.
@@ -227,18 +260,22 @@ class RecallProxy:
             For each part that `mpsearch.backward.gradients` knows, layer to its `(rows, columns)`
             in float32, in nats; zeros where no token reached it.
         """
-        fact_of = {answers[0]: fact for fact, answers in enumerate(self._answers_of)}
-        assert self.first is not None  # since this was built
-        before = self.first.log_probs
+        # Of the sequences, what their loss counts.
+        of_answers = {a[0]: weights[fact] for fact, a in enumerate(self._answers_of)}
+        of_prompts = {
+            index: PROMPT_WEIGHT
+            * sum(w for w, name in zip(weights, self.relations, strict=True) if name == relation)
+            for index, relation in self._prompt_of.items()
+        }
 
         def loss(row: PreparedRow, logits: Tensor) -> list[Tensor]:
             log_probs, terms = logits.log_softmax(-1), []
             for index, (places, tokens) in zip(row.indices, row.spans, strict=True):
-                if (fact := fact_of.get(index)) is not None:
-                    reference = before[fact].to(log_probs.device).exp()
-                    # Of KL what depends on the candidate, its cross-entropy.
-                    kl = -(reference * log_probs[places[self._first_visible[fact]]]).sum()
-                    terms.append(weights[fact] * (kl - log_probs[places, tokens].sum()))
+                if index in of_answers:
+                    terms.append(-of_answers[index] * log_probs[places, tokens].sum())
+                elif index in of_prompts:
+                    of_tokens = self._said[index].kl(log_probs[places])
+                    terms.append(of_prompts[index] * of_tokens.mean().float())
             return [torch.stack(terms).sum()] if terms else []
 
         with closing(gradients(self._pass, held, layers, loss)) as parts:
@@ -336,16 +373,6 @@ def _tokenize(tokenizer: Any, text: str, special: bool) -> tuple[list[int], list
     while offsets[-1][0] == offsets[-1][1]:
         tokens, offsets = tokens[:-1], offsets[:-1]
     return tokens, [end for _, end in offsets]
-
-
-def kl_divergence(reference: Tensor, candidate: Tensor) -> float:
-    """KL(reference || candidate) of two `(vocab,)` log-probability vectors, in nats.
-
-    Clamped at zero, below which only rounding can take it. NaN if the candidate is NaN.
-    Source: forward KL as a fitness, EvoPress (arXiv:2410.14649).
-    """
-    divergence = (reference.exp() * (reference - candidate)).sum(dtype=torch.float64)
-    return float(divergence.clamp(min=0.0))
 
 
 def _is_prefix(predicted: str, fact: Fact) -> bool:

@@ -35,7 +35,7 @@ from mpsearch.space import ResolvedSpace, Rule, SearchSpace
 from mpsearch.targets import TARGETS
 
 VERSION = 1
-# Of a line of evaluations.jsonl; `text` and `kl_per_fact` are missing in those of older runs, and
+# Of a line of evaluations.jsonl; `text` and `prompt_kl_per_fact` are missing in older runs, and
 # those of refined assignments have the settings of their bank as `refined`.
 _SCORE_KEYS = {
     *("assignment", "kind", "partition", "loss_per_fact", "kl_nats", "top1", "correct", "seconds"),
@@ -366,7 +366,7 @@ def _score(line: dict[str, Any], bank: str) -> Score:
         None if correct is None else tuple(correct),
         line["seconds"],
         TextScores.of(line.get("text")),
-        tuple(line.get("kl_per_fact", ())),
+        tuple(line.get("prompt_kl_per_fact", ())),
     )
 
 

@@ -27,6 +27,7 @@ from mpsearch.models import Model
 from mpsearch.points import Score, rivals
 from mpsearch.recall import RecallProxy
 from mpsearch.run import Run
+from mpsearch.scores import objective
 from mpsearch.slopes import EVALUATIONS, measure_slopes
 from mpsearch.stages import halves, hopeless
 from mpsearch.text import Text
@@ -107,7 +108,7 @@ class Scorer:
         return measure_slopes(self._bench, assignment, proxies)
 
     def objective(self, score: Score) -> float:
-        """Answer loss plus KL of a score, in nats: what a search lowers."""
+        """Of a score on search facts, in nats: what a search lowers."""
         return relation_mean(score.objective_per_fact, self._run.relations(score.partition)).mean
 
     def _measure(
@@ -136,7 +137,9 @@ class Scorer:
                 evaluations[assignment].append(evaluation)
                 best = bests.get(assignment)
                 if best is not None and number < len(asked):
-                    here = evaluation.loss_per_fact + evaluation.scores.kl
+                    read = evaluation.scores.prompt_kl
+                    assert read is not None  # as of all search facts
+                    here = objective(evaluation.loss_per_fact, read)
                     behind = hopeless(here, best.objective_per_fact[places], proxy.relations)
                     if behind is not None:
                         found[assignment] = Scored(self.objective(best) + behind, so_far)
@@ -172,6 +175,7 @@ class Scorer:
             return np.asarray(np.concatenate(parts)[order])
 
         correct = [e.scores.correct for e in evaluations if e.scores.correct is not None]
+        prompt_kl = [e.scores.prompt_kl for e in evaluations if e.scores.prompt_kl is not None]
         return Score(
             assignment,
             kind,
@@ -182,7 +186,7 @@ class Scorer:
             tuple(map(bool, joined(correct))) if correct else None,
             seconds,
             text,
-            tuple(map(float, joined([e.scores.kl for e in evaluations]))),
+            tuple(map(float, joined(prompt_kl))) if prompt_kl else (),
         )
 
     def read_test(self, report: Report, at_once: int = 1) -> None:
@@ -233,7 +237,7 @@ class Scorer:
             parts = halves(self._run.relations(partition)) if searched else [np.arange(len(facts))]
             self._parts[partition] = [
                 (places, RecallProxy(self._model, self._facts, [facts[place] for place in places],
-                                     contrast=not searched))
+                                     contrast=not searched, prompts=searched))
                 for places in parts
             ]  # fmt: skip
         return self._parts[partition]

@@ -1,9 +1,10 @@
-"""Slopes: how answer loss plus KL changes to first order when one group takes another format.
+"""Slopes: how the objective changes to first order when one group takes another format.
 
-One backward pass over the facts, with a candidate in place, gives the gradient of that sum with
-respect to every weight. Along the way from the weight in place to that of another format it is the
-slope of that change, so one pass serves all groups and all formats. It costs as much as three
-evaluations: a backward pass computes twice what a forward pass does.
+One backward pass over the facts, with a candidate in place, gives the gradient of what a search
+lowers (`scores.objective`) with respect to every weight. Along the way from the weight in place to
+that of another format it is the slope of that change, so one pass serves all groups and all
+formats. It costs as much as three evaluations: a backward pass computes twice what a forward pass
+does.
 
 The damage table is taken at the unquantized model, where the loss has no slope in the mean. Far
 from it, where candidates are, slopes tell what the table cannot: which of the errors made so far
@@ -29,13 +30,13 @@ EVALUATIONS = 3  # that a measurement of slopes costs
 def measure_slopes(
     bench: Bench, assignment: Assignment, proxies: Sequence[RecallProxy]
 ) -> dict[tuple[str, str], float]:
-    """First-order change of answer loss plus KL from an assignment, in nats, by (group, format).
+    """First-order change of the objective from an assignment, in nats, by (group, format).
 
     Zero for the formats that the assignment has.
 
     Args:
         bench: the assignment stays in place.
-        proxies: whose facts together make the sum; no relation in more than one of them.
+        proxies: whose facts together make it, prompts read; no relation in more than one of them.
     Raises:
         CheckError: a slope is NaN or infinite.
     """

@@ -14,9 +14,9 @@ from conftest import build_tokenizer, tiny_llama
 from tokenizers import processors
 from torch import Tensor
 
-from mpsearch import guard
+from mpsearch import divergence, guard
 from mpsearch.errors import CheckError, UsageError
-from mpsearch.guard import TextGuard, cut_paragraph, kl_by_token, shortened
+from mpsearch.guard import TextGuard, cut_paragraph
 from mpsearch.models import Model, from_module
 
 ROUNDING = 5e-5  # nats, float32 sums in another order; see test_forward.py
@@ -84,8 +84,8 @@ def test_kl_and_perplexity_equal_a_plain_pass_of_each_paragraph(damaged: Model) 
 def test_the_reference_against_itself_is_exactly_zero(
     damaged: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for top in (guard.TOP, 5):
-        monkeypatch.setattr(guard, "TOP", top)
+    for top in (divergence.TOP, 5):
+        monkeypatch.setattr(divergence, "TOP", top)
         damaged.restore()
         guarded = TextGuard(damaged, PARAGRAPHS)
         damage(damaged)
@@ -116,32 +116,18 @@ def test_fewer_tokens_kept_never_exceed_the_whole_kl_and_come_up_to_it(
 ) -> None:
     found = []
     for top in (1, 4, 16, 40, 10_000):
-        monkeypatch.setattr(guard, "TOP", top)
+        monkeypatch.setattr(divergence, "TOP", top)
         damaged.restore()
         guarded = TextGuard(damaged, PARAGRAPHS)
         assert guarded.said is not None
         kept = min(top, len(damaged.tokenizer) - 1)
-        assert {t.shape[1] for t in guarded.said.tops} == {kept}
-        assert {t.shape[1] for t in guarded.said.log_probs} == {kept + 1}
+        assert {d.tops.shape[1] for d in guarded.said.distributions} == {kept}
+        assert {d.log_probs.shape[1] for d in guarded.said.distributions} == {kept + 1}
         damage(damaged)
         found.append(guarded.score().kl.mean)
     assert found == sorted(found)
     assert 0 < found[0] < 0.8 * found[-1]
     assert found[-2] > 0.5 * found[-1]
-
-
-def test_the_shortfall_is_the_kl_within_the_others_times_their_probability() -> None:
-    torch.manual_seed(0)
-    p, q = torch.randn(2, 3, 50, dtype=torch.float64).log_softmax(-1)
-    top = p.topk(8).indices
-    whole, short = kl_by_token(p, q), kl_by_token(shortened(p, top), shortened(q, top))
-    for row in range(3):
-        others = torch.tensor([t for t in range(50) if t not in top[row]])
-        mass = p[row, others].exp().sum()
-        within = kl_by_token(
-            p[row, others].log_softmax(-1)[None], q[row, others].log_softmax(-1)[None]
-        )
-        assert (whole - short)[row].item() == pytest.approx((mass * within[0]).item())
 
 
 def test_nan_weights_are_a_failed_check(damaged: Model) -> None:

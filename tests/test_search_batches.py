@@ -53,18 +53,17 @@ def test_a_batch_is_of_different_proposals_that_know_nothing_of_each_other(batch
             assert max(t.datetime_complete for t in batch) < later[0].datetime_start
 
 
-def test_what_is_lowered_is_answer_loss_and_kl(batched: Run) -> None:
+def test_what_is_lowered_is_answer_loss_and_twice_the_prompt_kl(batched: Run) -> None:
     scores = {s.assignment: s for s in batched.scores() if s.partition == "search"}
     relations = batched.relations("search")
     told = [t for t in study_of(batched).trials if t.state == TrialState.COMPLETE]
     assert told
     for trial in told:
         score = scores[Assignment.of(trial.params)]
-        parts = (relation_mean(part, relations).mean
-                 for part in (score.loss_per_fact, score.kl_per_fact))  # fmt: skip
-        assert trial.values[0] == pytest.approx(sum(parts), abs=1e-12)
-        assert relation_mean(score.kl_per_fact, relations).mean == score.kl_nats
-    assert max(score.kl_nats for score in scores.values()) > 0.01
+        lost, prompt_kl = (relation_mean(part, relations).mean
+                           for part in (score.loss_per_fact, score.prompt_kl_per_fact))  # fmt: skip
+        assert trial.values[0] == pytest.approx(lost + 2 * prompt_kl, abs=1e-12)
+        assert prompt_kl > 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Slopes are derivatives: a small step along them changes measured loss and KL as they say."""
+"""Slopes are derivatives: a small step along them changes the measured objective as they say."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from mpsearch.layers import LayerGroup
 from mpsearch.models import Model, from_module
 from mpsearch.quantizers.rounding import Rounding
 from mpsearch.recall import RecallProxy
+from mpsearch.scores import objective
 from mpsearch.skeleton import load_skeleton
 from mpsearch.slopes import measure_slopes
 from mpsearch.space import ResolvedSpace, SearchSpace
@@ -49,18 +50,20 @@ def bench(
 
 @pytest.fixture(scope="module")
 def proxy(bench: Bench, tiny_facts: FactSet) -> RecallProxy:
-    return RecallProxy(bench.bank.model, tiny_facts, tiny_facts.part("search"), contrast=False)
+    facts = tiny_facts.part("search")
+    return RecallProxy(bench.bank.model, tiny_facts, facts, contrast=False, prompts=True)
 
 
 def stepped(bench: Bench, proxy: RecallProxy, group: LayerGroup, there: str, here: str) -> float:
-    """The measured derivative of answer loss plus KL from one format of a group towards another."""
+    """The measured derivative of the objective from one format of a group towards another."""
     losses = []
     for sign in (-1, 1):
         for layer in group.layers:
             at, to = (bench.bank.weight(layer.name, FORMATS[name]) for name in (here, there))
             bench.bank.model.places[layer.name].put(at + sign * STEP * (to - at))
         scores = proxy.score()
-        lost = proxy.reference.log_prob - scores.log_prob + scores.kl
+        assert scores.prompt_kl is not None
+        lost = objective(proxy.reference.log_prob - scores.log_prob, scores.prompt_kl)
         losses.append(relation_mean(lost, proxy.relations).mean)
     for layer in group.layers:
         bench.bank.model.places[layer.name].put(bench.bank.weight(layer.name, FORMATS[here]))
@@ -100,7 +103,9 @@ def test_slopes_of_every_family_embeddings_and_experts_included(
     bank = Bank(model, Rounding(), root=tmp_path)
     bank.build(all_layers(space))
     bench = Bench(space, bank)
-    proxy = RecallProxy(model, tiny_facts, tiny_facts.part("search")[:12], contrast=False)
+    proxy = RecallProxy(
+        model, tiny_facts, tiny_facts.part("search")[:12], contrast=False, prompts=True
+    )
     slopes = measure_slopes(bench, space.smallest, [proxy])
     largest = sorted(slopes, key=lambda pair: -abs(slopes[pair]))[:4]
     largest += [pair for pair in slopes if "embed" in pair[0] or "wte" in pair[0]]
@@ -131,6 +136,7 @@ def test_facts_asked_in_two_parts_give_the_same_slopes(
             tiny_facts,
             [f for f in proxy.facts if (f.relation in names[::2]) == first],
             contrast=False,
+            prompts=True,
         )
         for first in (True, False)
     ]
@@ -176,7 +182,9 @@ def both_ways(
         bank.build(all_layers(space))
         asked = facts.part("search")[: 12 * parts]
         proxies = [
-            RecallProxy(model, facts, asked[12 * part : 12 * part + 12], contrast=True)
+            RecallProxy(
+                model, facts, asked[12 * part : 12 * part + 12], contrast=True, prompts=True
+            )
             for part in range(parts)
         ]
         options = enumerate(space.options.items())
@@ -240,7 +248,9 @@ def test_a_weight_that_cannot_be_read_leaves_a_streamed_model_as_it_was(
 
     bank = Failing(model, Rounding(), root=tmp_path / "bank")
     bank.build(all_layers(space))
-    proxy = RecallProxy(model, tiny_facts, tiny_facts.part("search")[:12], contrast=False)
+    proxy = RecallProxy(
+        model, tiny_facts, tiny_facts.part("search")[:12], contrast=False, prompts=True
+    )
     with pytest.raises(ResourceError, match="gone"):
         measure_slopes(Bench(space, bank), uniform(space)["int2-g64"], [proxy])
     assert empty(model)
