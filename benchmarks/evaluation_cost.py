@@ -1,10 +1,10 @@
 """What an evaluation costs beside its block linears alone, and what reusing hidden states saves.
 
-Protocol: the built-in model, built-in search facts without distractors, candidates of a finished
-run. All figures are processor seconds of one thread, which other programs on the machine change
-less than seconds by the clock; what is compared is measured in turn.
+Protocol: the built-in model, built-in search facts as a search asks them (no distractors, KL of
+prompts), candidates of a finished run. All figures are processor seconds of one thread, which other
+programs on the machine change less than seconds by the clock; what is compared is measured in turn.
 
-`evaluation`: swapping weights, asking all facts, KL and top-1, nothing reused; beside it the
+`evaluation`: swapping weights, asking all facts, KLs and top-1, nothing reused; beside it the
 linears of all blocks alone, on as many tokens in one piece. The ratio is the median of the turns'.
 `parts` is where one evaluation's seconds go: the modules are timed as they run. `dispatch` is what
 is neither linear, head nor attention when a row has one token, so Python and the calls; the rest of
@@ -89,7 +89,7 @@ def main() -> None:
 
     def proxy(most: int) -> mps.RecallProxy:
         some = balanced(facts.part("search"), most)
-        return mps.RecallProxy(model, facts, some, contrast=False)
+        return mps.RecallProxy(model, facts, some, contrast=False, prompts=True)
 
     with Bench(space, bank) as bench:
         parts: dict[str, Callable[[], Any]] = {

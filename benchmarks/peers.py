@@ -15,13 +15,13 @@ Rivals:
 
 A search gets so many evaluations of all search facts, counted by the unique tokens of facts that it
 pushes through the model (three times as many for evopress at the midpoint), and contributes its
-lowest search loss; ours lowers answer loss plus KL there. Ours pays for its baselines and
-validation facts from the same tokens. The sensitivity table, which ours and all warm starts use,
-counts for nobody; it has the seed of the search. Final facts are those of `peers_facts.py`, final
-text is the held-out half of the built-in one; nothing is chosen by them. `answer_loss`, `stderr`
-and `recall` are of final facts, `kl` is of text, nats a token, `seconds` are those spent on
-evaluations. Bias left: all rivals share one bank, as what is compared is where the bits go; the
-packages score with their own rounding.
+lowest search loss; ours lowers answer loss plus twice the prompt KL there, of the same tokens. Ours
+pays for its baselines and validation facts, too. The sensitivity table, which ours and all warm
+starts use, counts for nobody; it has the seed of the search. Final facts are those of
+`peers_facts.py`, final text is the held-out half of the built-in one; nothing is chosen by them.
+`answer_loss`, `stderr` and `recall` are of final facts, `kl` is of text, nats a token, `seconds`
+are those spent on evaluations. Bias left: all rivals share one bank, as what is compared is where
+the bits go; the packages score with their own rounding.
 
     python benchmarks/peers.py [--lre FOLDER] [--sizes SIZE ...] [--rivals NAME ...]
         [--seeds N ...] [--evaluations 200] [--quantizer rounding] [--minutes M]

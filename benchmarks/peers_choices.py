@@ -275,7 +275,7 @@ def fact_tokens(
 ) -> list[tuple[int, float, int]]:
     """What a run had spent after each trial: unique tokens of facts, its answer loss, its size.
 
-    The study holds answer loss plus KL, which ours lowers; rivals lower the answer loss. Slopes are
+    The study holds what ours lowers, KL included; rivals lower the answer loss. Slopes are
     part of the next trial. The last entry, of no loss, adds the validation facts, by which the
     point is chosen; test facts choose nothing and are left out.
     """

@@ -211,6 +211,10 @@ class Ground:
         self.bank = Bank(model, quantizer, root=Path(folder))
         self.bank.build(all_layers(self.space))
 
+    def proxy(self) -> RecallProxy:
+        """As a search asks it."""
+        return RecallProxy(self.model, self.fact_set, self.asked, contrast=False, prompts=True)
+
     def sensitivity(self) -> None:
         measure_sensitivity(self.space, self.bank, self.fact_set, tuple(self.asked), around=False)
 
@@ -237,7 +241,7 @@ def least_seconds(work: Callable[[], object], repeats: int) -> float:
 def evaluation_seconds(facts: int, layers: int, formats: int, repeats: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         ground = Ground(folder, build_model(layers // LAYERS_A_BLOCK), facts, formats)
-        proxy = RecallProxy(ground.model, ground.fact_set, ground.asked, contrast=False)
+        proxy = ground.proxy()
         with Bench(ground.space, ground.bank) as bench:
             for by in range(2):  # decodes what they need
                 bench.evaluate(ground.shifted(by), proxy)
@@ -263,7 +267,7 @@ def memory_of(blocks: int) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         ground = Ground(folder, build_model(blocks, hidden=512), facts=12, formats=2)
         ground.sensitivity()
-        proxy = RecallProxy(ground.model, ground.fact_set, ground.asked, contrast=False)
+        proxy = ground.proxy()
         with Bench(ground.space, ground.bank) as bench:
             bench.evaluate(ground.shifted(0), proxy)
         weights = sum(parameter.nbytes for parameter in ground.model.module.parameters())

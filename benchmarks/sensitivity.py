@@ -111,7 +111,7 @@ def _cost(
     tables: list[float] = []
     evaluations: list[float] = []
     with Bench(space, bank) as bench:
-        proxy = RecallProxy(bank.model, facts, asked, contrast=False)
+        proxy = RecallProxy(bank.model, facts, asked, contrast=False, prompts=True)
         for turn in range(args.turns):
             bench.restore()
             tables.append(cpu_seconds(table))

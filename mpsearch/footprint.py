@@ -11,7 +11,7 @@
     activations of the tokens that run through a block at once
     logits      of the tokens of a row, as computed, in float32, and what is made of them
     rows        masks, rotary angles and tokens of all that is asked
-    text        what the reference said of running text
+    text        what the reference said of running text and of prompts
     states      of all rows between two blocks, of a streamed model; they go to disk
     reference   the first tokens' distributions, from which KL is measured
     grams       of what layers read, of calibrated quantizers
@@ -43,6 +43,7 @@ _FLOAT_BYTES = 4
 _LOGITS = 4  # float32 tensors of all read tokens at once, beside them as computed
 _ROTARY_BYTES = 1024  # of a token: cosines and sines of 128 angles in float32
 _TEXT_TOKENS, _TEXT_TOP = 4096, 4096
+_PROMPT_TOKENS = 2000  # of one prompt a relation, kept as text is
 _TOKENS = 12_000  # distinct ones of what is asked at once; the gate's of the built-in facts
 _FACTS = 1000  # whose first tokens are remembered
 _GRADIENT_TOKENS = 4_000
@@ -217,7 +218,7 @@ def _said(contents: Contents) -> tuple[Part, ...]:
     top = min(_TEXT_TOP, contents.vocabulary)
     return (
         # A float32 and an int32 of each; and of a row's, what KL is computed with in float64.
-        Part("text", 8 * top * (_TEXT_TOKENS + 5 * MAX_NODES)),
+        Part("text", 8 * top * (_TEXT_TOKENS + _PROMPT_TOKENS + 5 * MAX_NODES)),
         Part("reference", _FACTS * contents.vocabulary * _FLOAT_BYTES, to_disk=True),
     )
 
