@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_run import ROWS, Row, identity, line, loss, refine_row, size, write_run
+from test_run import ROWS, Row, line, size, write_run
+from test_run_front import identity, loss, refine_row
 
 from mpsearch.bootstrap import Interval
 from mpsearch.console import show_front

@@ -1,8 +1,7 @@
-"""The proxy: scores equal a naive loop, the reference is perfect, and chance looks like chance."""
+"""The proxy: scores equal a naive loop, and the reference is perfect."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_tokenizer, tiny_llama
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -21,11 +20,10 @@ from transformers import (
 )
 
 from mpsearch import recall
-from mpsearch.asked import known_facts
-from mpsearch.errors import CheckError, ModelError, UsageError
+from mpsearch.errors import CheckError, UsageError
 from mpsearch.facts import Fact, FactSet
-from mpsearch.models import Model, from_module, load_whole
-from mpsearch.recall import RecallProxy, ask, encode, prompt
+from mpsearch.models import Model, from_module
+from mpsearch.recall import RecallProxy, ask
 from mpsearch.scores import NoiseFloor
 
 ROUNDING = 5e-5  # nats, float32 sums in another order; see test_forward.py
@@ -85,19 +83,6 @@ def naive_sum(model: Model, fact_set: FactSet, fact: Fact, answer: str, shots: i
     tokens = model.tokenizer(answer)["input_ids"]
     steps = naive_log_probs(model, fact_set, fact, answer, shots)
     return sum(float(step[token]) for step, token in zip(steps, tokens, strict=True))
-
-
-def shuffled(fact_set: FactSet, relations: tuple[str, ...], seed: int) -> FactSet:
-    """The same subjects and answers, dealt anew within each of some relations."""
-    dealer = random.Random(seed)
-    pools = {r: [f.answer for f in fact_set.facts if f.relation == r] for r in relations}
-    for pool in pools.values():
-        dealer.shuffle(pool)
-    facts = [
-        replace(fact, answer=pools[fact.relation].pop()) if fact.relation in pools else fact
-        for fact in fact_set.facts
-    ]
-    return FactSet(tuple(facts), "shuffled")
 
 
 # --------------------------------------------------------------------------------- the scores
@@ -285,72 +270,6 @@ def test_the_first_token_is_the_first_visible_one() -> None:
     assert outcomes == {True, False}
 
 
-# --------------------------------------------------------------------------------- the gate
-
-
-def known(model: Model, facts: FactSet) -> tuple[str, ...]:
-    return tuple(row.relation for row in known_facts(model, facts, 500)[0] if row.known)
-
-
-def test_taught_facts_are_known(tiny: Model, tiny_facts: FactSet) -> None:
-    proxy = RecallProxy(tiny, tiny_facts, tiny_facts.part("search"), contrast=True)
-    assert proxy.reference.correct is not None
-    assert proxy.reference.correct.mean() > 0.95
-    assert known(tiny, tiny_facts) == ("color", "place", "shape")
-
-
-def test_chance_is_one_over_the_answers_asked(tiny: Model, tiny_facts: FactSet) -> None:
-    proxy = RecallProxy(tiny, tiny_facts, tiny_facts.part("search"), contrast=True)
-    chances = {"color": 1 / 6, "shape": 1 / 5, "place": 1 / 4}
-    assert proxy.chances == pytest.approx([chances[name] for name in proxy.relations])
-    assert {row.relation: row.chance for row in proxy.by_relation()} == pytest.approx(chances)
-
-
-def test_shuffled_answers_give_chance(tiny: Model, tiny_facts: FactSet) -> None:
-    recalls, errors = [], []
-    for seed in range(8):
-        dealt = shuffled(tiny_facts, tiny_facts.relations, seed)
-        proxy = RecallProxy(tiny, dealt, dealt.part("search"), contrast=True)
-        assert proxy.reference.correct is not None
-        recalls.append(proxy.reference.correct.mean())
-        chance = proxy.chances.mean()
-        errors.append(chance * (1 - chance) / len(proxy.facts))
-    assert abs(np.mean(recalls) - chance) < 3 * np.sqrt(np.mean(errors) / len(errors))
-
-
-def test_a_relation_with_shuffled_answers_is_left_out_and_reported(
-    tiny: Model, tiny_facts: FactSet, caplog: pytest.LogCaptureFixture
-) -> None:
-    dealt = shuffled(tiny_facts, ("shape",), seed=0)
-    gate, facts = known_facts(tiny, dealt, 500)
-    assert [row.relation for row in gate if row.known] == ["color", "place"]
-    assert {fact.relation for fact in facts} == {"color", "place"}
-    (shape,) = [row for row in gate if row.relation == "shape"]
-    assert "1 of 3 relations are left out" in caplog.text
-    assert f"shape ({shape.recall.mean:.0%} of {shape.facts}, chance 20%)" in caplog.text
-
-
-def test_a_model_of_random_weights_is_at_chance_and_refused(tiny_facts: FactSet) -> None:
-    tokenizer = build_tokenizer()
-    recalls = []
-    for seed in range(6):
-        model = float32_model(tiny_llama(len(tokenizer), seed=seed), tokenizer)
-        facts = [f for part in ("search", "validation", "test") for f in tiny_facts.part(part)]
-        proxy = RecallProxy(model, tiny_facts, facts, contrast=True)
-        assert proxy.reference.correct is not None
-        recalls.append(proxy.reference.correct.mean())
-        with pytest.raises(CheckError, match="no relation better than chance") as caught:
-            known_facts(model, tiny_facts, 500)
-        assert "\n" not in str(caught.value)
-    assert np.mean(recalls) == pytest.approx(proxy.chances.mean(), abs=0.06)
-
-
-def test_recall_by_relation_needs_distractors(tiny: Model, tiny_facts: FactSet) -> None:
-    proxy = RecallProxy(tiny, tiny_facts, tiny_facts.part("validation"), contrast=False)
-    with pytest.raises(ValueError, match="distractors"):
-        proxy.by_relation()
-
-
 # ------------------------------------------------------------------- another model, other rows
 
 
@@ -414,161 +333,3 @@ def test_broken_weights_are_a_check_error(
         taught.places[layer].put(taught.originals[layer])
     assert "\n" not in str(caught.value)
     assert (proxy.score().kl == 0).all()
-
-
-# --------------------------------------------------------------------------------- the text
-
-
-def test_prompt_shows_solved_examples_of_the_relation_then_the_question(
-    tiny_facts: FactSet,
-) -> None:
-    fact = tiny_facts.part("search", ["shape"])[0]
-    *examples, question = prompt(tiny_facts, fact, shots=3).split("\n")
-    expected = [f"{f.prompt} {f.answer}" for f in tiny_facts.demonstrations("shape", 3)]
-    assert len(examples) == 3
-    assert examples == expected
-    assert question == fact.prompt
-    assert all(fact.subject not in example.split() for example in examples)
-
-
-def test_prompt_has_as_many_examples_as_there_are(tiny_facts: FactSet) -> None:
-    fact = tiny_facts.part("search", ["shape"])[0]
-    assert prompt(tiny_facts, fact, shots=0) == fact.prompt
-    assert prompt(tiny_facts, fact, shots=99).count("\n") == 4
-
-
-# -------------------------------------------------------------------- where the answer starts
-
-
-def character_tokenizer(*merges: tuple[str, str], **kwargs: str) -> PreTrainedTokenizerFast:
-    """Single characters, and what the merges make of them across any boundary."""
-    characters = "abcdefghijklmnopqrstuvwxyz \n"
-    tokens = ["<s>", "</s>", *characters, *("".join(merge) for merge in merges)]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE(vocabulary, list(merges))), **kwargs
-    )
-
-
-def pieces(tokenizer: PreTrainedTokenizerFast, tokens: tuple[int, ...]) -> list[str]:
-    return tokenizer.convert_ids_to_tokens(list(tokens))
-
-
-def test_the_answer_starts_at_the_space_before_it() -> None:
-    tokenizer = character_tokenizer()
-    sequence = encode(tokenizer, "it is", " red")
-    assert pieces(tokenizer, sequence.tokens[sequence.start :]) == [" ", "r", "e", "d"]
-
-
-def test_a_token_over_the_boundary_counts_as_the_answers() -> None:
-    tokenizer = character_tokenizer(("s", " "), ("s ", "r"))
-    sequence = encode(tokenizer, "it is", " red")
-    assert pieces(tokenizer, sequence.tokens) == ["i", "t", " ", "i", "s r", "e", "d"]
-    assert pieces(tokenizer, sequence.tokens[sequence.start :]) == ["s r", "e", "d"]
-
-
-def test_a_merge_inside_the_context_does_not_move_the_start() -> None:
-    tokenizer = character_tokenizer(("s", " "), ("i", "s"))
-    sequence = encode(tokenizer, "is it", " red")
-    assert pieces(tokenizer, sequence.tokens) == ["i", "s ", *"it red"]
-    assert pieces(tokenizer, sequence.tokens[sequence.start :]) == list(" red")
-
-
-def test_a_question_that_merges_whole_with_its_answer_is_tokenized_apart() -> None:
-    tokenizer = character_tokenizer(("s", " "), ("s ", "r"))
-    sequence = encode(tokenizer, "s", " red")
-    assert pieces(tokenizer, sequence.tokens) == list("s red")
-    assert sequence.start == 1
-    merged = encode(tokenizer, "is", " red")
-    assert pieces(tokenizer, merged.tokens) == ["i", "s r", "e", "d"]
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_tokenizer_that_pads_or_cuts_by_itself_does_neither(side: str) -> None:
-    plain = encode(character_tokenizer(), "it is", " red")
-    tokenizer = character_tokenizer(pad_token="<s>", padding_side=side, truncation_side=side)
-    tokenizer.backend_tokenizer.enable_padding(direction=side, length=32)
-    tokenizer.backend_tokenizer.enable_truncation(max_length=4, direction=side)
-    assert encode(tokenizer, "it is", " red") == plain
-
-
-@pytest.mark.parametrize("template", ["<s> $A", "$A </s>", "<s> $A </s>", "<s> <s> $A </s> </s>"])
-def test_special_tokens_in_front_stay_and_those_behind_go(template: str) -> None:
-    tokenizer = character_tokenizer(bos_token="<s>", eos_token="</s>")
-    tokenizer.backend_tokenizer.post_processor = processors.processors.TemplateProcessing(
-        single=template, special_tokens=[("<s>", 0), ("</s>", 1)]
-    )
-    sequence = encode(tokenizer, "it is", " red")
-    front = template.count("<s>")
-    assert pieces(tokenizer, sequence.tokens) == ["<s>"] * front + list("it is red")
-    assert sequence.start == front + len("it is")
-
-
-@pytest.mark.parametrize("trim", [False, True])
-@pytest.mark.parametrize("answer", ["red", "rød", "红色"])
-def test_byte_level_tokenizers_are_understood_with_and_without_trimmed_offsets(
-    trim: bool, answer: str
-) -> None:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.post_processor = processors.ByteLevel(trim_offsets=trim)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    sequence = encode(tokenizer, "the é", f" {answer}")
-    decoded = tokenizer.decode(list(sequence.tokens[sequence.start :]))
-    context = tokenizer.decode(list(sequence.tokens[: sequence.start]))
-    assert (context.rstrip(), decoded.strip()) == ("the é", answer)
-    assert len(sequence.tokens) == len(f"the é {answer}".encode())
-
-
-def test_metaspace_tokenizers_start_the_answer_at_its_own_token() -> None:
-    words = ["<unk>", "▁it", "▁is", "▁red"]
-    backend = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
-    )
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-    sequence = encode(tokenizer, "it is", " red")
-    assert pieces(tokenizer, sequence.tokens) == ["▁it", "▁is", "▁red"]
-    assert sequence.start == 2
-
-
-# ------------------------------------------------------------------------------ chat templates
-
-TEMPLATE = (
-    "{% for message in messages %}is {{ message['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}of the{% endif %} "
-)
-
-
-def test_through_a_chat_template_the_question_is_a_turn_and_the_answer_its_reply(
-    tiny: Model, tiny_facts: FactSet
-) -> None:
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    chatting = replace(tiny, tokenizer=tokenizer, chat=True)
-    fact = tiny_facts.part("search")[0]
-    plain = ask(tiny, tiny_facts, fact, fact.answer, 2)
-    asked = ask(chatting, tiny_facts, fact, fact.answer, 2)
-    words = tokenizer.convert_ids_to_tokens(list(asked.tokens))
-    question = tiny.tokenizer.convert_ids_to_tokens(list(plain.tokens[: plain.start]))
-    assert words == ["is", *question, "of", "the", *fact.answer.split()]
-    assert words[asked.start :] == fact.answer.split()
-
-
-def test_special_tokens_are_the_templates_own(tiny: Model, tiny_facts: FactSet) -> None:
-    tokenizer = build_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<pad> $A", special_tokens=[("<pad>", 0)]
-    )
-    fact = tiny_facts.part("search")[0]
-    tokenizer.chat_template = TEMPLATE
-    begun = replace(tiny, tokenizer=tokenizer)
-    assert ask(begun, tiny_facts, fact, fact.answer, 1).tokens[0] == 0
-    assert ask(replace(begun, chat=True), tiny_facts, fact, fact.answer, 1).tokens[0] != 0
-
-
-def test_a_model_without_a_template_is_refused_in_one_line(tiny_folder: Path) -> None:
-    with pytest.raises(ModelError, match=r"no chat template.*leave --chat-template away"):
-        load_whole(str(tiny_folder), chat_template=True)
