@@ -81,6 +81,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/bank.py
 	$(BIN)/python benchmarks/recall_speed.py
 	$(BIN)/python benchmarks/sensitivity.py
+	$(BIN)/python benchmarks/foretelling.py
 	$(BIN)/python benchmarks/evaluation_cost.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/memory.py
