@@ -52,6 +52,7 @@ WITH_TORCH = (
         "portions",
         "helpers",
         "bank",
+        "divergence",
         "guard",
         "recall",
         "prompts",
