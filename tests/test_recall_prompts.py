@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_tokenizer, tiny_llama
+from test_guard import ROUNDING, damage
 from torch import Tensor
 
 from mpsearch.facts import Fact, FactSet
 from mpsearch.models import Model, from_module
 from mpsearch.recall import RecallProxy, prompt
-
-ROUNDING = 5e-5  # nats, float32 sums in another order; see test_forward.py
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +30,6 @@ def damaged(model: Model) -> Iterator[Model]:
     """The same; `damage` puts noise on two layers, which is taken back afterwards."""
     yield model
     model.restore()
-
-
-def damage(model: Model) -> None:
-    generator = torch.Generator().manual_seed(5)
-    for layer in ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"):
-        noise = torch.randn(model.originals[layer].shape, generator=generator)
-        model.places[layer].put(model.originals[layer] + 0.2 * noise)
 
 
 @pytest.fixture(scope="module")
