@@ -22,6 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from cli_cases import BUDGET, TRIALS, Cli, Outcome
+from searches import SEARCH_FACTS, SEARCH_TRIALS, Search
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -34,9 +35,14 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from mpsearch import cli, device
+from mpsearch.assignment import Assignment
+from mpsearch.evaluate import Bench, Evaluation
 from mpsearch.facts import FactSet
 from mpsearch.formats import FORMATS
 from mpsearch.models import Model, from_module, load_whole
+from mpsearch.recall import RecallProxy
+from mpsearch.run import Run
+from mpsearch.search import search
 from mpsearch.space import ResolvedSpace, SearchSpace
 from mpsearch.wanted import Wanted
 
@@ -297,3 +303,39 @@ def whole(tiny_folder: Path, facts_file: Path, tmp_path_factory: pytest.TempPath
     )  # fmt: skip
     assert code == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def ask(tiny: Model, tiny_space: ResolvedSpace, tiny_facts: FactSet, budget: int) -> Search:
+    """The search that most tests ask for; keywords change the question."""
+
+    def asked(out: Path, model: Model = tiny, space: Any = tiny_space, **changes: Any) -> Run:
+        question = {
+            "budget": budget, "trials": SEARCH_TRIALS, "search_facts": SEARCH_FACTS,
+            "facts": tiny_facts,
+        }  # fmt: skip
+        return search(model, space, out=out, **{**question, **changes})
+
+    return asked
+
+
+@pytest.fixture(scope="session")
+def calls() -> Counter[Assignment]:
+    """How often the uninterrupted search evaluated each assignment."""
+    return Counter()
+
+
+@pytest.fixture(scope="session")
+def searched(
+    ask: Search, calls: Counter[Assignment], tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    """The uninterrupted search that resumed ones are compared with; read it only."""
+    with pytest.MonkeyPatch.context() as patch:
+        evaluate = Bench.evaluate
+
+        def counted(bench: Bench, assignment: Assignment, proxy: RecallProxy) -> Evaluation:
+            calls[assignment] += 1
+            return evaluate(bench, assignment, proxy)
+
+        patch.setattr(Bench, "evaluate", counted)
+        return ask(tmp_path_factory.mktemp("searched") / "run")

@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState
-from test_search import Search, ask, evaluation_lines, interrupt_at, proposals, result, study_of
+from searches import Search, evaluation_lines, interrupt_at, proposals, result, study_of
 from torch import Tensor
 
 from mpsearch.assignment import Assignment
@@ -22,7 +22,6 @@ from mpsearch.samplers import HOPELESS_LOSS
 from mpsearch.skeleton import load_skeleton
 from mpsearch.walk import Held, Walk
 
-__all__ = ["ask"]  # a fixture
 AT_ONCE = 3
 TRIALS = 7  # two batches and a rest
 
