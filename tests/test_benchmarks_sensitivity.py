@@ -11,8 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from sensitivity import _candidates, _some
-
-from tests.test_samplers import make_space
+from synthetic import make_space
 
 
 @pytest.mark.parametrize(("groups", "most", "taken"), [(120, 24, 24), (10, 24, 10), (7, 3, 3)])

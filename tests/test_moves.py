@@ -6,9 +6,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from synthetic import make_space, middle
 
 from mpsearch.moves import Moves
-from tests.test_samplers import make_space, middle
 
 
 @pytest.fixture

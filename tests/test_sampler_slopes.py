@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 from optuna.study import Study
 from optuna.trial import TrialState
-
-from mpsearch import samplers
-from mpsearch.allocate import knapsack
-from mpsearch.samplers import HOPELESS_LOSS, LevelSwitchSampler
-from mpsearch.space import ResolvedSpace
-from tests.test_samplers import (
+from synthetic import (
     Damage,
     ask,
     conflict,
@@ -23,6 +18,11 @@ from tests.test_samplers import (
     middle,
     new_study,
 )
+
+from mpsearch import samplers
+from mpsearch.allocate import knapsack
+from mpsearch.samplers import HOPELESS_LOSS, LevelSwitchSampler
+from mpsearch.space import ResolvedSpace
 
 
 class Quadratic:
