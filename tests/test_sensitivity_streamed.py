@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_sensitivity import FEW, built
+from test_sensitivity import built
+from test_sensitivity_families import FEW
 from test_skeleton import CPU, loaded
 from test_walk import empty, folder_of
 from torch import Tensor
