@@ -20,7 +20,7 @@ from mpsearch.formats import Format
 from mpsearch.guard import TextGuard
 from mpsearch.layers import Layer
 from mpsearch.recall import RecallProxy
-from mpsearch.scores import FactScores
+from mpsearch.scores import FactScores, objective
 from mpsearch.space import ResolvedSpace
 from mpsearch.walk import Coded, Held
 
@@ -44,6 +44,12 @@ class Evaluation:
     scores: FactScores
     loss_per_fact: NDArray[Any]
     seconds: float
+
+    @property
+    def objective_per_fact(self) -> NDArray[Any]:
+        """`(facts,)` in nats: what a search lowers; of a proxy that reads prompts."""
+        assert self.scores.prompt_kl is not None
+        return objective(self.loss_per_fact, self.scores.prompt_kl)
 
 
 class Bench:

@@ -27,7 +27,6 @@ from mpsearch.models import Model
 from mpsearch.points import Score, rivals
 from mpsearch.recall import RecallProxy
 from mpsearch.run import Run
-from mpsearch.scores import objective
 from mpsearch.slopes import EVALUATIONS, measure_slopes
 from mpsearch.stages import halves, hopeless
 from mpsearch.text import Text
@@ -137,10 +136,11 @@ class Scorer:
                 evaluations[assignment].append(evaluation)
                 best = bests.get(assignment)
                 if best is not None and number < len(asked):
-                    read = evaluation.scores.prompt_kl
-                    assert read is not None  # as of all search facts
-                    here = objective(evaluation.loss_per_fact, read)
-                    behind = hopeless(here, best.objective_per_fact[places], proxy.relations)
+                    behind = hopeless(
+                        evaluation.objective_per_fact,
+                        best.objective_per_fact[places],
+                        proxy.relations,
+                    )
                     if behind is not None:
                         found[assignment] = Scored(self.objective(best) + behind, so_far)
         whole = [a for a in kinds if a not in found]

@@ -187,6 +187,28 @@ def tiny(tiny_folder: Path) -> Model:
 
 
 @pytest.fixture(scope="session")
+def untaught() -> Model:
+    """Random weights in float32, so that packed and plain passes may be compared closely."""
+    tokenizer = build_tokenizer()
+    module = tiny_llama(len(tokenizer))
+    return from_module("tiny", Path(), module, tokenizer, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def damaged(untaught: Model) -> Iterator[Model]:
+    """The same; `damage` puts noise on two layers, which is taken back afterwards."""
+    yield untaught
+    untaught.restore()
+
+
+def damage(model: Model, size: float = 0.2) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for layer in ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"):
+        noise = torch.randn(model.originals[layer].shape, generator=generator)
+        model.places[layer].put(model.originals[layer] + size * noise)
+
+
+@pytest.fixture(scope="session")
 def facts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("facts") / "facts.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in fact_lines()), encoding="utf-8")

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import exp
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import build_tokenizer, tiny_llama
+from conftest import build_tokenizer, damage
 from tokenizers import processors
 from torch import Tensor
 
 from mpsearch import divergence, guard
 from mpsearch.errors import CheckError, UsageError
 from mpsearch.guard import TextGuard, cut_paragraph
-from mpsearch.models import Model, from_module
+from mpsearch.models import Model
 
 ROUNDING = 5e-5  # nats, float32 sums in another order; see test_forward.py
 PARAGRAPHS = (
@@ -26,28 +25,6 @@ PARAGRAPHS = (
     "the shape of blue is the shape of the shape and square is brown",
     "red green blue white black brown",
 )
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    """Random weights in float32, so that packed and plain passes may be compared closely."""
-    tokenizer = build_tokenizer()
-    module = tiny_llama(len(tokenizer))
-    return from_module("tiny", Path(), module, tokenizer, torch.device("cpu"), torch.float32)
-
-
-@pytest.fixture
-def damaged(model: Model) -> Iterator[Model]:
-    """The same; `damage` puts noise on two layers, which is taken back afterwards."""
-    yield model
-    model.restore()
-
-
-def damage(model: Model, size: float = 0.2) -> None:
-    generator = torch.Generator().manual_seed(5)
-    for layer in ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"):
-        noise = torch.randn(model.originals[layer].shape, generator=generator)
-        model.places[layer].put(model.originals[layer] + size * noise)
 
 
 @torch.no_grad()
@@ -182,37 +159,37 @@ def test_a_long_paragraph_is_cut_and_each_piece_begins_like_a_text(
     assert cut(Words(), 1) == cut(Words(), 0) == cut(Words([7]), 0) == []
 
 
-def test_a_tokenizers_own_beginning_predicts_the_first_token(model: Model) -> None:
+def test_a_tokenizers_own_beginning_predicts_the_first_token(untaught: Model) -> None:
     tokenizer = build_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<pad> $A <unk>", special_tokens=[("<pad>", 0), ("<unk>", 1)]
     )
     (piece,) = cut_paragraph(tokenizer, PARAGRAPHS[1])
-    assert piece.tokens == (0, *model.tokenizer(PARAGRAPHS[1])["input_ids"])
+    assert piece.tokens == (0, *untaught.tokenizer(PARAGRAPHS[1])["input_ids"])
     assert piece.start == 1
-    begun = TextGuard(replace(model, tokenizer=tokenizer), PARAGRAPHS)
-    tokens = TextGuard(model, PARAGRAPHS).reference.tokens
+    begun = TextGuard(replace(untaught, tokenizer=tokenizer), PARAGRAPHS)
+    tokens = TextGuard(untaught, PARAGRAPHS).reference.tokens
     assert begun.reference.tokens == tuple(count + 1 for count in tokens)
 
 
 def test_pieces_of_one_paragraph_count_as_one(
-    model: Model, monkeypatch: pytest.MonkeyPatch
+    untaught: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guard, "LENGTH", 3)
-    scores = TextGuard(model, PARAGRAPHS).reference
+    scores = TextGuard(untaught, PARAGRAPHS).reference
     assert len(scores.tokens) == len(PARAGRAPHS)
     words = [len(paragraph.split()) for paragraph in PARAGRAPHS]
     assert scores.tokens == tuple(n - -(-n // 3) for n in words)
 
 
 def test_a_very_long_text_is_read_up_to_its_limit(
-    model: Model, monkeypatch: pytest.MonkeyPatch
+    untaught: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guard, "MOST_TOKENS", 14)
-    assert len(TextGuard(model, PARAGRAPHS * 100).reference.tokens) == 2
+    assert len(TextGuard(untaught, PARAGRAPHS * 100).reference.tokens) == 2
 
 
 @pytest.mark.parametrize("paragraphs", [[], [PARAGRAPHS[0]], [PARAGRAPHS[0], "s1", "s2"]])
-def test_too_little_text_is_refused(paragraphs: list[str], model: Model) -> None:
+def test_too_little_text_is_refused(paragraphs: list[str], untaught: Model) -> None:
     with pytest.raises(UsageError, match="give a longer text"):
-        TextGuard(model, paragraphs)
+        TextGuard(untaught, paragraphs)

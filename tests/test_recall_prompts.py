@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from conftest import build_tokenizer, tiny_llama
-from test_guard import ROUNDING, damage
+from conftest import damage
+from test_guard import ROUNDING
 from torch import Tensor
 
 from mpsearch.facts import Fact, FactSet
-from mpsearch.models import Model, from_module
+from mpsearch.models import Model
 from mpsearch.recall import RecallProxy, prompt
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    """Random weights in float32, so that packed and plain passes may be compared closely."""
-    tokenizer = build_tokenizer()
-    module = tiny_llama(len(tokenizer))
-    return from_module("tiny", Path(), module, tokenizer, torch.device("cpu"), torch.float32)
-
-
-@pytest.fixture
-def damaged(model: Model) -> Iterator[Model]:
-    """The same; `damage` puts noise on two layers, which is taken back afterwards."""
-    yield model
-    model.restore()
 
 
 @pytest.fixture(scope="module")
@@ -91,17 +73,17 @@ def test_reading_prompts_costs_no_token_and_changes_nothing_else(
 
 
 def test_the_reference_has_no_prompt_kl_and_a_part_of_the_scores_keeps_its_own(
-    model: Model, facts: FactSet
+    untaught: Model, facts: FactSet
 ) -> None:
-    proxy = RecallProxy(model, facts, facts.part("search"), contrast=False, prompts=True)
+    proxy = RecallProxy(untaught, facts, facts.part("search"), contrast=False, prompts=True)
     scores = proxy.score()
     assert scores.prompt_kl is not None and (scores.prompt_kl == 0).all()
     part = scores.part(slice(0, 3)).prompt_kl
     assert part is not None and part.shape == (3,)
 
 
-def test_a_prompt_of_one_token_has_nothing_to_predict(model: Model) -> None:
+def test_a_prompt_of_one_token_has_nothing_to_predict(untaught: Model) -> None:
     one = FactSet(tuple(Fact("one", "{}", f"s{n}", f"s{n + 1}") for n in range(12)), "one token")
-    proxy = RecallProxy(model, one, one.facts, contrast=False, prompts=True, shots=0)
+    proxy = RecallProxy(untaught, one, one.facts, contrast=False, prompts=True, shots=0)
     scores = proxy.score()
     assert scores.prompt_kl is not None and scores.prompt_kl.tolist() == [0.0] * 12
