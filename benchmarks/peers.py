@@ -9,19 +9,20 @@ Rivals:
 - knapsack: exact, on the KL-Fisher table; inverted: the same with the groups' rows exchanged, the
   most sensitive for the least; random: random groups raised until nothing fits;
 - auto-round, modelopt: the packages' own choices (`rival_environment.py`);
-- nsga2, tpe: Optuna's, and -warm from knapsack and uniform; evopress: `rival_searches.evolutionary`
-  from a start of its own, and -warm from the knapsack;
+- nsga2, tpe: Optuna's, and -warm from knapsack, uniform and the knapsack's neighbours;
+- evopress: `rival_searches.evolutionary` from a start of its own, and -warm from the knapsack;
 - mpsearch: `mps.search`, the point of lowest validation loss, whether or not beyond noise.
 
 A search gets so many evaluations of all search facts, counted by the unique tokens of facts that it
 pushes through the model (three times as many for evopress at the midpoint), and contributes its
-lowest search loss; ours lowers answer loss plus twice the prompt KL there, of the same tokens. Ours
-pays for its baselines and validation facts, too. The sensitivity table, which ours and all warm
-starts use, counts for nobody; it has the seed of the search. Final facts are those of
-`peers_facts.py`, final text is the held-out half of the built-in one; nothing is chosen by them.
-`answer_loss`, `stderr` and `recall` are of final facts, `kl` is of text, nats a token, `seconds`
-are those spent on evaluations. Bias left: all rivals share one bank, as what is compared is where
-the bits go; the packages score with their own rounding.
+lowest search loss. All lower the same: answer loss plus twice the prompt KL. Ours pays for its
+baselines, for slopes (three evaluations) and for the validation facts by which it picks, and which
+no rival sees. The sensitivity table, which ours and all warm starts use, counts for nobody; it has
+the seed of the search. Final facts are those of `peers_facts.py`, final text is the held-out half
+of the built-in one; nothing is chosen by them. `answer_loss`, `stderr` and `recall` are of final
+facts, `kl` is of text, nats a token, `seconds` are those spent on evaluations. Bias left: all
+rivals share one bank, as what is compared is where the bits go; the packages score with their own
+rounding.
 
     python benchmarks/peers.py [--lre FOLDER] [--sizes SIZE ...] [--rivals NAME ...]
         [--seeds N ...] [--evaluations 200] [--quantizer rounding] [--minutes M]
@@ -116,8 +117,10 @@ def main(arguments: list[str] | None = None) -> None:
                 _measure(peers, result, args)
             except OutOfTime:
                 say("the time is over; the same command goes on")
+            finals = peers.finals(result["rows"])
             result["findings"] = findings(
-                peers.losses(result["rows"]),
+                {key: final.loss_nats for key, final in finals.items()},
+                {key: final.correct for key, final in finals.items()},
                 [fact.relation for fact in asked.final],
                 [fact.subject for fact in asked.final],
                 result["curves"],

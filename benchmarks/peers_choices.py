@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from peers_facts import Asked, Referee, SearchFacts, tokens_of
+from peers_facts import Asked, Final, Referee, SearchFacts, tokens_of
 from peers_findings import OURS, curve
 from result_file import commit
 from rival_searches import Grid, Levels, Loss, Trail, bayesian_or_genetic, evolutionary
@@ -142,13 +141,13 @@ class Peers:
             "commit": commit(),
         }
 
-    def losses(self, rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, int], NDArray[Any]]:
-        """Of every row, `(final facts,)` in nats; measured again where the folder lacks them."""
+    def finals(self, rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, int], Final]:
+        """Of every row, measured again where the folder lacks it."""
         found = {}
         for row in rows:
             assignment = self.grid(row["size"]).assignment([int(digit) for digit in row["levels"]])
             key = row["size"], row["rival"], row["seed"]
-            found[key] = self._referee.score(assignment).loss_nats
+            found[key] = self._referee.score(assignment)
         return found
 
     # -------------------------------------------------------------------------- choices
@@ -273,20 +272,13 @@ class Peers:
 def fact_tokens(
     run: Run, space: ResolvedSpace, model: mps.Model, facts: FactSet
 ) -> list[tuple[int, float, int]]:
-    """What a run had spent after each trial: unique tokens of facts, its answer loss, its size.
+    """What a run had spent after each trial: unique tokens of facts, what it lowers, its size.
 
-    The study holds what ours lowers, KL included; rivals lower the answer loss. Slopes are
-    part of the next trial. The last entry, of no loss, adds the validation facts, by which the
-    point is chosen; test facts choose nothing and are left out.
+    Slopes are part of the next trial. The last entry, of no loss, adds the validation facts, by
+    which the point is chosen; test facts choose nothing and are left out.
     """
     study = open_study(run, space)
     slopes = [v for name, v in study.user_attrs.items() if name.startswith(SLOPES)]
-    relations = run.relations("search")
-    losses = {
-        score.assignment.pairs: relation_mean(score.loss_per_fact, relations).mean
-        for score in run.scores()
-        if score.partition == "search"
-    }
     spent, total, finished = [], 0, 0
     for trial in study.get_trials(deepcopy=False):
         if "fact_tokens" not in trial.user_attrs:
@@ -295,7 +287,7 @@ def fact_tokens(
         total += trial.user_attrs["fact_tokens"]
         finished += 1
         assignment = Assignment.of({name: trial.params[name] for name in space.options})
-        loss = losses[assignment.pairs] if trial.values else inf
+        loss = trial.values[0] if trial.values else inf
         spent.append((total, loss, space.stored_bytes(assignment)))
     asked = asked_facts(run, facts, "validation")
     scores = sum(score.partition == "validation" for score in run.scores())

@@ -6,7 +6,8 @@ search, sensitivity or constant of this project has seen a final fact or its sub
 stays if it has enough facts and the reference knows it: recall on its search partition beats chance
 by two standard errors. Final facts are of the validation and test partitions, right or wrong in the
 reference, so that its luck on them selects nothing; demonstrations are the solved examples. Facts
-are chosen by a hash.
+are chosen by a hash. The first of each relation are left out: earlier searches of this project were
+scored on them, and what a search lowers was changed when it had lost there.
 """
 
 from __future__ import annotations
@@ -21,22 +22,27 @@ from typing import Any
 import numpy as np
 from lre_agreement import SAME, plain
 from numpy.typing import NDArray
+from torch import Tensor
 
 import mpsearch as mps
 from mpsearch.asked import known_facts
 from mpsearch.assignment import Assignment
+from mpsearch.divergence import Shortened
 from mpsearch.errors import CheckError, RunError
 from mpsearch.estimates import relation_mean
 from mpsearch.evaluate import Bench
 from mpsearch.facts import Fact, FactSet
 from mpsearch.facts.fact import unit_hash
 from mpsearch.files import write_atomically
-from mpsearch.forward import Pass
+from mpsearch.forward import Pass, TokenSequence
 from mpsearch.guard import TextGuard
 from mpsearch.recall import SHOTS, RecallProxy, ask
+from mpsearch.scores import objective
 from mpsearch.text import Text
 
-FINAL_FACTS = 40  # of a relation at most, and as many for the gate
+FINAL_FACTS = 80  # of a relation at most
+GATE_FACTS = 40  # likewise
+SEEN_FACTS = 40  # of a relation, by which this project has changed its search
 GATE, SCORED = ("search",), ("validation", "test")  # partitions
 _LEAST_FACTS = 20  # of it for either, as few would count as much as many
 
@@ -97,18 +103,18 @@ def _final_facts(model: mps.Model, final: FactSet) -> list[Fact]:
 
 
 def _some(facts: FactSet, partitions: tuple[str, ...]) -> list[Fact]:
-    """At most `FINAL_FACTS` of each relation that has enough and can be asked with distractors."""
+    """Of each relation that has enough and can be asked with distractors."""
     chosen: list[Fact] = []
     for relation in facts.relations:
-        parts: dict[tuple[str, ...], list[Fact]] = {
-            part: [fact for fact in facts.of(relation) if fact.partition in part]
-            for part in (GATE, SCORED)
-        }
-        several = len({fact.answer for fact in facts.of(relation)}) > 1
+        mine = sorted(
+            facts.of(relation), key=lambda fact: unit_hash(f"final|{fact.subject.casefold()}")
+        )
+        parts = {part: [fact for fact in mine if fact.partition in part] for part in (GATE, SCORED)}
+        parts[GATE] = parts[GATE][:GATE_FACTS]
+        parts[SCORED] = parts[SCORED][SEEN_FACTS : SEEN_FACTS + FINAL_FACTS]
+        several = len({fact.answer for fact in mine}) > 1
         if several and min(map(len, parts.values())) >= _LEAST_FACTS:
-            mine = parts[partitions]
-            mine.sort(key=lambda fact: unit_hash(f"final|{fact.subject.casefold()}"))
-            chosen += mine[:FINAL_FACTS]
+            chosen += parts[partitions]
     return chosen
 
 
@@ -127,9 +133,10 @@ def tokens_of(model: mps.Model, fact_set: FactSet, facts: Sequence[Fact], contra
 
 
 class SearchFacts:
-    """Answer loss of an assignment on all search facts, or on some of them.
+    """What searches lower, `mpsearch.scores.objective`, on all search facts or on some of them.
 
-    The model must hold its reference weights while this is built.
+    Asked of some, a relation is read with the prompt of its first fact all the same. The model must
+    hold its reference weights while this is built.
 
     Attributes:
         tokens: unique ones that asking all facts pushes through the model.
@@ -141,10 +148,20 @@ class SearchFacts:
         self._bench = bench
         self._sequences = [ask(model, fact_set, fact, fact.answer, SHOTS) for fact in facts]
         self.relations = [fact.relation for fact in facts]
-        everything = self._pass(tuple(range(len(facts))))
-        self.tokens = everything.tokens
-        self._everything = everything
-        self._reference = everything.run().numpy()
+        firsts = dict(zip(reversed(self.relations), reversed(self._sequences), strict=True))
+        self._prompts = {
+            name: TokenSequence(first.tokens[: first.start], 1) for name, first in firsts.items()
+        }
+        self._said: dict[str, Shortened] = {}
+        self._everything = self._pass(tuple(range(len(facts))))
+        self.tokens = self._everything.tokens
+        names = list(dict.fromkeys(self.relations))
+
+        def visit(index: int, log_probs: Tensor) -> None:
+            if index >= len(facts):
+                self._said[names[index - len(facts)]] = Shortened.of(log_probs)
+
+        self._reference = self._everything.run(visit).numpy()[: len(facts)]
 
     def __len__(self) -> int:
         return len(self.relations)
@@ -157,15 +174,25 @@ class SearchFacts:
         """In nats, a mean over relations; infinite where the candidate gives NaN."""
         work = self._everything if some is None else self._pass(some)
         numbers = list(range(len(self)) if some is None else some)
+        relations = [self.relations[number] for number in numbers]
+        names, kl = list(dict.fromkeys(relations)), {}
+
+        def visit(index: int, log_probs: Tensor) -> None:
+            if index >= len(numbers):
+                name = names[index - len(numbers)]
+                kl[name] = float(self._said[name].kl(log_probs).mean())
+
         self._bench.put(assignment)
-        lost = self._reference[numbers] - work.run().numpy()
-        if not np.isfinite(lost).all():
-            return float("inf")
-        return relation_mean(lost, [self.relations[number] for number in numbers]).mean
+        lost = self._reference[numbers] - work.run(visit).numpy()[: len(numbers)]
+        values = objective(lost, np.array([kl[name] for name in relations]))
+        return relation_mean(values, relations).mean if np.isfinite(values).all() else float("inf")
 
     @lru_cache(maxsize=8)  # noqa: B019 - it lives as long as the benchmark
     def _pass(self, some: tuple[int, ...]) -> Pass:
-        return Pass(self._bench.bank.model, [self._sequences[number] for number in some])
+        """Of these facts, then of their relations' prompts."""
+        prompts = dict.fromkeys(self.relations[number] for number in some)
+        asked = [self._sequences[number] for number in some]
+        return Pass(self._bench.bank.model, asked + [self._prompts[name] for name in prompts])
 
 
 @dataclass(frozen=True, eq=False)

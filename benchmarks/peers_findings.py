@@ -1,23 +1,25 @@
 """What the rows of the comparison with peers say about its targets; NumPy alone.
 
-Differences and percentages are of answer loss, each a mean over relations, paired by fact and by
-seed. Intervals are 95 % and over seeds and facts: a Bayesian bootstrap over subjects
-(`mpsearch.bootstrap`) and, where there are several seeds, over these too, both stretched to be
-unbiased. A p-value takes the bootstrap's standard error as normal, as its draws are too few for the
-small ones that Holm's correction needs; the correction is over the rivals of a size. A rival that
-needs no seed is beside every seed of ours. The best predictor-only rival is picked on the final
-facts themselves, which favours it.
+Differences and percentages are of answer loss and of recall, each a mean over relations, paired by
+fact and by seed. Intervals are 95 %: over facts by a Bayesian bootstrap over subjects
+(`mpsearch.bootstrap`), stretched to be unbiased, and where there are several seeds over these too,
+by Student's t, as three tell little of their spread. A single seed's are over facts alone. The
+relations are fixed. A p-value is of both variances with the degrees of freedom after Welch and
+Satterthwaite; Holm's correction is over the rivals of a size. A rival that needs no seed is beside
+every seed of ours. The best predictor-only rival is picked on the final facts themselves, which
+favours it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from math import erfc, inf, isfinite, sqrt
+from math import inf, isfinite, sqrt
 from statistics import median
 from typing import Any
 
 import numpy as np
+from mpmath import betainc
 from numpy.typing import NDArray
 
 from mpsearch.bootstrap import DRAWS, Interval, subject_weights
@@ -33,7 +35,7 @@ MOST_TOKENS = 0.2  # of what the evolutionary search takes, to reach where it en
 
 HOLDS, FAILS, OPEN = "holds", "fails", "open"
 
-Losses = Mapping[tuple[str, str, int], NDArray[Any]]  # (size, rival, seed) to (facts,) in nats
+Scored = Mapping[tuple[str, str, int], NDArray[Any]]  # (size, rival, seed) to (facts,)
 Curve = Mapping[str, Any]
 
 
@@ -41,14 +43,14 @@ class Comparison:
     """Paired comparisons of rivals, all with the same draws.
 
     Args:
-        losses: of every row, on the same facts.
+        scored: of every row, on the same facts.
         relations, subjects: `(facts,)` names.
     """
 
     def __init__(
-        self, losses: Losses, relations: Sequence[str], subjects: Sequence[str], seed: int = 0
+        self, scored: Scored, relations: Sequence[str], subjects: Sequence[str], seed: int = 0
     ):
-        self._losses = losses
+        self._scored = scored
         self._generator = np.random.default_rng(seed)
         weights = subject_weights(subjects, self._generator)
         names = np.asarray(relations)
@@ -63,15 +65,15 @@ class Comparison:
         self._seeds: dict[int, NDArray[Any]] = {}
 
     def seeds(self, size: str, rival: str) -> list[int]:
-        return sorted(seed for its, name, seed in self._losses if (its, name) == (size, rival))
+        return sorted(seed for its, name, seed in self._scored if (its, name) == (size, rival))
 
     def mean(self, size: str, rival: str) -> float:
-        """Answer loss over all seeds, in nats."""
+        """Over all seeds."""
         seeds = self.seeds(size, rival)
-        return float(np.mean([self._losses[size, rival, seed] @ self._once for seed in seeds]))
+        return float(np.mean([self._scored[size, rival, seed] @ self._once for seed in seeds]))
 
     def pair(self, size: str, rival: str) -> tuple[NDArray[Any], NDArray[Any]] | None:
-        """`(seeds, facts)` losses of a rival and of ours, with the same seeds; None without one."""
+        """`(seeds, facts)` of a rival and of ours, with the same seeds; None without one."""
         ours, theirs = self.seeds(size, OURS), self.seeds(size, rival)
         if rival in UNSEEDED and theirs:
             pairs = [(theirs[0], seed) for seed in ours]
@@ -79,17 +81,17 @@ class Comparison:
             pairs = [(seed, seed) for seed in ours if seed in theirs]
         if not pairs:
             return None
-        a = np.array([self._losses[size, rival, seed] for seed, _ in pairs])
-        b = np.array([self._losses[size, OURS, seed] for _, seed in pairs])
+        a = np.array([self._scored[size, rival, seed] for seed, _ in pairs])
+        b = np.array([self._scored[size, OURS, seed] for _, seed in pairs])
         return a, b
 
     def difference(self, rival: NDArray[Any], ours: NDArray[Any]) -> tuple[Interval, float]:
-        """How much higher the rival's loss is, and the two-sided p of no difference."""
+        """How much higher the rival is, and the two-sided p of no difference."""
         apart = rival - ours
-        mean, drawn = self.mean_of(apart), self._drawn(apart)
-        error = float(drawn.std())
-        p = erfc(abs(mean) / error / sqrt(2)) if error else float(mean == 0)
-        return _interval(mean, drawn), p
+        mean, count = self.mean_of(apart), len(apart)
+        of_facts = float(self._of_facts(apart).var())
+        of_seeds = float((apart @ self._once).var(ddof=1)) / count if count > 1 else 0.0
+        return _interval(mean, self._drawn(apart)), _p(mean, of_facts, of_seeds, count - 1)
 
     def percent_below(self, rival: NDArray[Any], ours: NDArray[Any]) -> Interval:
         """By how much our loss is lower, in percent of the rival's."""
@@ -102,13 +104,24 @@ class Comparison:
 
     def _drawn(self, losses: NDArray[Any]) -> NDArray[Any]:
         """`(draws,)` means over seeds and facts."""
-        return np.asarray(((self._of_seeds(len(losses)) @ losses) * self._facts).sum(1))
+        each = losses @ self._once
+        return self._of_facts(losses) + self._of_seeds(len(each)) @ (each - each.mean())
+
+    def _of_facts(self, losses: NDArray[Any]) -> NDArray[Any]:
+        """`(draws,)` means of these seeds over other facts."""
+        return np.asarray((losses.mean(axis=0) * self._facts).sum(1))
 
     def _of_seeds(self, count: int) -> NDArray[Any]:
-        """`(draws, seeds)` weights; a row sums to 1."""
+        """`(draws, seeds)`: times the seeds' deviations, what other seeds would change.
+
+        Draws of a t distribution of `count - 1` degrees of freedom, scaled to the mean's error.
+        """
+        if count == 1:
+            return np.zeros((DRAWS, 1))
         if count not in self._seeds:
-            weights = self._generator.exponential(size=(DRAWS, count))
-            self._seeds[count] = _stretched(weights / weights.sum(1, keepdims=True))
+            normal = self._generator.standard_normal((DRAWS, count))
+            spread = self._generator.chisquare(count - 1, (DRAWS, 1)) / (count - 1)
+            self._seeds[count] = normal / np.sqrt(spread * count * (count - 1))
         return self._seeds[count]
 
 
@@ -118,13 +131,33 @@ def _stretched(shares: NDArray[Any]) -> NDArray[Any]:
     return 1 / count + (shares - 1 / count) * sqrt((count + 1) / max(count - 1, 1))
 
 
+def _p(mean: float, of_facts: float, of_seeds: float, freedom: int) -> float:
+    """Two-sided, of a mean that is zero.
+
+    Args:
+        of_facts, of_seeds: its variances.
+        freedom: degrees of it that the second has; the first has plenty.
+    Sources: Student (1908); Welch (1947) and Satterthwaite (1946).
+    """
+    variance = of_facts + of_seeds
+    if not variance:
+        return float(mean == 0)
+    plenty = 1e6
+    degrees = plenty
+    if of_seeds:
+        degrees = min(plenty, freedom * (variance / of_seeds) ** 2)
+    share = degrees / (degrees + mean**2 / variance)
+    return float(betainc(degrees / 2, 0.5, 0, share, regularized=True))
+
+
 def _interval(mean: float, drawn: NDArray[Any]) -> Interval:
     low, high = np.percentile(drawn, (2.5, 97.5))
     return Interval(mean, float(low), float(high))
 
 
 def findings(
-    losses: Losses,
+    losses: Scored,
+    correct: Scored,
     relations: Sequence[str],
     subjects: Sequence[str],
     curves: Sequence[Curve],
@@ -135,13 +168,17 @@ def findings(
     """As JSON: `sizes` (ours against every rival), `tokens` of target 2, and the `targets`.
 
     Args:
+        losses: in nats.
+        correct: whether the fact is recalled.
         curves: see `curve`.
         sizes, rivals: all that the whole comparison has; a target stays open while some of them, or
             some seeds, are missing and nothing has refuted it.
         tight: the sizes at which ours must be far lower.
     """
     comparison = Comparison(losses, relations, subjects)
-    of_sizes = [_of_size(comparison, size, rivals) for size in sizes
+    points = {key: 100.0 * right for key, right in correct.items()}
+    recall = Comparison(points, relations, subjects)
+    of_sizes = [_of_size(comparison, recall, size, rivals) for size in sizes
                 if comparison.seeds(size, OURS)]  # fmt: skip
     tokens = [found for size in sizes if (found := tokens_to_reach(size, curves))]
     missing = [
@@ -158,14 +195,18 @@ def findings(
     }
 
 
-def _of_size(comparison: Comparison, size: str, rivals: Sequence[str]) -> dict[str, Any]:
-    """Ours against every rival at one size."""
+def _of_size(
+    comparison: Comparison, recall: Comparison, size: str, rivals: Sequence[str]
+) -> dict[str, Any]:
+    """Ours against every rival at one size; `recall_points` are how many percent more we recall."""
     means = {name: comparison.mean(size, name) for name in rivals if comparison.seeds(size, name)}
     compared: list[dict[str, Any]] = []
     for name in means:
         if name == OURS or (pair := comparison.pair(size, name)) is None:
             continue
         difference, p = comparison.difference(*pair)
+        theirs, ours = recall.pair(size, name) or pair
+        more, recall_p = recall.difference(ours, theirs)
         compared.append({
             "rival": name,
             "seeds": len(pair[0]),
@@ -173,9 +214,12 @@ def _of_size(comparison: Comparison, size: str, rivals: Sequence[str]) -> dict[s
             "seed_stddev_nats": _seed_stddev(comparison, *pair),
             "percent_below": asdict(comparison.percent_below(*pair)),
             "p": p,
+            "recall_points": asdict(more),
+            "recall_p": recall_p,
         })  # fmt: skip
-    for row, p in zip(compared, holm([row["p"] for row in compared]), strict=True):
-        row["p_holm"] = p
+    for name in ("p", "recall_p"):
+        for row, p in zip(compared, holm([row[name] for row in compared]), strict=True):
+            row[f"{name}_holm"] = p
     predictors = [name for name in PREDICTORS if name in means]
     return {
         "size": size,

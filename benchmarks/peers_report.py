@@ -96,6 +96,10 @@ def _said(found: Mapping[str, Any]) -> str:
     better = [row["rival"] for row in found["against"]
               if row["p_holm"] < 0.05 and row["difference_nats"]["mean"] < 0]  # fmt: skip
     parts.append(f"significantly better than ours: {', '.join(better) or 'none'}")
+    for sign, word in ((1, "more"), (-1, "fewer")):
+        apart = [row["rival"] for row in found["against"] if row["recall_p_holm"] < 0.05
+                 and sign * row["recall_points"]["mean"] > 0]  # fmt: skip
+        parts.append(f"recalls significantly {word} facts than {', '.join(apart) or 'none'}")
     return "; ".join(parts)
 
 
