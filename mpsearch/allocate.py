@@ -24,14 +24,14 @@ from mpsearch.space import ResolvedSpace
 Damage = Mapping[tuple[str, str], float]
 
 
-def check_damage(space: ResolvedSpace, damage: Damage) -> None:
+def check_damage(space: ResolvedSpace, damage: Damage, what: str = "damage") -> None:
     """Raise `CheckError` unless every (group, format) of the space has a finite number."""
     for group, formats in space.options.items():
         for fmt in formats:
             if (value := damage.get((group, fmt.name))) is None or not isfinite(value):
                 found = "missing" if value is None else value
                 raise CheckError(
-                    f"the damage of '{group}' in {fmt.name} is {found}, where a number is needed"
+                    f"the {what} of '{group}' in {fmt.name} is {found}, where a number is needed"
                 )
 
 

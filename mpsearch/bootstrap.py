@@ -9,12 +9,15 @@ Source: Rubin, The Bayesian Bootstrap, Annals of Statistics 9 (1981).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mpsearch.estimates import strata
 
 DRAWS = 2000
 _SEED = 0
@@ -44,7 +47,8 @@ def subject_bootstrap(
 
     Deviations from a relation's mean are stretched by `sqrt((n + 1) / (n - 1))` for its `n` facts:
     Dirichlet weights spread a mean by `variance / (n + 1)`, and this makes it unbiased. A relation
-    with one fact has no spread to tell and gets an interval of no width.
+    with one fact has no spread to tell: its own interval has no width, and to the mean over
+    relations all such count as draws of one (`mpsearch.estimates.strata`).
 
     For a paired comparison pass the differences.
 
@@ -61,21 +65,25 @@ def subject_bootstrap(
         raise ValueError(
             f"{array.size} values for {len(relations)} relations and {len(subjects)} subjects"
         )
-    names = list(dict.fromkeys(relations))
-    relation_of = np.array([names.index(name) for name in relations])
+    stratum_of, shares = strata(relations)
+    counts = np.bincount(stratum_of).astype(float)
+    means = np.bincount(stratum_of, array) / counts
     _, subject_of = np.unique(np.asarray(subjects), return_inverse=True)
-    counts = np.bincount(relation_of).astype(float)
-    means = np.bincount(relation_of, array) / counts
-    # (subjects, relations): what a subject adds to a relation, and in how many facts.
-    shape = (int(subject_of.max()) + 1, len(names))
+    # (subjects, strata): what a subject adds to a stratum, and in how many facts.
+    shape = (int(subject_of.max()) + 1, len(shares))
     sums, facts = np.zeros(shape), np.zeros(shape)
-    np.add.at(sums, (subject_of, relation_of), array - means[relation_of])
-    np.add.at(facts, (subject_of, relation_of), 1)
+    np.add.at(sums, (subject_of, stratum_of), array - means[stratum_of])
+    np.add.at(facts, (subject_of, stratum_of), 1)
     weights = generator.exponential(size=(draws, shape[0]))
     stretch = np.sqrt((counts + 1) / np.maximum(counts - 1, 1))
     drawn = means + (weights @ sums) / (weights @ facts) * stretch
-    within = {name: _interval(means[i], drawn[:, i]) for i, name in enumerate(names)}
-    return _interval(means.mean(), drawn.mean(axis=1)), within
+    facts_of, within = Counter(relations), {}
+    for name, stratum, value in zip(relations, stratum_of, array, strict=True):
+        if facts_of[name] == 1:
+            within[name] = Interval(float(value), float(value), float(value))
+        elif name not in within:
+            within[name] = _interval(means[stratum], drawn[:, stratum])
+    return _interval(means @ shares, drawn @ shares), within
 
 
 def relation_interval(

@@ -6,6 +6,7 @@ a relation counts the same however many facts it has.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -38,8 +39,8 @@ def relation_mean(values: Sequence[float] | NDArray[Any], relations: Sequence[st
     """Mean over relations of the means within them.
 
     The standard error takes facts as independent draws within fixed relations:
-    `sqrt(sum over relations of variance / facts) / relations`. A relation with one fact
-    contributes its mean and the average variance of the others.
+    `sqrt(sum over relations of variance / facts) / relations`. Relations of one fact are taken as
+    draws of one relation (see `strata`); one such alone gets the average variance of the others.
 
     Args:
         values: `(facts,)`.
@@ -48,13 +49,30 @@ def relation_mean(values: Sequence[float] | NDArray[Any], relations: Sequence[st
     array, names = np.asarray(values, dtype=float), np.asarray(relations)
     if array.shape != names.shape or array.size == 0:
         raise ValueError(f"{array.size} values for {names.size} relation names")
-    groups = [array[names == name] for name in dict.fromkeys(relations)]
+    stratum_of, shares = strata(relations)
+    groups = [array[stratum_of == stratum] for stratum in range(len(shares))]
     variances = [group.var(ddof=1) for group in groups if group.size > 1]
     typical = float(np.mean(variances)) if variances else 0.0
     squared = sum(
-        (group.var(ddof=1) if group.size > 1 else typical) / group.size for group in groups
+        share**2 * (group.var(ddof=1) if group.size > 1 else typical) / group.size
+        for group, share in zip(groups, shares, strict=True)
     )
-    return Estimate(float(np.mean([g.mean() for g in groups])), sqrt(squared) / len(groups))
+    mean = sum(share * group.mean() for group, share in zip(groups, shares, strict=True))
+    return Estimate(float(mean), sqrt(squared))
+
+
+def strata(relations: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """`(facts,)` stratum of each fact, and `(strata,)` its share of the mean over relations.
+
+    A relation is a stratum. Those of one fact tell no spread, and many of them would look certain:
+    they are one stratum together.
+    """
+    facts = Counter(relations)
+    names = [name if facts[name] > 1 else None for name in relations]
+    number = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    of = Counter(name if count > 1 else None for name, count in facts.items())
+    shares = np.array([of[name] for name in number]) / len(facts)
+    return np.array([number[name] for name in names]), shares
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], relations: Sequence[str]) -> Estimate:

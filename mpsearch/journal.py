@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -14,6 +17,18 @@ from mpsearch.run import Run
 from mpsearch.space import ResolvedSpace
 
 
+class _Journal(JournalFileBackend):
+    """Optuna's, without waiting for the disk at each line, of which a proposal has one a group.
+
+    A kill loses nothing by that. What a power cut takes is proposed again, and answered from the
+    evaluations. The run's own lock keeps others out.
+    """
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with open(self._file_path, "a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+
+
 def open_study(run: Run, space: ResolvedSpace) -> Study:
     """The study in the run's journal, a new one if there is none.
 
@@ -24,7 +39,7 @@ def open_study(run: Run, space: ResolvedSpace) -> Study:
     try:
         study = optuna.create_study(
             study_name="mpsearch",
-            storage=JournalStorage(JournalFileBackend(str(run.journal))),
+            storage=JournalStorage(_Journal(str(run.journal))),
             directions=["minimize", "minimize"],
             load_if_exists=True,
         )
@@ -39,7 +54,8 @@ def open_study(run: Run, space: ResolvedSpace) -> Study:
     for trial in trials:
         if trial.state == TrialState.RUNNING:  # a killed process left it
             study.tell(trial.number, state=TrialState.FAIL)
-            if space.allows(trial.params):  # as others of its batch may have been told
+            # As others of its batch may have been told.
+            if space.allows(trial.params) and not counts(trial):
                 study.enqueue_trial(trial.params)
     return study
 
@@ -61,6 +77,12 @@ def assignment_of(trial: FrozenTrial | Trial, space: ResolvedSpace) -> Assignmen
     """A trial's parameters in the order of the space's groups, whatever their own is."""
     params = trial.params  # a copy at each access
     return Assignment.of({name: params[name] for name in space.options})
+
+
+def proposed(study: Study) -> int:
+    """How many of the search's own proposals have been measured."""
+    trials = study.get_trials(deepcopy=False)
+    return sum(trial.user_attrs.get("kind") == "search" and counts(trial) for trial in trials)
 
 
 def counts(trial: FrozenTrial) -> bool:

@@ -129,7 +129,15 @@ def outcome(run: Run) -> Outcome | None:
 def _looks(read: Sequence[Score]) -> int:
     """How many picks are among the scores on test facts, in the order of their reading.
 
-    A pick is read before its rivals, and refined ones are read as picks only.
+    A pick is read before its rivals, and refined ones are read as picks only; so are searched ones,
+    but for what a refined pick comes from.
     """
-    return len({score.assignment for place, score in enumerate(read)
-                if place == 0 or score.assignment.refined})  # fmt: skip
+    picks, parents = set(), set()
+    for place, score in enumerate(read):
+        assignment = score.assignment
+        searched = score.kind == "search" and assignment not in parents
+        if place == 0 or assignment.refined or searched:
+            picks.add(assignment)
+        if assignment.refined:
+            parents.add(assignment.parent)
+    return len(picks)

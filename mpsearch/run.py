@@ -88,6 +88,8 @@ class Run:
         except (OSError, ValueError) as error:
             raise RunError(f"'{path / 'run.json'}' cannot be read: {error}") from None
         version = content.get("version") if isinstance(content, dict) else None
+        if version == VERSION and not {"question", "space"} <= content.keys():
+            raise RunError(f"'{path / 'run.json'}' is damaged: it has no question or no space")
         if version != VERSION:
             raise RunError(
                 f"'{folder}' was written by another version of mpsearch (its format is {version}, "
@@ -156,7 +158,13 @@ class Run:
 
     @cached_property
     def space(self) -> ResolvedSpace:
-        return _restore(self.content["space"])
+        try:
+            return _restore(self.content["space"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise RunError(
+                f"the search space of '{self.folder}' cannot be read by this version of mpsearch "
+                f"({error!r}); use the one that wrote it, or search again"
+            ) from None
 
     @property
     def journal(self) -> Path:
@@ -218,10 +226,19 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder against a second search. Raises `RunError` if one is running."""
+        """Hold the folder against a second search.
+
+        Raises:
+            RunError: one is running.
+            ResourceError: the folder cannot be written.
+        """
         import fcntl
 
-        with open(self.folder / "lock", "w", encoding="utf-8") as stream:
+        try:
+            stream = open(self.folder / "lock", "w", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise ResourceError(f"cannot write in '{self.folder}': {error.strerror}") from None
+        with stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

@@ -136,7 +136,12 @@ class LevelSwitchSampler(BaseSampler):
         running = [t for t in others if t.state == TrialState.RUNNING]
         refused = [t for t in others if "refused" in t.user_attrs]
         known = self._finished(study)
-        rng = np.random.default_rng([self._seed, len(known) + len(refused), len(running)])
+        # Those of other workers too whose parameters are not written yet.
+        begun = sum(
+            t.state == TrialState.RUNNING and t.number < trial.number
+            for t in study.get_trials(deepcopy=False)
+        )
+        rng = np.random.default_rng([self._seed, len(known) + len(refused), begun])
         seen = {t.key for t in known} | {
             self._levels(t.params).tobytes() for t in (*running, *refused)
         }
@@ -190,7 +195,11 @@ class LevelSwitchSampler(BaseSampler):
             slopes: `(group, format)` to the first-order change of the loss in nats; empty if
                 they could not be measured.
             fact_tokens: what it cost, kept beside it.
+        Raises:
+            CheckError: a slope is missing, NaN or infinite.
         """
+        if slopes:
+            check_damage(self._space, slopes, "slope")
         table = self._moves.table(slopes).tolist() if slopes else None
         finished = len(self._finished(study))
         content = {"after": finished, "nats": table, "fact_tokens": fact_tokens}

@@ -35,6 +35,7 @@ from mpsearch.facts import FactSet
 from mpsearch.footprint import JOBS
 from mpsearch.forecast import Estimated, Needed, Needs, Plan, forecast, unsaid
 from mpsearch.guard import cut_text
+from mpsearch.journal import open_study, proposed
 from mpsearch.measures import Sensitivity
 from mpsearch.models import Model
 from mpsearch.opening import needs_of
@@ -175,7 +176,9 @@ class _Search:
             run = Run.create(out, self.question, self.space, self.model.preparation)
             at_once = self.wish.at_once or (AT_ONCE if self.model.streamed else 1)
             run.content["at_once"] = at_once
+            run.save()
         with run.locked():
+            run.content = Run.open(out).content  # as whoever held the folder until now has left it
             run.mend()
             run.content["finished"] = False
             if device_budget is not None:
@@ -213,15 +216,18 @@ class _Search:
         self._since, run.content["took_seconds"] = time.monotonic(), {}
         if (pace := run.content.get("pace")) is None:  # a run of before it was measured
             return
+        scored = Counter(
+            (score.partition, score.kind == "search")
+            for score in run.scores()
+            if not score.assignment.refined
+        )
+        # Those that were stopped early have no score.
+        scored["search", True] = proposed(open_study(run, self.space))
         found = forecast(
             pace["seconds"] / pace["tokens"],
             tokens_asked(run, self.model, self.facts, self.text),
             self._plan,
-            Counter(
-                (score.partition, score.kind == "search")
-                for score in run.scores()
-                if not score.assignment.refined
-            ),
+            scored,
             bank_seconds,
             self.wish.seconds,
             (run.folder / "sensitivity.json").exists(),

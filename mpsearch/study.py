@@ -17,7 +17,7 @@ from mpsearch.assignment import Assignment
 from mpsearch.bank import Report
 from mpsearch.errors import CheckError
 from mpsearch.front import pareto_front
-from mpsearch.journal import assignment_of, counts, open_study, tried
+from mpsearch.journal import assignment_of, open_study, proposed, tried
 from mpsearch.points import Score
 from mpsearch.run import Run
 from mpsearch.samplers import (
@@ -114,7 +114,7 @@ class SearchStudy:
     def loop(self, damage: dict[tuple[str, str], float]) -> None:
         """Propose until the trials or the time are used up."""
         wish = self.wish
-        done = self._proposals()
+        done = proposed(self.study)
         # Optuna's own samplers are seeded anew, as they would repeat their first proposals; so
         # only ours goes on after a kill exactly as it would have without.
         ours = wish.sampler == "level-switch"
@@ -167,7 +167,9 @@ class SearchStudy:
             "search",
             {assignment: self._best_within(assignment) for assignment in assignments},
         )
-        for trial, assignment, scored in zip(trials, assignments, found, strict=True):
+        told = zip(trials, assignments, found, strict=True)
+        # What was stopped first: a kill has it measured again, against the best of now.
+        for trial, assignment, scored in sorted(told, key=lambda t: isinstance(t[2].score, Score)):
             self._tell(trial, assignment, scored)
 
     def _tell(self, trial: Trial, assignment: Assignment, scored: Scored) -> None:
@@ -196,12 +198,6 @@ class SearchStudy:
         size = self.space.stored_bytes(assignment)
         best = next((a for _, stored_bytes, a in self._ranked() if stored_bytes <= size), None)
         return None if best is None else self.scorer.score(best, "search", "search")
-
-    def _proposals(self) -> int:
-        return sum(
-            trial.user_attrs.get("kind") == "search" and counts(trial)
-            for trial in self.study.get_trials(deepcopy=False)
-        )
 
     def _over_budget(self, assignment: Assignment) -> float:
         """Above zero where Optuna's own samplers must not go."""
@@ -245,7 +241,7 @@ class SearchStudy:
         }
         ranked = self._ranked()
         front = pareto_front(ranked, lambda entry: (entry[1], entry[0]))
-        best = [a for _, _, a in ranked if a in searched][:FINALISTS]
+        best = list(dict.fromkeys(a for _, _, a in ranked if a in searched))[:FINALISTS]
         others = [a for _, _, a in front if a in searched and a not in best]
         chosen = best + _spread_out(others, FINALISTS)
         finalists = [(assignment, "search") for assignment in chosen]

@@ -48,6 +48,22 @@ def test_the_spread_is_the_standard_error_where_subjects_are_facts() -> None:
     assert (found.high - found.low) / (2 * 1.96) == pytest.approx(expected, rel=0.05)
 
 
+def test_many_relations_of_one_fact_are_not_certain() -> None:
+    """Where there is nothing to find, an interval excludes zero no oftener than it says."""
+    generator = np.random.default_rng(4)
+    for relations in ([f"r{n}" for n in range(160)],
+                      [f"r{max(n - 80, 0) // 2}" for n in range(240)]):  # fmt: skip
+        relations = [f"{name} {n}" if n < 80 else name for n, name in enumerate(relations)]
+        names = [str(n) for n in range(len(relations))]
+        excluded = []
+        for _ in range(100):
+            values = generator.normal(size=len(relations))
+            found, within = subject_bootstrap(values, relations, names, generator, draws=300)
+            excluded.append(found.excludes_zero)
+            assert found.mean == pytest.approx(np.mean([i.mean for i in within.values()]))
+        assert np.mean(excluded) < 0.12
+
+
 def test_facts_of_one_subject_move_together() -> None:
     """What a subject adds to two relations alike widens their mean, and cancels if opposite."""
     effect = np.random.default_rng(2).normal(size=SUBJECTS)

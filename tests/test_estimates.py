@@ -43,8 +43,15 @@ def test_a_relation_with_one_fact_gets_the_average_variance_of_the_others() -> N
     assert found.stderr == pytest.approx(sqrt(2 / 2 + 8 / 2 + 5 / 1) / 3)
 
 
-def test_single_facts_alone_have_no_spread_to_tell() -> None:
-    assert relation_mean([3, 5], ["a", "b"]) == Estimate(4.0, 0.0)
+def test_relations_of_one_fact_are_draws_of_one_relation() -> None:
+    assert relation_mean([3, 5], ["a", "b"]) == Estimate(4.0, 1.0)
+    found = relation_mean([1, 3, 6, 8], ["a", "a", "b", "c"])  # variances 2 and 2
+    assert found.mean == pytest.approx((2 + 6 + 8) / 3)
+    assert found.stderr == pytest.approx(sqrt(2 / 2 + 2**2 * 2 / 2) / 3)
+
+
+def test_one_fact_alone_has_no_spread_to_tell() -> None:
+    assert relation_mean([3], ["a"]) == Estimate(3.0, 0.0)
 
 
 def test_truth_values_count_as_zero_and_one() -> None:

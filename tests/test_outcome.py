@@ -33,7 +33,7 @@ def read_test_facts(folder: Path, budget_bytes: int = 7000, floor_nats: float = 
     content["reference_validation"] = {"recall": 0.8, "noise_floor_nats": floor_nats}
     (folder / "run.json").write_text(json.dumps(content))
     with open(folder / "evaluations.jsonl", "a", encoding="utf-8") as stream:
-        for row in (ROWS[1], ROWS[3], PICK):
+        for row in (PICK, ROWS[1], ROWS[3]):  # a pick before its rivals
             asked: Row = (*row[:3], TEST[row[0]])
             stream.write(line(asked, "test", [True, True, False, False]))
             stream.write(line(row, "search"))
@@ -100,6 +100,16 @@ def test_a_refined_pick_is_another_look_at_test_facts_and_gains_over_its_parent(
     assert gain.search_nats is None  # it was not scored there
     assert not str(gain).endswith("a loss")
     assert str(replace(gain, test=Interval(-0.3, -0.5, -0.1))).endswith("-0.100], a loss")
+
+
+def test_a_better_pick_of_more_trials_is_another_look(tmp_path: Path) -> None:
+    run = read_test_facts(tmp_path / "run")
+    better: Row = ("search", "int4-g64", "int2-g64", [0.0, -0.1, 0.0, 0.1])
+    with open(run.folder / "evaluations.jsonl", "a", encoding="utf-8") as stream:
+        stream.writelines(line(better, part) for part in ("validation", "test"))
+    found = found_in(run)
+    assert (found.id, found.looks) == (identity(better), 2)
+    assert "2 picks have been read on these test facts." in found.verdict
 
 
 def test_the_first_pick_that_is_read_may_be_a_refined_one(tmp_path: Path) -> None:

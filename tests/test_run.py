@@ -132,6 +132,29 @@ def test_open_refuses_another_version_and_what_is_no_run(run: Run, tmp_path: Pat
         Run.open(tmp_path)
 
 
+def test_what_this_version_does_not_know_is_one_line(run: Run) -> None:
+    text = (run.folder / "run.json").read_text(encoding="utf-8")
+    for old, new in (('"int8-g64"', '"int9-g64"'), ('"compressed-tensors"', '"other-target"'),
+                     ('"groups"', '"grouped"'), ("4096", '"many"')):  # fmt: skip
+        if old not in text:
+            continue
+        (run.folder / "run.json").write_text(text.replace(old, new), encoding="utf-8")
+        with pytest.raises(RunError, match=r"cannot be read by this version of mpsearch") as caught:
+            Run.open(run.folder).front()
+        assert len(str(caught.value).splitlines()) == 1
+    for lacking in ("question", "space"):
+        content = {key: value for key, value in json.loads(text).items() if key != lacking}
+        (run.folder / "run.json").write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(RunError, match="is damaged: it has no question or no space"):
+            Run.open(run.folder)
+
+
+def test_a_folder_that_cannot_be_locked_is_a_resource_error(run: Run) -> None:
+    (run.folder / "lock").mkdir()
+    with pytest.raises(ResourceError, match="cannot write in"), run.locked():
+        pass
+
+
 def test_another_question_is_refused_and_named(run: Run) -> None:
     run.check_question(run.question)
     with pytest.raises(RunError, match="budget_bytes was 7000 and is now 8000"):

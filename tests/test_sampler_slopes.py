@@ -21,6 +21,7 @@ from synthetic import (
 
 from mpsearch import samplers
 from mpsearch.allocate import knapsack
+from mpsearch.errors import CheckError
 from mpsearch.samplers import HOPELESS_LOSS, LevelSwitchSampler
 from mpsearch.space import ResolvedSpace
 
@@ -123,6 +124,8 @@ def test_slopes_that_could_not_be_measured_are_not_asked_for_again() -> None:
     explore(study, space, world.loss, 2)
     due = sampler.due(study)
     assert due is not None
+    with pytest.raises(CheckError, match=r"the slope of 'model\.layers\.0\..* is nan"):
+        sampler.record(study, due, dict.fromkeys(world.slopes(due.params), float("nan")))
     sampler.record(study, due, {})
     assert sampler.due(study) is None
     assert explore(study, space, world.loss, 3)

@@ -98,6 +98,19 @@ def test_workers_that_ask_before_others_told_get_different_assignments() -> None
     assert len(set(proposals)) == 8
 
 
+def test_workers_that_ask_at_the_same_moment_get_different_assignments() -> None:
+    space, damage = make_space(), make_damage(make_space())
+    sampler = LevelSwitchSampler(space, damage, middle(space), seed=0)
+    study = new_study(sampler)
+    explore(study, space, true_loss(space, damage, 0), 10)
+    begun = [study.ask() for _ in range(4)]  # by each worker, before any has its parameters
+    proposals = [
+        tuple(sampler.sample_relative(study, study.trials[trial.number], {}).values())
+        for trial in begun
+    ]
+    assert len(set(proposals)) == 4
+
+
 def test_trials_of_another_space_in_the_study_are_passed_over() -> None:
     space, other = make_space(groups=3), make_space(groups=2)
     study = new_study(LevelSwitchSampler(space, make_damage(space), middle(space), seed=0))

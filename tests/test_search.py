@@ -26,12 +26,14 @@ from mpsearch.assignment import Assignment
 from mpsearch.errors import CheckError
 from mpsearch.evaluate import Bench, Evaluation
 from mpsearch.facts import FactSet
+from mpsearch.forecast import Forecast
 from mpsearch.measures import Sensitivity
 from mpsearch.models import Model
 from mpsearch.points import SIMPLE_KINDS
 from mpsearch.run import Run
 from mpsearch.samplers import HOPELESS_LOSS
 from mpsearch.space import ResolvedSpace
+from mpsearch.study import SearchStudy
 
 
 def test_every_simple_allocation_is_a_row(
@@ -196,6 +198,34 @@ def test_candidates_that_cannot_win_are_stopped_after_half_of_the_relations(
         assert 0 < trial.user_attrs["fact_tokens"] < max(t.user_attrs["fact_tokens"] for t in told)
     assert {s.kind for s in run.scores() if s.partition == "search"} == {*SIMPLE_KINDS}
     assert "simple allocations stand" in run.front().verdict
+    forecasts: list[Forecast] = []
+    ask(tmp_path / "run", resume=True, estimated=forecasts.append)
+    assert {(found.trials, found.finalists, found.test) for found in forecasts} == {(0, 0.0, 0.0)}
+
+
+def test_finalists_are_different_though_a_sampler_repeats_itself(
+    searched: Run, ask: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranked = SearchStudy._ranked
+    monkeypatch.setattr(SearchStudy, "_ranked", lambda self: sorted(2 * ranked(self)))
+    run = ask(tmp_path / "run")
+    assert result(run)["points"] == result(searched)["points"]
+
+
+def test_what_another_process_left_in_the_run_is_kept(
+    ask: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(tmp_path / "run", trials=2)
+    check = Run.check_question
+
+    def meanwhile(run: Run, question: dict[str, Any]) -> None:
+        check(run, question)
+        other = Run.open(run.folder)
+        other.content["noted"] = "by another process"
+        other.save()
+
+    monkeypatch.setattr(Run, "check_question", meanwhile)
+    assert ask(tmp_path / "run", trials=2, resume=True).content["noted"] == "by another process"
 
 
 def test_facts_asked_in_halves_give_the_losses_of_facts_asked_at_once(

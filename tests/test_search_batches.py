@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from optuna.trial import TrialState
 from searches import Search, evaluation_lines, interrupt_at, proposals, result, study_of
 from torch import Tensor
 
+import mpsearch.scorer
+import mpsearch.stages
 from mpsearch.assignment import Assignment
 from mpsearch.errors import RunError, UsageError
 from mpsearch.estimates import relation_mean
@@ -98,6 +101,21 @@ def test_a_batch_that_a_kill_broke_off_goes_on_to_the_same_front(
     assert result(resumed) == expected
     keys = [(line["partition"], str(line["assignment"])) for line in evaluation_lines(resumed)]
     assert len(set(keys)) == len(keys)
+
+
+def test_stopped_candidates_of_a_batch_are_told_before_a_new_best(
+    ask: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill has them measured again, and then against a best that may not be of their batch."""
+
+    every_other = cycle([None, 0.25])
+    monkeypatch.setattr(mpsearch.stages, "_LEAST_RELATIONS", 2)
+    monkeypatch.setattr(mpsearch.scorer, "hopeless", lambda *_: next(every_other))
+    run = again(ask, tmp_path / "run", at_once=TRIALS)
+    trials = [t for t in study_of(run).trials if t.user_attrs["kind"] == "search"]
+    in_order = sorted(trials, key=lambda t: t.datetime_complete)
+    whole = [t.state == TrialState.COMPLETE for t in in_order]
+    assert whole == sorted(whole) and len(set(whole)) == 2
 
 
 def test_a_run_goes_on_with_the_batches_that_it_was_begun_with(
