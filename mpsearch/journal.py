@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -17,18 +14,6 @@ from mpsearch.run import Run
 from mpsearch.space import ResolvedSpace
 
 
-class _Journal(JournalFileBackend):
-    """Optuna's, without waiting for the disk at each line, of which a proposal has one a group.
-
-    A kill loses nothing by that. What a power cut takes is proposed again, and answered from the
-    evaluations. The run's own lock keeps others out.
-    """
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        with open(self._file_path, "a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-
-
 def open_study(run: Run, space: ResolvedSpace) -> Study:
     """The study in the run's journal, a new one if there is none.
 
@@ -39,7 +24,7 @@ def open_study(run: Run, space: ResolvedSpace) -> Study:
     try:
         study = optuna.create_study(
             study_name="mpsearch",
-            storage=JournalStorage(_Journal(str(run.journal))),
+            storage=JournalStorage(JournalFileBackend(str(run.journal))),
             directions=["minimize", "minimize"],
             load_if_exists=True,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,19 +137,6 @@ def test_what_a_kill_left_between_refusal_and_its_state_is_not_proposed_again(
     again = open_study(run, space)
     assert [trial.state.name for trial in again.get_trials()] == ["FAIL"]
     assert len(tried(again, space)) == 1
-
-
-def test_a_proposal_waits_for_the_disk_at_no_group_and_is_there_for_the_next_process(
-    run: Run, space: ResolvedSpace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waited: list[int] = []
-    monkeypatch.setattr(os, "fsync", waited.append)
-    trial = open_study(run, space).ask(distributions(space))
-    assert waited == []
-    read = optuna.load_study(
-        study_name="mpsearch", storage=JournalStorage(JournalFileBackend(str(run.journal)))
-    )
-    assert read.trials[0].params == trial.params
 
 
 # ------------------------------------------------------------------------ nothing left to try
