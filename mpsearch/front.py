@@ -1,20 +1,15 @@
-"""Dominance, the Pareto front, and picking a point under a budget.
+"""The Pareto front, and picking a point under a budget.
 
 Both coordinates are minimised: stored bytes, and loss (answer loss in nats).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from math import isfinite
 from typing import TypeVar
 
 Point = TypeVar("Point")
-
-
-def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether `a` is at least as good as `b` everywhere and better somewhere."""
-    return all(x <= y for x, y in zip(a, b, strict=True)) and tuple(a) != tuple(b)
 
 
 def pareto_front(
@@ -32,18 +27,6 @@ def pareto_front(
             front.append(point)
             lowest = loss
     return front
-
-
-def hypervolume(
-    coordinates: Iterable[tuple[float, float]], reference: tuple[float, float]
-) -> float:
-    """Area that the points dominate below the reference point."""
-    area, loss_edge = 0.0, reference[1]
-    inside = [p for p in coordinates if p[0] < reference[0] and p[1] < reference[1]]
-    for size, loss in pareto_front(inside, lambda p: p):
-        area += (reference[0] - size) * (loss_edge - loss)
-        loss_edge = loss
-    return area
 
 
 def best_under(

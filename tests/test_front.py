@@ -1,14 +1,13 @@
-"""The front: dominance by brute force, area by counting, the pick by looking at every point."""
+"""The front by brute force, the pick by looking at every point."""
 
 from __future__ import annotations
 
 from math import inf, isfinite, nan
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpsearch.front import best_under, dominates, hypervolume, pareto_front
+from mpsearch.front import best_under, pareto_front
 
 Pair = tuple[float, float]
 whole = st.integers(0, 8).map(float)
@@ -24,29 +23,6 @@ def indexed(points: list[Pair]) -> list[tuple[int, Pair]]:
 
 def coordinates(point: tuple[int, Pair]) -> Pair:
     return point[1]
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "answer"),
-    [
-        ((1, 1), (2, 2), True),
-        ((1, 2), (2, 2), True),
-        ((2, 1), (2, 2), True),
-        ((2, 2), (2, 2), False),
-        ((1, 3), (2, 2), False),
-        ((3, 1), (2, 2), False),
-        ((2, 2), (1, 1), False),
-        ((1, nan), (2, 2), False),
-        ((1, 1), (2, nan), False),
-    ],
-)
-def test_dominance_is_nowhere_worse_and_somewhere_better(a: Pair, b: Pair, answer: bool) -> None:
-    assert dominates(a, b) is answer
-
-
-def test_points_of_unlike_length_are_not_compared() -> None:
-    with pytest.raises(ValueError):
-        dominates((1, 2), (1, 2, 3))
 
 
 @given(clouds)
@@ -87,31 +63,6 @@ def test_a_front_of_nothing_is_empty() -> None:
 
 def test_points_may_come_from_a_generator() -> None:
     assert pareto_front(((x, 9 - x) for x in (3.0, 1.0)), lambda p: p) == [(1, 8), (3, 6)]
-
-
-def test_hypervolume_by_hand() -> None:
-    assert hypervolume([(1, 4), (3, 2)], (5, 5)) == (5 - 1) * (5 - 4) + (5 - 3) * (4 - 2)
-
-
-@given(finite_clouds, st.tuples(whole, whole))
-@settings(deadline=None, max_examples=200)
-def test_hypervolume_counts_the_cells_between_points_and_reference(
-    points: list[Pair], reference: Pair
-) -> None:
-    cells = sum(
-        any(x <= column and y <= row for x, y in points)
-        for column in range(int(reference[0]))
-        for row in range(int(reference[1]))
-    )
-    assert hypervolume(points, reference) == cells
-
-
-@given(finite_clouds, st.tuples(whole, whole))
-@settings(deadline=None, max_examples=100)
-def test_another_point_never_shrinks_the_hypervolume(points: list[Pair], point: Pair) -> None:
-    before, after = hypervolume(points, (9, 9)), hypervolume([*points, point], (9, 9))
-    assert after >= before
-    assert (after > before) is not any(p[0] <= point[0] and p[1] <= point[1] for p in points)
 
 
 @given(clouds, whole)
