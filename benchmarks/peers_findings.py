@@ -1,4 +1,4 @@
-"""What the rows of the comparison with peers say about its targets; NumPy alone.
+"""What the rows of the comparison with peers say about its targets.
 
 Differences and percentages are of answer loss and of recall, each a mean over relations, paired by
 fact and by seed. Intervals are 95 %: over facts by a Bayesian bootstrap over subjects

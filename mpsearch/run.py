@@ -88,13 +88,13 @@ class Run:
         except (OSError, ValueError) as error:
             raise RunError(f"'{path / 'run.json'}' cannot be read: {error}") from None
         version = content.get("version") if isinstance(content, dict) else None
-        if version == VERSION and not {"question", "space"} <= content.keys():
-            raise RunError(f"'{path / 'run.json'}' is damaged: it has no question or no space")
         if version != VERSION:
             raise RunError(
                 f"'{folder}' was written by another version of mpsearch (its format is {version}, "
                 f"this one reads {VERSION}); use that one, or choose another -o"
             )
+        if not {"question", "space"} <= content.keys():
+            raise RunError(f"'{path / 'run.json'}' is damaged: it has no question or no space")
         return cls(path, content)
 
     def save(self) -> None:

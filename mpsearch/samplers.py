@@ -128,19 +128,13 @@ class LevelSwitchSampler(BaseSampler):
                 f"the study has {len(study.directions)} objective, and the level-switch sampler "
                 "needs two: answer loss and stored bytes, both minimized"
             )
-        others = [
-            t
-            for t in study.get_trials(deepcopy=False)
-            if t.number != trial.number and self._ours(t)
-        ]
+        trials = study.get_trials(deepcopy=False)
+        others = [t for t in trials if t.number != trial.number and self._ours(t)]
         running = [t for t in others if t.state == TrialState.RUNNING]
         refused = [t for t in others if "refused" in t.user_attrs]
         known = self._finished(study)
         # Those of other workers too whose parameters are not written yet.
-        begun = sum(
-            t.state == TrialState.RUNNING and t.number < trial.number
-            for t in study.get_trials(deepcopy=False)
-        )
+        begun = sum(t.state == TrialState.RUNNING and t.number < trial.number for t in trials)
         rng = np.random.default_rng([self._seed, len(known) + len(refused), begun])
         seen = {t.key for t in known} | {
             self._levels(t.params).tobytes() for t in (*running, *refused)

@@ -176,9 +176,9 @@ class _Search:
             run = Run.create(out, self.question, self.space, self.model.preparation)
             at_once = self.wish.at_once or (AT_ONCE if self.model.streamed else 1)
             run.content["at_once"] = at_once
-            run.save()
         with run.locked():
-            run.content = Run.open(out).content  # as whoever held the folder until now has left it
+            if resume:  # as whoever held the folder until now has left it
+                run.content = Run.open(out).content
             run.mend()
             run.content["finished"] = False
             if device_budget is not None:
