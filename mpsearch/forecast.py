@@ -65,10 +65,12 @@ class Plan:
     """How many assignments a search scores: simple allocations, proposals, finalists.
 
     Attributes:
+        searched: of the simple allocations, those that are asked search facts.
         trial_cost: evaluations on all search facts that a proposal takes.
     """
 
     baselines: int
+    searched: int
     trials: int
     finalists: int
     trial_cost: float = 1.0
@@ -144,7 +146,7 @@ def forecast(
     """
     of = Counter(scored)
     # There are fewer simple allocations where some are alike, so what comes after them tells.
-    simple = plan.baselines - of["search", False]
+    simple = plan.searched - of["search", False]
     on_validation = plan.baselines - of["validation", False]
     if of["search", True]:
         simple, on_validation = 0, 0

@@ -28,7 +28,7 @@ from mpsearch.points import Score, rivals
 from mpsearch.recall import RecallProxy
 from mpsearch.run import Run
 from mpsearch.slopes import EVALUATIONS, measure_slopes
-from mpsearch.stages import halves, hopeless
+from mpsearch.stages import hopeless, stages
 from mpsearch.text import Text
 
 
@@ -100,9 +100,14 @@ class Scorer:
         found |= self._measure(new, partition, bests or {})
         return [found[assignment] for assignment, _ in asked]
 
-    def slopes(self, assignment: Assignment) -> dict[tuple[str, str], float]:
-        """How the objective changes from there, to first order; see `slopes.py`."""
-        proxies = [proxy for _, proxy in self._asked("search")]
+    def slopes(self, assignment: Assignment, number: int) -> dict[tuple[str, str], float]:
+        """How the objective changes from there, to first order; see `slopes.py`.
+
+        Half of the relations tell nearly as much as all, so even numbers ask those of the last
+        stage and odd ones the others.
+        """
+        *before, last = [proxy for _, proxy in self._asked("search")]
+        proxies = before if before and number % 2 else [last]
         self.fact_tokens += EVALUATIONS * sum(proxy.tokens for proxy in proxies)
         return measure_slopes(self._bench, assignment, proxies)
 
@@ -120,12 +125,15 @@ class Scorer:
         if not kinds:
             return {}
         asked, guard = self._asked(partition), self._guard(partition)
+        relations = self._run.relations(partition)
+        total = len(set(relations))
         began = time.perf_counter()
         found: dict[Assignment, Scored] = {}
         evaluations: dict[Assignment, list[Evaluation]] = {a: [] for a in kinds}
-        for number, (places, proxy) in enumerate(asked, start=1):
+        for number, (_, proxy) in enumerate(asked, start=1):
             left = [a for a in kinds if a not in found]
             so_far = sum(proxy.tokens for _, proxy in asked[:number])
+            places = np.concatenate([of_stage for of_stage, _ in asked[:number]])
             self.fact_tokens += proxy.tokens * len(left)
             for assignment, evaluation in zip(
                 left, self._bench.evaluate_all(left, proxy), strict=True
@@ -137,9 +145,10 @@ class Scorer:
                 best = bests.get(assignment)
                 if best is not None and number < len(asked):
                     behind = hopeless(
-                        evaluation.objective_per_fact,
+                        np.concatenate([e.objective_per_fact for e in evaluations[assignment]]),
                         best.objective_per_fact[places],
-                        proxy.relations,
+                        [relations[place] for place in places],
+                        total,
                     )
                     if behind is not None:
                         found[assignment] = Scored(self.objective(best) + behind, so_far)
@@ -229,12 +238,12 @@ class Scorer:
         self._run.save()
 
     def _asked(self, partition: str) -> list[tuple[NDArray[Any], RecallProxy]]:
-        """Search facts in two parts, those of other partitions in one."""
+        """Search facts in stages, those of other partitions at once."""
         if partition not in self._parts:
             self._bench.restore()
             facts = asked_facts(self._run, self._facts, partition)
             searched = partition == "search"
-            parts = halves(self._run.relations(partition)) if searched else [np.arange(len(facts))]
+            parts = stages(self._run.relations(partition)) if searched else [np.arange(len(facts))]
             self._parts[partition] = [
                 (places, RecallProxy(self._model, self._facts, [facts[place] for place in places],
                                      contrast=not searched, prompts=searched))

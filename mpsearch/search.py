@@ -46,7 +46,7 @@ from mpsearch.run import Run
 from mpsearch.scorer import Scorer
 from mpsearch.sensitivity import measure_sensitivity
 from mpsearch.space import ResolvedSpace, SearchSpace
-from mpsearch.study import FINALISTS, SPREAD, TRIAL_COST, SearchStudy
+from mpsearch.study import FINALISTS, TRIAL_COST, SearchStudy, most_bytes, spread_bytes
 from mpsearch.text import Text
 from mpsearch.wanted import check_formats
 from mpsearch.wish import AT_ONCE, TRIALS, Wish, check_wish
@@ -238,9 +238,11 @@ class _Search:
 
     @property
     def _plan(self) -> Plan:
-        baselines = len(uniform(self.space)) + 2 + len(SPREAD)
+        sizes = [self.space.stored_bytes(assignment) for assignment in uniform(self.space).values()]
+        sizes += 2 * [self.wish.budget_bytes] + spread_bytes(self.space)  # greedy and knapsack
+        searched = sum(size <= most_bytes(self.wish) for size in sizes)
         cost = TRIAL_COST if self.wish.sampler == "level-switch" else 1.0
-        return Plan(baselines, self.wish.trials, 2 * FINALISTS, cost)
+        return Plan(len(sizes), searched, self.wish.trials, 2 * FINALISTS, cost)
 
     def _took(self, run: Run, stage: str) -> None:
         since, self._since = self._since, time.monotonic()

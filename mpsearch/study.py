@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from math import inf
 
 import numpy as np
 import optuna
@@ -23,6 +24,7 @@ from mpsearch.run import Run
 from mpsearch.samplers import (
     HOPELESS_LOSS,
     OVER_TEXT_KL,
+    SLOPES,
     LevelSwitchSampler,
     distributions,
     make_sampler,
@@ -36,7 +38,22 @@ log = logging.getLogger(__name__)
 FINALISTS = 3  # of the best within the budget, and of the front below it
 # Evaluations that a proposal takes, measured: slopes now and then, but some are stopped early.
 TRIAL_COST = 1.2
-SPREAD = (0.2, 0.4, 0.6, 0.8)  # of the feasible range, for the knapsack's further first points
+_SPREAD = (0.2, 0.4, 0.6, 0.8)  # of the feasible range, for the knapsack's further points
+
+
+def spread_bytes(space: ResolvedSpace) -> list[int]:
+    """Budgets beside the user's for which the knapsack is solved, as a front to compare with."""
+    floor, ceiling = (space.stored_bytes(a) for a in (space.smallest, space.largest))
+    return [int(floor + (ceiling - floor) * part) for part in _SPREAD]
+
+
+def most_bytes(wish: Wish) -> float:
+    """Up to which size simple allocations are asked search facts.
+
+    A search learns nothing from what it may not propose; but where text KL is limited, each says
+    whether it keeps to that.
+    """
+    return wish.budget_bytes if wish.max_text_kl_nats is None else inf
 
 
 class SearchStudy:
@@ -59,19 +76,21 @@ class SearchStudy:
     # ----------------------------------------------------------------- baselines
 
     def baselines(self, damage: dict[tuple[str, str], float]) -> None:
-        """Every simple allocation: scored on search facts for the study, on validation facts for
-        the table. A few more knapsack points at other sizes give the search a front to start from.
+        """Every simple allocation: on validation facts for the table, and on search facts for the
+        study, as far as these are worth it.
         """
         space, budget = self.space, self.wish.budget_bytes
-        floor = space.stored_bytes(space.smallest)
-        ceiling = space.stored_bytes(space.largest)
         chosen = [("uniform", assignment) for assignment in uniform(space).values()]
         chosen.append(("greedy", greedy(space, damage, budget)))
-        sizes = [budget, *(int(floor + (ceiling - floor) * part) for part in SPREAD)]
+        sizes = [budget, *spread_bytes(space)]
         chosen += [("knapsack", assignment) for assignment in knapsack(space, damage, sizes)]
         distinct = list({assignment: kind for kind, assignment in reversed(chosen)}.items())[::-1]
         told = tried(self.study, space)
-        new = [(assignment, kind) for assignment, kind in distinct if assignment not in told]
+        new = [
+            (assignment, kind)
+            for assignment, kind in distinct
+            if assignment not in told and space.stored_bytes(assignment) <= most_bytes(self.wish)
+        ]
         for assignment, kind, scored in self._scored("baselines", new, "search"):
             if isinstance(scored.score, Score):
                 self._add(assignment, kind, scored.score, scored.fact_tokens)
@@ -147,9 +166,10 @@ class SearchStudy:
     def _measure_slopes(self, sampler: LevelSwitchSampler) -> None:
         if (trial := sampler.due(self.study)) is None:
             return
+        number = sum(name.startswith(SLOPES) for name in self.study.user_attrs)
         before = self.scorer.fact_tokens
         try:
-            slopes = self.scorer.slopes(assignment_of(trial, self.space))
+            slopes = self.scorer.slopes(assignment_of(trial, self.space), number)
         except CheckError as error:
             log.warning("%s; the search goes on without them", error)
             slopes = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from mpsearch.recall import RecallProxy
 from mpsearch.run import Run
 from mpsearch.search import search
 from mpsearch.space import ResolvedSpace
+from mpsearch.study import FINALISTS, TRIAL_COST
 from mpsearch.text import Text
 
 TOKENS = Tokens(search=100, validation=200, test=400, sensitivity=5000)
-PLAN = Plan(baselines=10, trials=150, finalists=6)
+PLAN = Plan(baselines=10, searched=4, trials=150, finalists=6)
 
 
 def foretold(**changes: Any) -> Forecast:
@@ -35,7 +37,7 @@ def test_a_forecast_by_hand() -> None:
     assert found.by_stage == {
         "bank": 7.0,
         "sensitivity": 2500.0,
-        "baselines": 11 * 50.0 + 11 * 100.0,  # and the reference, once a partition
+        "baselines": 5 * 50.0 + 11 * 100.0,  # and the reference, once a partition
         "trials": 150 * 50.0,
         "finalists": 6 * 100.0,
         "test": 0.8 * 100.0 + (4 + 1.8) * 200.0,
@@ -56,7 +58,7 @@ def test_what_a_search_needs_is_one_line() -> None:
 
 
 def test_a_proposal_may_take_more_than_an_evaluation() -> None:
-    plan = Plan(baselines=10, trials=150, finalists=6, trial_cost=1.2)
+    plan = Plan(baselines=10, searched=4, trials=150, finalists=6, trial_cost=1.2)
     found = forecast(0.5, TOKENS, plan, {}, 7.0, None)
     assert found.trial == pytest.approx(60.0)
     assert found.by_stage["trials"] == pytest.approx(150 * 60.0)
@@ -75,9 +77,9 @@ def test_a_limit_of_time_says_how_many_trials_it_gives(limit: float, trials: int
 
 def test_what_is_scored_already_costs_nothing_again() -> None:
     whole = foretold()
-    some = foretold(scored={("search", False): 4}, sensitivity_known=True)
+    some = foretold(scored={("search", False): 2}, sensitivity_known=True)
     assert some.sensitivity == 0
-    assert some.baselines == whole.baselines - 4 * 50
+    assert some.baselines == whole.baselines - 2 * 50
     assert some.trials == 150
     validating = foretold(scored={("search", False): 8, ("validation", False): 1})
     assert validating.baselines == 10 * 100
@@ -145,6 +147,12 @@ def test_a_search_foretells_and_keeps_what_it_took(
     assert (first.bank, first.trials) == (None, 4)
     assert timed.bank is not None and timed.bank > 0
     assert replace(timed, bank=None) == first
+    simple = Counter(s.partition for s in Run.open(tmp_path / "run").scores() if s.kind != "search")
+    assert 0 < simple["search"] < simple["validation"]
+    alike = 10 - simple["validation"]  # allocations of two rules, which fit and are asked once
+    of_search = (simple["search"] + alike + 1) * first.trial / TRIAL_COST
+    of_validation = 11 * first.finalists / (2 * FINALISTS)
+    assert first.baselines == pytest.approx(of_search + of_validation)
     took = content["took_seconds"]
     assert list(took) == list(content["forecast_seconds"])
     assert all(seconds > 0 for seconds in took.values())

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from optuna.trial import TrialState
 from searches import (
     SEARCH_FACTS,
@@ -30,8 +33,10 @@ from mpsearch.forecast import Forecast
 from mpsearch.measures import Sensitivity
 from mpsearch.models import Model
 from mpsearch.points import SIMPLE_KINDS
+from mpsearch.recall import RecallProxy
 from mpsearch.run import Run
-from mpsearch.samplers import HOPELESS_LOSS
+from mpsearch.samplers import HOPELESS_LOSS, LevelSwitchSampler
+from mpsearch.slopes import measure_slopes
 from mpsearch.space import ResolvedSpace
 from mpsearch.study import SearchStudy
 
@@ -56,6 +61,18 @@ def test_every_simple_allocation_is_a_row(
     assert kinds["greedy"] == 1
     assert kinds["search"] == 0
     assert Counter(p.kind for p in searched.points())["search"] >= 1
+
+
+def test_search_facts_are_asked_of_the_simple_allocations_that_fit(searched: Run) -> None:
+    def sizes(partition: str) -> set[int]:
+        return {
+            searched.space.stored_bytes(score.assignment)
+            for score in searched.scores()
+            if score.partition == partition and score.kind in SIMPLE_KINDS
+        }
+
+    assert sizes("search") == {n for n in sizes("validation") if n <= searched.budget_bytes}
+    assert max(sizes("validation")) > searched.budget_bytes
 
 
 def test_every_searched_proposal_fits_the_budget_and_is_asked_once(
@@ -181,11 +198,11 @@ def test_optunas_samplers_search_too_and_are_told_what_is_over_the_budget(
         assert list(trial.constraints.values()) == [over_budget]
 
 
-def test_candidates_that_cannot_win_are_stopped_after_half_of_the_relations(
+def test_candidates_that_cannot_win_are_stopped_after_a_part_of_the_relations(
     ask: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mpsearch.stages, "_LEAST_RELATIONS", 2)
-    monkeypatch.setattr(mpsearch.scorer, "hopeless", lambda losses, best, relations: 0.25)
+    monkeypatch.setattr(mpsearch.stages, "_LEAST_RELATIONS", 1)
+    monkeypatch.setattr(mpsearch.scorer, "hopeless", lambda *_: 0.25)
     run = ask(tmp_path / "run")
     trials = [t for t in study_of(run).trials if t.user_attrs["kind"] == "search"]
     assert len(trials) == SEARCH_TRIALS
@@ -228,14 +245,14 @@ def test_what_another_process_left_in_the_run_is_kept(
     assert ask(tmp_path / "run", trials=2, resume=True).content["noted"] == "by another process"
 
 
-def test_facts_asked_in_halves_give_the_losses_of_facts_asked_at_once(
+def test_facts_asked_in_stages_give_the_losses_of_facts_asked_at_once(
     searched: Run, ask: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mpsearch.stages, "_LEAST_RELATIONS", 2)
-    monkeypatch.setattr(mpsearch.scorer, "hopeless", lambda losses, best, relations: None)
-    halved = ask(tmp_path / "run", trials=0)
+    monkeypatch.setattr(mpsearch.stages, "_LEAST_RELATIONS", 1)
+    monkeypatch.setattr(mpsearch.scorer, "hopeless", lambda *_: None)
+    staged = ask(tmp_path / "run", trials=0)
     at_once = {s.assignment: s for s in searched.scores() if s.partition == "search"}
-    for score in halved.scores():
+    for score in staged.scores():
         if score.partition == "search":
             same = at_once[score.assignment]
             assert score.loss_per_fact == pytest.approx(same.loss_per_fact, abs=0.05)
@@ -250,6 +267,61 @@ def test_a_search_measures_slopes_and_says_how_well_it_foresaw(searched: Run) ->
     foreseen = searched.content["foresight"]
     assert foreseen["trials"] >= 3
     assert foreseen["error_nats"] >= 0
+
+
+def _a_stage_a_relation(relations: Sequence[str]) -> list[NDArray[Any]]:
+    """From the last relation to the first, so that stages are not in the order of facts."""
+    names = np.array(relations)
+    return [np.flatnonzero(names == name) for name in reversed(dict.fromkeys(relations))]
+
+
+def test_a_candidate_is_compared_on_all_facts_that_it_has_been_asked(
+    ask: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[NDArray[Any], tuple[str, ...]]] = []
+
+    def in_the_second_stage(
+        losses: NDArray[Any], best: NDArray[Any], relations: Sequence[str], total: int
+    ) -> float | None:
+        assert total == 3 and len(losses) == len(best) == len(relations)
+        assert list(losses) != list(best)
+        seen.append((best, tuple(relations)))
+        return None if len(set(relations)) == 1 else 0.25
+
+    monkeypatch.setattr(mpsearch.scorer, "stages", _a_stage_a_relation)
+    monkeypatch.setattr(mpsearch.scorer, "hopeless", in_the_second_stage)
+    run = ask(tmp_path / "run", trials=2)
+    names = np.array(run.relations("search"))
+    known = {s.assignment: s.objective_per_fact for s in run.scores() if s.partition == "search"}
+    assert [len(set(relations)) for _, relations in seen] == [1, 2, 1, 2]
+    for best, relations in seen:
+        places = np.concatenate(_a_stage_a_relation(names)[: len(set(relations))])
+        assert relations == tuple(names[places])
+        assert any(list(best) == list(losses[places]) for losses in known.values())
+    trials = study_of(run).trials
+    whole = max(t.user_attrs["fact_tokens"] for t in trials)
+    stopped = [t.user_attrs["fact_tokens"] for t in trials if HOPELESS_LOSS in t.user_attrs]
+    assert len(stopped) == 2 and all(whole / 2 < tokens < whole for tokens in stopped)
+
+
+def test_slopes_are_of_half_of_the_relations_and_then_of_the_other_half(
+    ask: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[set[str]] = []
+
+    def recorded(
+        bench: Bench, assignment: Assignment, proxies: Sequence[RecallProxy]
+    ) -> dict[tuple[str, str], float]:
+        asked.append({name for proxy in proxies for name in proxy.relations})
+        return measure_slopes(bench, assignment, proxies)
+
+    monkeypatch.setattr(mpsearch.scorer, "stages", _a_stage_a_relation)
+    monkeypatch.setattr(mpsearch.scorer, "measure_slopes", recorded)
+    monkeypatch.setattr(mpsearch.scorer, "hopeless", lambda *_: None)
+    monkeypatch.setattr(LevelSwitchSampler, "due", lambda _, study: study.get_trials()[-1])
+    run = ask(tmp_path / "run", trials=3)
+    third, second, first = dict.fromkeys(run.relations("search"))
+    assert asked == [{third}, {first, second}, {third}]
 
 
 def test_a_search_goes_on_without_slopes_that_are_no_numbers(

@@ -109,7 +109,7 @@ def test_stopped_candidates_of_a_batch_are_told_before_a_new_best(
     """A kill has them measured again, and then against a best that may not be of their batch."""
 
     every_other = cycle([None, 0.25])
-    monkeypatch.setattr(mpsearch.stages, "_LEAST_RELATIONS", 2)
+    monkeypatch.setattr(mpsearch.stages, "_LEAST_RELATIONS", 1)
     monkeypatch.setattr(mpsearch.scorer, "hopeless", lambda *_: next(every_other))
     run = again(ask, tmp_path / "run", at_once=TRIALS)
     trials = [t for t in study_of(run).trials if t.user_attrs["kind"] == "search"]

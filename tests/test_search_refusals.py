@@ -152,11 +152,7 @@ def _break(monkeypatch: pytest.MonkeyPatch, broken: Callable[[Assignment], bool]
 def test_nan_candidates_are_failed_trials_and_the_search_goes_on(
     searched: Run, ask: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    baselines = {
-        Assignment.of(t.params)
-        for t in study_of(searched).trials
-        if t.user_attrs["kind"] != "search"
-    }
+    baselines = {score.assignment for score in searched.scores() if score.kind != "search"}
     last = next(iter(baselines)).pairs[-1][0]
     uniform3 = {Assignment.of(dict.fromkeys(searched.space.options, "int3-g64"))}
 
