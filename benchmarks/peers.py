@@ -16,7 +16,7 @@ Rivals:
 A search gets so many evaluations of all search facts, counted by the unique tokens of facts that it
 pushes through the model (three times as many for evopress at the midpoint), and contributes its
 lowest search loss. All lower the same: answer loss plus twice the prompt KL. Ours pays for its
-baselines, for slopes (three evaluations) and for the validation facts by which it picks, and which
+baselines, for slopes (thrice their facts) and for the validation facts by which it picks, which
 no rival sees. The sensitivity table, which ours and all warm starts use, counts for nobody; it has
 the seed of the search. Final facts are those of `peers_facts.py`, final text is the held-out half
 of the built-in one; nothing is chosen by them. `answer_loss`, `stderr` and `recall` are of final

@@ -36,7 +36,7 @@ SIZES = ("uniform 3-bit", MIDWAY, "uniform 4-bit", "uniform 4-bit + 25 %")
 TIGHT = SIZES[:2]
 PACKAGES = ("auto-round", "modelopt")
 _SENSITIVITY_FACTS = 150  # as in a search
-_TRIALS = 0.7  # share of our evaluations; the others are for slopes, baselines, validation facts
+_TRIALS = 0.95  # share of our evaluations; what stopped trials save pays for validation facts
 _EVOLUTION_AT_MIDWAY = 3  # times the evaluations
 
 

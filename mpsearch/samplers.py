@@ -43,12 +43,16 @@ from mpsearch.space import ResolvedSpace
 SAMPLERS = ("level-switch", "nsga2", "tpe")
 OVER_TEXT_KL = "over_text_kl_nats"  # a trial's constraint: its text KL minus the limit
 HOPELESS_LOSS = "hopeless_loss_nats"  # attribute of a trial that was stopped early: its estimate
-SLOPES = "slopes "  # and a trial's number: the study's attribute that holds them
-_LOOSE = 0.1  # share of proposals at another size than the budget, to cover the front
+SLOPES = "slopes "  # and a trial's number, ".", which time: the study's attribute that holds them
+_LOOSE = 0.05  # share of proposals at another size than the budget, to cover the front
 _LEAPS = 0.5  # share of proposals that are leaps, where slopes are known
 _CAUTION = 0.1, 4.0  # range of the weight of what a leap's distance may cost
 _DRAWS = 20  # until a leap leads where no trial has been
 _RENEWED = 6  # trials after which slopes are measured again, at a better place
+
+
+# By trial number, of each time: how many trials had finished, and the table of `Moves`' shape.
+_Slopes = dict[int, list[tuple[int, NDArray[Any] | None]]]
 
 
 def distributions(space: ResolvedSpace) -> dict[str, BaseDistribution]:
@@ -161,17 +165,20 @@ class LevelSwitchSampler(BaseSampler):
 
     # -------------------------------------------------------------------- slopes
 
-    def due(self, study: Study) -> FrozenTrial | None:
+    def due(self, study: Study, times: int = 1) -> FrozenTrial | None:
         """The trial at which slopes should be measured next, or None for now.
 
-        That is the best one within the budget, first at once, later when it has changed and six
-        trials have passed.
+        That is the best one within the budget, first at once, later when six trials have passed.
+
+        Args:
+            times: how often one trial's slopes may be measured, each time on other facts.
         """
         known, slopes = self._finished(study), self._slopes(study)
         best = next(iter(self._parents(known, self._budget_bytes)), None)
-        if best is None or best.number in slopes:
+        if best is None or len(slopes.get(best.number, ())) >= times:
             return None
-        measured_after = max((after for after, _ in slopes.values()), default=-_RENEWED)
+        every = (after for of_trial in slopes.values() for after, _ in of_trial)
+        measured_after = max(every, default=-_RENEWED)
         if len(known) - measured_after < _RENEWED:
             return None
         return next(t for t in study.get_trials(deepcopy=False) if t.number == best.number)
@@ -183,7 +190,7 @@ class LevelSwitchSampler(BaseSampler):
         slopes: Mapping[tuple[str, str], float],
         fact_tokens: int = 0,
     ) -> None:
-        """Keep what was measured at a trial, in the study.
+        """Keep what was measured at a trial, in the study; the mean is used of several times.
 
         Args:
             slopes: `(group, format)` to the first-order change of the loss in nats; empty if
@@ -197,16 +204,21 @@ class LevelSwitchSampler(BaseSampler):
         table = self._moves.table(slopes).tolist() if slopes else None
         finished = len(self._finished(study))
         content = {"after": finished, "nats": table, "fact_tokens": fact_tokens}
-        study.set_user_attr(f"{SLOPES}{trial.number}", content)
+        time = self.times_measured(study, trial.number)
+        study.set_user_attr(f"{SLOPES}{trial.number}.{time}", content)
 
-    def _slopes(self, study: Study) -> dict[int, tuple[int, NDArray[Any] | None]]:
-        """By trial number: how many trials had finished, and the table of `_moves`' shape."""
-        found = {}
+    def times_measured(self, study: Study, number: int) -> int:
+        """How often slopes have been measured at a trial."""
+        return len(self._slopes(study).get(number, ()))
+
+    def _slopes(self, study: Study) -> _Slopes:
+        found: _Slopes = {}
         for name, content in study.user_attrs.items():
             if name.startswith(SLOPES):
                 table = None if content["nats"] is None else np.array(content["nats"])
                 if table is None or table.shape == self._damage.shape:
-                    found[int(name[len(SLOPES) :])] = (int(content["after"]), table)
+                    number = int(name[len(SLOPES) :].partition(".")[0])
+                    found.setdefault(number, []).append((int(content["after"]), table))
         return found
 
     def foresight(self, study: Study) -> Foresight | None:
@@ -215,14 +227,17 @@ class LevelSwitchSampler(BaseSampler):
         Of those after the first slopes, if there are any; None below three of them.
         """
         known, slopes = self._finished(study), self._slopes(study)
-        first = min((after for after, _ in slopes.values()), default=0)
+        first = min((after for of_trial in slopes.values() for after, _ in of_trial), default=0)
         rows = []
         for place, trial in enumerate(known[first:], first):
             before = known[:place]
             parents = self._parents(before, self._budget_bytes)
             if not trial.whole or not parents or trial.stored_bytes > self._budget_bytes:
                 continue
-            held = {n: (after, table) for n, (after, table) in slopes.items() if after <= place}
+            held = {
+                number: [(after, table) for after, table in of_trial if after <= place]
+                for number, of_trial in slopes.items()
+            }
             predictor = self._predictor(before, self._centre(parents, held))
             alone = self._damage[self._moves.groups, trial.levels].sum()
             rows.append((predictor.loss_nats(trial.levels), float(alone), trial.loss))
@@ -274,12 +289,13 @@ class LevelSwitchSampler(BaseSampler):
         return allowed or sorted(fitting, key=lambda t: t.over_text_kl)
 
     def _centre(
-        self, parents: Sequence[_Trial], slopes: dict[int, tuple[int, NDArray[Any] | None]]
+        self, parents: Sequence[_Trial], slopes: _Slopes
     ) -> tuple[_Trial, NDArray[Any] | None]:
         """Where the predictor stands: the best parent that has slopes, or else the best."""
         for trial in parents:
-            if (held := slopes.get(trial.number)) is not None and held[1] is not None:
-                return trial, held[1]
+            tables = [table for _, table in slopes.get(trial.number, ()) if table is not None]
+            if tables:
+                return trial, np.mean(tables, axis=0)
         return parents[0], None
 
     def _predictor(
@@ -299,7 +315,7 @@ class LevelSwitchSampler(BaseSampler):
         self,
         rng: np.random.Generator,
         known: Sequence[_Trial],
-        slopes: dict[int, tuple[int, NDArray[Any] | None]],
+        slopes: _Slopes,
         seen: set[bytes],
     ) -> NDArray[Any]:
         """A feasible assignment that no trial has had; an old one only where none is left."""

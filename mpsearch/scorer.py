@@ -100,14 +100,23 @@ class Scorer:
         found |= self._measure(new, partition, bests or {})
         return [found[assignment] for assignment, _ in asked]
 
-    def slopes(self, assignment: Assignment, number: int) -> dict[tuple[str, str], float]:
-        """How the objective changes from there, to first order; see `slopes.py`.
+    @property
+    def slope_parts(self) -> int:
+        """How many parts of the search facts slopes can be asked of.
 
-        Half of the relations tell nearly as much as all, so even numbers ask those of the last
-        stage and odd ones the others.
+        Two: half of the relations tell nearly as much as all, the other half is for where that was
+        not enough. One where there are too few relations.
+        """
+        return min(2, len(self._asked("search")))
+
+    def slopes(self, assignment: Assignment, part: int) -> dict[tuple[str, str], float]:
+        """How the objective changes from there, to first order, by a part of the search facts.
+
+        Args:
+            part: any number; counted round.
         """
         *before, last = [proxy for _, proxy in self._asked("search")]
-        proxies = before if before and number % 2 else [last]
+        proxies = before if part % self.slope_parts else [last]
         self.fact_tokens += EVALUATIONS * sum(proxy.tokens for proxy in proxies)
         return measure_slopes(self._bench, assignment, proxies)
 

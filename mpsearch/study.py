@@ -24,7 +24,6 @@ from mpsearch.run import Run
 from mpsearch.samplers import (
     HOPELESS_LOSS,
     OVER_TEXT_KL,
-    SLOPES,
     LevelSwitchSampler,
     distributions,
     make_sampler,
@@ -164,12 +163,12 @@ class SearchStudy:
             self.run.save()
 
     def _measure_slopes(self, sampler: LevelSwitchSampler) -> None:
-        if (trial := sampler.due(self.study)) is None:
+        if (trial := sampler.due(self.study, self.scorer.slope_parts)) is None:
             return
-        number = sum(name.startswith(SLOPES) for name in self.study.user_attrs)
+        part = trial.number + sampler.times_measured(self.study, trial.number)
         before = self.scorer.fact_tokens
         try:
-            slopes = self.scorer.slopes(assignment_of(trial, self.space), number)
+            slopes = self.scorer.slopes(assignment_of(trial, self.space), part)
         except CheckError as error:
             log.warning("%s; the search goes on without them", error)
             slopes = {}

@@ -119,6 +119,44 @@ def test_slopes_are_not_measured_twice_at_one_trial() -> None:
     assert sampler.due(study) is None
 
 
+def test_slopes_of_other_facts_are_due_where_the_first_brought_nothing() -> None:
+    space, world, sampler, study = begun(0)
+    explore(study, space, world.loss, 3)
+    first = sampler.due(study, times=2)
+    assert first is not None
+    sampler.record(study, first, world.slopes(first.params))
+    assert sampler.times_measured(study, first.number) == 1
+    for told in range(1, 8):
+        explore(study, space, lambda assignment: 100 + world.loss(assignment), 1)
+        again = sampler.due(study, times=2)
+        assert again is None if told < 6 else again is not None and again.number == first.number
+    sampler.record(study, first, world.slopes(first.params))
+    assert sampler.times_measured(study, first.number) == 2
+    explore(study, space, lambda assignment: 100 + world.loss(assignment), 8)
+    assert sampler.due(study, times=2) is None
+
+
+def test_slopes_of_two_halves_propose_what_their_mean_proposes() -> None:
+    space, world, sampler, study = begun(0)
+    explore(study, space, world.loss, 3)
+    due = sampler.due(study)
+    assert due is not None
+    mean = world.slopes(due.params)
+    noise = np.random.default_rng(0).normal(0.0, 0.5, len(mean))
+    apart = {key: float(value) for key, value in zip(mean, noise, strict=True)}
+
+    def after(*measured: Damage) -> list[Mapping[str, str]]:
+        copy = new_study(sampler)
+        copy.add_trials(study.trials)
+        for slopes in measured:
+            sampler.record(copy, due, slopes)
+        return [*explore(copy, space, world.loss, 4)]
+
+    one, other = ({key: mean[key] + sign * apart[key] for key in mean} for sign in (1, -1))
+    assert after(one, other) == after(mean)
+    assert after(one) != after(mean)
+
+
 def test_slopes_that_could_not_be_measured_are_not_asked_for_again() -> None:
     space, world, sampler, study = begun(0)
     explore(study, space, world.loss, 2)

@@ -148,16 +148,18 @@ def test_several_group_sizes_are_searched_though_a_larger_one_may_hurt_more() ->
         key: hurt * (3.0 if key[1] == "int3-g32" else 1.0)  # a larger format that hurts more
         for key, hurt in make_damage(space).items()
     }
-    for seed in range(2):
+    found, by_table, by_chance = [], [], []
+    for seed in range(5):
         loss = true_loss(space, damage, seed)
         study = new_study(LevelSwitchSampler(space, damage, middle(space), seed))
         proposals = explore(study, space, loss, 30)
         assert len(set(proposals)) == 30
-        best = min(proposals, key=loss)
         (exact,) = knapsack(space, damage, [middle(space)])
-        chance = min(map(loss, random_feasible(space, middle(space), seed, 30)))
-        assert loss(best) < 0.8 * chance
-        assert loss(best) <= 1.2 * loss(exact)
+        found.append(min(map(loss, proposals)))
+        by_table.append(loss(exact))
+        by_chance.append(min(map(loss, random_feasible(space, middle(space), seed, 30))))
+    assert np.mean(found) < 0.8 * np.mean(by_chance)
+    assert np.mean(found) <= 1.2 * np.mean(by_table)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from mpsearch.models import Model
 from mpsearch.points import SIMPLE_KINDS
 from mpsearch.recall import RecallProxy
 from mpsearch.run import Run
-from mpsearch.samplers import HOPELESS_LOSS, LevelSwitchSampler
+from mpsearch.samplers import HOPELESS_LOSS
 from mpsearch.slopes import measure_slopes
 from mpsearch.space import ResolvedSpace
 from mpsearch.study import SearchStudy
@@ -307,21 +307,26 @@ def test_a_candidate_is_compared_on_all_facts_that_it_has_been_asked(
 def test_slopes_are_of_half_of_the_relations_and_then_of_the_other_half(
     ask: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[set[str]] = []
+    asked: dict[str, list[set[str]]] = {}
 
     def recorded(
         bench: Bench, assignment: Assignment, proxies: Sequence[RecallProxy]
     ) -> dict[tuple[str, str], float]:
-        asked.append({name for proxy in proxies for name in proxy.relations})
+        relations = {name for proxy in proxies for name in proxy.relations}
+        asked.setdefault(assignment.id, []).append(relations)
         return measure_slopes(bench, assignment, proxies)
 
     monkeypatch.setattr(mpsearch.scorer, "stages", _a_stage_a_relation)
     monkeypatch.setattr(mpsearch.scorer, "measure_slopes", recorded)
-    monkeypatch.setattr(mpsearch.scorer, "hopeless", lambda *_: None)
-    monkeypatch.setattr(LevelSwitchSampler, "due", lambda _, study: study.get_trials()[-1])
-    run = ask(tmp_path / "run", trials=3)
+    monkeypatch.setattr(mpsearch.scorer, "hopeless", lambda *_: 0.25)  # the best stays
+    run = ask(tmp_path / "run", trials=20)
     third, second, first = dict.fromkeys(run.relations("search"))
-    assert asked == [{third}, {first, second}, {third}]
+    ((one, other),) = asked.values()
+    assert sorted(map(len, (one, other))) == [1, 2]
+    assert one | other == {first, second, third}
+    slopes = {k: v for k, v in study_of(run).user_attrs.items() if k.startswith("slopes ")}
+    simple = len(study_of(run).trials) - 20
+    assert [held["after"] for held in slopes.values()] == [simple, simple + 6]
 
 
 def test_a_search_goes_on_without_slopes_that_are_no_numbers(
