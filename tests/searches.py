@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import optuna
@@ -50,10 +51,9 @@ def evaluation_lines(run: Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def interrupt_at(
-    monkeypatch: pytest.MonkeyPatch, owner: type, method: str, number: int, after: bool = False
-) -> None:
-    """Ctrl-C in the given call of a method, before or after it does its work."""
+@contextmanager
+def interrupted_at(owner: type, method: str, number: int, after: bool = False) -> Iterator[None]:
+    """Ctrl-C in the given call of a method, before or after it does its work; it must end this."""
     original = getattr(owner, method)
     seen = 0
 
@@ -66,4 +66,6 @@ def interrupt_at(
             original(*args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(owner, method, interrupted)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, method, interrupted)
+        yield

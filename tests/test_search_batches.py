@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState
-from searches import Search, evaluation_lines, interrupt_at, proposals, result, study_of
+from searches import Search, evaluation_lines, interrupted_at, proposals, result, study_of
 from torch import Tensor
 
 import mpsearch.scorer
@@ -83,20 +83,11 @@ def test_what_is_lowered_is_answer_loss_and_twice_the_prompt_kl(batched: Run) ->
     ],
 )
 def test_a_batch_that_a_kill_broke_off_goes_on_to_the_same_front(
-    owner: type,
-    method: str,
-    number: int,
-    after: bool,
-    batched: Run,
-    ask: Search,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    owner: type, method: str, number: int, after: bool, batched: Run, ask: Search, tmp_path: Path
 ) -> None:
     expected = result(batched)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, owner, method, number, after)
-        with pytest.raises(KeyboardInterrupt):
-            again(ask, tmp_path / "run")
+    with interrupted_at(owner, method, number, after):
+        again(ask, tmp_path / "run")
     resumed = again(ask, tmp_path / "run", resume=True)
     assert result(resumed) == expected
     keys = [(line["partition"], str(line["assignment"])) for line in evaluation_lines(resumed)]
@@ -119,12 +110,10 @@ def test_stopped_candidates_of_a_batch_are_told_before_a_new_best(
 
 
 def test_a_run_goes_on_with_the_batches_that_it_was_begun_with(
-    batched: Run, ask: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    batched: Run, ask: Search, tmp_path: Path
 ) -> None:
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, Bench, "evaluate", 12)
-        with pytest.raises(KeyboardInterrupt):
-            again(ask, tmp_path / "run")
+    with interrupted_at(Bench, "evaluate", 12):
+        again(ask, tmp_path / "run")
     with pytest.raises(RunError, match="scores 3 proposals at once, and 2 are asked for"):
         again(ask, tmp_path / "run", resume=True, at_once=2)
     assert result(again(ask, tmp_path / "run", resume=True, at_once=None)) == result(batched)
@@ -168,27 +157,18 @@ def test_candidates_of_a_batch_share_its_walks(
 
 @pytest.mark.parametrize("number", [8, 21, 34, 44])
 def test_a_search_killed_in_the_middle_of_a_walk_goes_on_to_the_same_front(
-    number: int,
-    batched: Run,
-    ask: Search,
-    streamed: Model,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    number: int, batched: Run, ask: Search, streamed: Model, tmp_path: Path
 ) -> None:
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, Walk, "_through", number)
-        with pytest.raises(KeyboardInterrupt):
-            again(ask, tmp_path / "run", model=streamed)
+    with interrupted_at(Walk, "_through", number):
+        again(ask, tmp_path / "run", model=streamed)
     assert all(p.untyped_storage().nbytes() <= 4 for p in streamed.module.model.layers.parameters())
     found = again(ask, tmp_path / "run", model=streamed, resume=True)
     assert result(found) == result(batched)
 
 
 def test_a_run_begun_loaded_is_finished_block_by_block(
-    batched: Run, ask: Search, streamed: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    batched: Run, ask: Search, streamed: Model, tmp_path: Path
 ) -> None:
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, Bench, "evaluate", 22)
-        with pytest.raises(KeyboardInterrupt):
-            again(ask, tmp_path / "run")
+    with interrupted_at(Bench, "evaluate", 22):
+        again(ask, tmp_path / "run")
     assert result(again(ask, tmp_path / "run", model=streamed, resume=True)) == result(batched)

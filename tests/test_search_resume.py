@@ -15,7 +15,7 @@ import pytest
 from searches import (
     Search,
     evaluation_lines,
-    interrupt_at,
+    interrupted_at,
     proposals,
     result,
 )
@@ -30,19 +30,11 @@ from mpsearch.wish import Wish
 
 @pytest.mark.parametrize("part", [0.0, 0.2, 0.45, 0.62, 0.8, 1.0])
 def test_a_search_interrupted_in_an_evaluation_resumes_to_the_same_front(
-    part: float,
-    searched: Run,
-    calls: Counter[Assignment],
-    ask: Search,
-    tiny: Model,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    part: float, searched: Run, calls: Counter[Assignment], ask: Search, tiny: Model, tmp_path: Path
 ) -> None:
     expected = result(searched)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, Bench, "evaluate", 1 + round(part * (calls.total() - 1)))
-        with pytest.raises(KeyboardInterrupt):
-            ask(tmp_path / "run")
+    with interrupted_at(Bench, "evaluate", 1 + round(part * (calls.total() - 1))):
+        ask(tmp_path / "run")
     for layer, original in tiny.originals.items():
         assert tiny.places[layer].weight.data_ptr() == original.data_ptr()
     assert not Run.open(tmp_path / "run").finished
@@ -62,33 +54,22 @@ def test_a_search_interrupted_in_an_evaluation_resumes_to_the_same_front(
     ],
 )
 def test_a_search_interrupted_between_its_two_files_resumes_to_the_same_front(
-    owner: type,
-    method: str,
-    number: int,
-    after: bool,
-    searched: Run,
-    ask: Search,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    owner: type, method: str, number: int, after: bool, searched: Run, ask: Search, tmp_path: Path
 ) -> None:
     expected = result(searched)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, owner, method, number, after)
-        with pytest.raises(KeyboardInterrupt):
-            ask(tmp_path / "run")
+    with interrupted_at(owner, method, number, after):
+        ask(tmp_path / "run")
     resumed = ask(tmp_path / "run", resume=True)
     assert result(resumed) == expected
     assert [p for p in proposals(searched) if p not in proposals(resumed)] == []
 
 
 def test_a_search_interrupted_three_times_resumes_to_the_same_front(
-    searched: Run, ask: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    searched: Run, ask: Search, tmp_path: Path
 ) -> None:
     for attempt, number in enumerate((3, 4, 10)):
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, Bench, "evaluate", number)
-            with pytest.raises(KeyboardInterrupt):
-                ask(tmp_path / "run", resume=attempt > 0)
+        with interrupted_at(Bench, "evaluate", number):
+            ask(tmp_path / "run", resume=attempt > 0)
     assert result(ask(tmp_path / "run", resume=True)) == result(searched)
 
 
@@ -130,12 +111,10 @@ def test_a_journal_cut_anywhere_with_torn_last_lines_resumes_to_the_same_front(
 
 
 def test_a_sensitivity_table_that_a_kill_cut_short_is_measured_again(
-    searched: Run, ask: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    searched: Run, ask: Search, tmp_path: Path
 ) -> None:
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, Bench, "evaluate", 1)
-        with pytest.raises(KeyboardInterrupt):
-            ask(tmp_path / "run")
+    with interrupted_at(Bench, "evaluate", 1):
+        ask(tmp_path / "run")
     table = tmp_path / "run" / "sensitivity.json"
     table.write_bytes(table.read_bytes()[:100])
     assert result(ask(tmp_path / "run", resume=True)) == result(searched)
