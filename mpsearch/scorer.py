@@ -143,6 +143,7 @@ class Scorer:
             left = [a for a in kinds if a not in found]
             so_far = sum(proxy.tokens for _, proxy in asked[:number])
             places = np.concatenate([of_stage for of_stage, _ in asked[:number]])
+            of_places = [relations[place] for place in places]
             self.fact_tokens += proxy.tokens * len(left)
             for assignment, evaluation in zip(
                 left, self._bench.evaluate_all(left, proxy), strict=True
@@ -156,7 +157,7 @@ class Scorer:
                     behind = hopeless(
                         np.concatenate([e.objective_per_fact for e in evaluations[assignment]]),
                         best.objective_per_fact[places],
-                        [relations[place] for place in places],
+                        of_places,
                         total,
                     )
                     if behind is not None:

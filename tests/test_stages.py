@@ -52,7 +52,7 @@ def test_at_most_one_in_fifteen_that_win_in_the_end_is_stopped(spread: float) ->
     rng = np.random.default_rng(0)
     relations = [f"r{i}" for i in range(40)]
     asked = np.cumsum([len(stage) for stage in stages(relations)])[:-1]
-    stopped = wins = 0
+    stopped = at_half = wins = 0
     for _ in range(4000):
         differences = rng.normal(rng.normal(0.0, spread), 1.0, 40)
         if differences.mean() < 0:
@@ -61,7 +61,9 @@ def test_at_most_one_in_fifteen_that_win_in_the_end_is_stopped(spread: float) ->
                 hopeless(differences[:count], np.zeros(count), relations[:count], 40) is not None
                 for count in asked
             )
+            at_half += hopeless(differences[:20], np.zeros(20), relations[:20], 40) is not None
     assert wins > 1000
+    assert at_half / wins < 0.05
     assert 0.001 < stopped / wins < 1 / 15
 
 
