@@ -19,7 +19,7 @@ import argparse
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from mpsearch.run import Run
 from mpsearch.skeleton import load_skeleton
 
 MODEL = "builtin:smollm2-135m"
-OPEN = {"loaded": load_whole, "streamed": load_skeleton}
+OPEN: dict[str, Callable[[str], Model]] = {"loaded": load_whole, "streamed": load_skeleton}
 
 
 def main() -> int:

@@ -25,7 +25,7 @@ import os
 import platform
 import statistics
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -177,14 +177,14 @@ def _parts(
     }
 
 
-def _rest(spent: Counter[str]) -> float:
+def _rest(spent: dict[str, float]) -> float:
     return spent["model"] - spent["linears"] - spent["attention"] - spent["head"]
 
 
 @contextmanager
-def _timed(model: Model) -> Iterator[Counter[str]]:
+def _timed(model: Model) -> Iterator[dict[str, float]]:
     """Processor seconds spent meanwhile in the model, its linears, its head and attention."""
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = defaultdict(float)
     timed = {"model": [model.module], "head": [model.module.get_output_embeddings()]}
     timed["linears"] = [model.module.get_submodule(layer.name) for layer in model.layers]
     hooks = []
@@ -196,7 +196,7 @@ def _timed(model: Model) -> Iterator[Counter[str]]:
                 began.append(time.process_time())
 
             def after(*call: object, part: str = part, began: list[float] = began) -> None:
-                spent[part] += time.process_time() - began.pop()  # type: ignore[assignment]
+                spent[part] += time.process_time() - began.pop()
 
             hooks.append(module.register_forward_pre_hook(before))
             hooks.append(module.register_forward_hook(after))
@@ -205,7 +205,7 @@ def _timed(model: Model) -> Iterator[Counter[str]]:
     def timed_attention(*args: Any, **kwargs: Any) -> torch.Tensor:
         start = time.process_time()
         found = attention(*args, **kwargs)
-        spent["attention"] += time.process_time() - start  # type: ignore[assignment]
+        spent["attention"] += time.process_time() - start
         return found
 
     try:

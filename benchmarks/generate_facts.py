@@ -85,7 +85,7 @@ TEMPLATES = {
         "The three letters for the money of the country {} are",
     ),
 }
-HOPS = {
+HOPS: dict[str, dict[str, Any]] = {
     "airport_city": {"range": "city", "first_hop": "the city of the airport with the code {}"},
     "country_code": {
         "domain": "country",

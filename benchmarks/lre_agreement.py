@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from mpsearch.console import emit, table
 from mpsearch.facts import Fact, FactSet
@@ -40,7 +41,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/lre_agreement.json"))
     args = parser.parse_args()
     builtin, lre = FactSet.builtin(), FactSet.load(args.lre)
-    rows, disagreements = [], []
+    rows: list[dict[str, Any]] = []
+    disagreements: list[str] = []
     for relation, others in SAME.items():
         for other in others:
             theirs = {plain(fact.subject): fact for fact in lre.of(other)}

@@ -43,7 +43,8 @@ from mpsearch.text import Text
 FINAL_FACTS = 80  # of a relation at most
 GATE_FACTS = 40  # likewise
 SEEN_FACTS = 40  # of a relation, by which this project has changed its search
-GATE, SCORED = ("search",), ("validation", "test")  # partitions
+GATE: tuple[str, ...] = ("search",)  # partitions
+SCORED: tuple[str, ...] = ("validation", "test")
 _LEAST_FACTS = 20  # of it for either, as few would count as much as many
 
 

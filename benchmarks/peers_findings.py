@@ -105,7 +105,9 @@ class Comparison:
     def _drawn(self, losses: NDArray[Any]) -> NDArray[Any]:
         """`(draws,)` means over seeds and facts."""
         each = losses @ self._once
-        return self._of_facts(losses) + self._of_seeds(len(each)) @ (each - each.mean())
+        seeds = self._of_seeds(len(each)) @ (each - each.mean())
+        drawn: NDArray[Any] = self._of_facts(losses) + seeds
+        return drawn
 
     def _of_facts(self, losses: NDArray[Any]) -> NDArray[Any]:
         """`(draws,)` means of these seeds over other facts."""

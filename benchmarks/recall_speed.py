@@ -122,7 +122,9 @@ def _row(
     ours = Pass(model, sequences)
     preparing = time.process_time() - start
     some = [group[: max(8, len(group) // 8)] for group in by_relation[::3]]
-    batches = {loop: _best_batch(loop, model.module, some) for loop in (padded, cached)}
+    batches = {
+        name: _best_batch(loop, model.module, some) for name, loop in METHODS.items() if loop
+    }
     clock: dict[str, list[float]] = {name: [] for name in METHODS}
     cpu: dict[str, list[float]] = {name: [] for name in METHODS}
     said: dict[str, tuple[Tensor, int]] = {}
@@ -132,7 +134,7 @@ def _row(
             if loop is None:
                 proxy.score()
             else:
-                said[name] = loop(model.module, by_relation, batches[loop])
+                said[name] = loop(model.module, by_relation, batches[name])
             clock[name].append(time.perf_counter() - start)
             cpu[name].append(time.process_time() - cpu_start)
     said["proxy"] = ours.run(), ours.tokens
@@ -142,14 +144,14 @@ def _row(
         "sequence_tokens": sum(len(s.tokens) - 1 for s in sequences),
         "preparing_cpu_seconds": preparing,
     }
-    for name, loop in METHODS.items():
+    for name in METHODS:
         apart = (said[name][0] - said["proxy"][0]).abs()
         row[name] = {
             "facts_per_second": len(facts) / statistics.median(clock[name]),
             "seconds": clock[name],
             "cpu_seconds": cpu[name],
             "tokens": said[name][1],
-            "batch": batches.get(loop),
+            "batch": batches.get(name),
             "largest_difference_nats": float(apart.max()),
             "mean_difference_nats": float(apart.mean()),
         }

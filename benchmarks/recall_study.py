@@ -151,7 +151,9 @@ class Study:
 
     def answers(self, row: dict[str, Any]) -> Answers:
         """Of a row, with the hops in the chains' order."""
-        found = {name: np.array(list(bits)) == "1" for name, bits in row["right"].items()}
+        found: dict[str, NDArray[Any]] = {
+            name: np.array(list(bits)) == "1" for name, bits in row["right"].items()
+        }
         place = {(fact.relation, fact.subject): i for i, fact in enumerate(self.hops)}
 
         def of_hop(number: int) -> NDArray[Any]:
@@ -280,7 +282,9 @@ def _row(
 def _right(found: dict[str, FactScores]) -> dict[str, str]:
     """A 1 for every right answer and a 0 for every wrong one."""
     right = {name: scores.top1 for name, scores in found.items()}
-    right["contrastive"] = found["two_hop"].correct
+    contrastive = found["two_hop"].correct
+    assert contrastive is not None, "two-hop questions have distractors"
+    right["contrastive"] = contrastive
     return {rule: "".join("01"[int(value)] for value in answers) for rule, answers in right.items()}
 
 

@@ -131,7 +131,7 @@ def _bitsandbytes_keeps_most(
         "bitsandbytes NF4": ("GPTQ 4-bit", "AWQ 4-bit", "rounding 4-bit"),
         "bitsandbytes int8": ("GPTQ 8-bit",),
     }
-    rows = []
+    rows: list[dict[str, Any]] = []
     for ours, others in rivals.items():
         for other in others:
             a, b = models[ours].one_hop, models[other].one_hop
@@ -267,7 +267,8 @@ def _some_recall_more(
 ) -> dict[str, Any]:
     before = models[REFERENCE].one_hop
     relations = np.array(asked.relations)
-    tests, overall = [], {}
+    tests: list[dict[str, Any]] = []
+    overall: dict[str, dict[str, float]] = {}
     for name, found in models.items():
         if name == REFERENCE:
             continue
@@ -348,7 +349,7 @@ def _unsaturated_lose_most(
         )
 
     every = list(dict.fromkeys(asked.relations))
-    enough = (cells(before, every) >= _FEWEST_RIGHT).all(axis=0)
+    enough = np.all(cells(before, every) >= _FEWEST_RIGHT, axis=0).tolist()
     names = [name for name, ok in zip(every, enough, strict=True) if ok]
     known, facts = cells(before, names), cells(np.ones(before.size), names)
     saturation = known / facts

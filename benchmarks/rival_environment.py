@@ -225,10 +225,11 @@ def _ask(package: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work, open(log, "w", encoding="utf-8") as talk:
         paths = [Path(work, "request.json"), Path(work, "reply.json")]
         paths[0].write_text(json.dumps({**asked, "package": package, "work": work}))
-        for command in (
+        commands: list[list[str | Path]] = [
             ["make", "-C", ROOT, ".venv-peers/installed"],
             [python, ROOT / "benchmarks" / "rival_packages.py", *paths],
-        ):
+        ]
+        for command in commands:
             environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
             environment.pop("PYTHONPATH", None)
             done = subprocess.run(command, stdout=talk, stderr=talk, env=environment, check=False)

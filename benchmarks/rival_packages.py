@@ -172,7 +172,7 @@ def modelopt(request: Mapping[str, Any]) -> tuple[Solve, dict[str, Any]]:
     tokens = torch.tensor(
         [tokenizer(text)["input_ids"][: request["tokens"]] for text in request["texts"]]
     )
-    batches = [{"input_ids": batch, "labels": batch} for batch in tokens.split(BATCH)]
+    batches = [{"input_ids": batch, "labels": batch} for batch in torch.split(tokens, BATCH)]
     widths = [int(width) for width in request["groups"][0]["bytes"]]
     quantizers = [{"num_bits": bits, "block_sizes": {-1: request["group_size"]}} for bits in widths]
     formats = [

@@ -18,7 +18,8 @@ PERMUTATIONS = 10_000
 def ranks(values: Sequence[float] | NDArray[Any]) -> NDArray[Any]:
     """`(n,)` ranks from 0, equal values sharing their mean rank."""
     _, place, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[place]
+    shared: NDArray[Any] = np.cumsum(counts) - (counts + 1) / 2
+    return shared[place]
 
 
 def spearman(x: Sequence[float] | NDArray[Any], y: Sequence[float] | NDArray[Any]) -> float:

@@ -14,11 +14,35 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Resolved when first used, so that importing the package does not import torch.
+if TYPE_CHECKING:
+    from mpsearch.assignment import Assignment as Assignment
+    from mpsearch.bank import Bank as Bank
+    from mpsearch.errors import MpsearchError as MpsearchError
+    from mpsearch.export import export as export
+    from mpsearch.facts import Fact as Fact
+    from mpsearch.facts import FactSet as FactSet
+    from mpsearch.formats import Format as Format
+    from mpsearch.layers import Layer as Layer
+    from mpsearch.layers import LayerGroup as LayerGroup
+    from mpsearch.measures import Sensitivity as Sensitivity
+    from mpsearch.models import Model as Model
+    from mpsearch.opening import load_model as load_model
+    from mpsearch.plot import plot as plot
+    from mpsearch.points import ParetoFront as ParetoFront
+    from mpsearch.recall import RecallProxy as RecallProxy
+    from mpsearch.refine import refine as refine
+    from mpsearch.run import Run as Run
+    from mpsearch.samplers import LevelSwitchSampler as LevelSwitchSampler
+    from mpsearch.search import search as search
+    from mpsearch.sensitivity import measure_sensitivity as measure_sensitivity
+    from mpsearch.space import SearchSpace as SearchSpace
+    from mpsearch.verify import verify as verify
+
+# The same, resolved when first used, so that importing the package does not import torch.
 _HOME = {
     "Assignment": "assignment",
     "Bank": "bank",

@@ -122,13 +122,15 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def imports_when_loaded(path: Path) -> set[str]:
-    """Modules that loading the file imports: all but those inside functions."""
+    """Modules that loading the file imports: all but those in functions and for type checkers."""
     found: set[str] = set()
     waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while waiting:
         node = waiting.pop()
         found.update(imported(node, path))
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            waiting.extend(node.orelse)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             waiting.extend(ast.iter_child_nodes(node))
     return found
 
@@ -221,6 +223,19 @@ def test_the_exported_names_are_these() -> None:
         *("SearchSpace", "Sensitivity", "__version__", "export", "load_model"),
         *("measure_sensitivity", "plot", "refine", "search", "verify"),
     ]
+
+
+def test_type_checkers_are_told_the_same_names() -> None:
+    told = {
+        alias.name: str(node.module)
+        for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text()))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name  # an export to them, as PEP 484 has it
+    }
+    homes = {name: f"mpsearch.{home}" for name, home in mpsearch._HOME.items()}
+    assert told == homes
+    assert (PACKAGE / "py.typed").exists()
 
 
 @pytest.mark.parametrize("name", ["search", "export", "plot", "refine", "verify"])
