@@ -12,6 +12,9 @@ from peers_findings import EVOLUTION, OURS
 from mpsearch.console import emit
 
 Rows = Sequence[Mapping[str, Any]]
+# Logarithmic in nats, but linear next to zero, below which answers may gain.
+_SCALE: dict[str, Any] = {"value": "symlog", "linthresh": 0.5, "linscale": 0.3}
+_TICKS = (-0.5, 0, 0.5, 1, 2, 3, 5, 10, 20, 30, 50)
 
 
 def report(result: Mapping[str, Any], figure: Path) -> None:
@@ -111,6 +114,21 @@ def _cells(rows: Rows) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
     return found
 
 
+def _at_the_tightest(
+    cells: Mapping[tuple[str, str], Rows], sizes: Sequence[str], name: str
+) -> tuple[int, float]:
+    """What orders rivals: answer loss at the first size that they were run at."""
+    place = next(i for i, size in enumerate(sizes) if (size, name) in cells)
+    return -place, mean(row["answer_loss"] for row in cells[sizes[place], name])
+
+
+def _ticks(axis: Any) -> None:
+    """A few round numbers of what is shown."""
+    low, high = axis.get_view_interval()
+    shown = [tick for tick in _TICKS if low <= tick <= high]
+    axis.set_ticks(shown, [f"{tick:g}" for tick in shown])
+
+
 def draw(rows: Rows, curves: Rows, sizes: Sequence[str], out: Path) -> None:
     """A panel a size: every row's answer loss on the final facts with its 95 % interval, seeds as
     points; below, the lowest search loss by fact tokens of ours and of the evolutionary search from
@@ -121,12 +139,14 @@ def draw(rows: Rows, curves: Rows, sizes: Sequence[str], out: Path) -> None:
 
     cells = _cells(rows)
     names = list(dict.fromkeys(row["rival"] for row in rows))
-    names.sort(key=lambda name: -mean(r["answer_loss"] for r in rows if r["rival"] == name))
+    names.sort(key=lambda name: _at_the_tightest(cells, sizes, name), reverse=True)
     figure = Figure(figsize=(3.4 * len(sizes) + 1.2, 8), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, len(sizes), squeeze=False, height_ratios=[3, 2])
     for column, size in enumerate(sizes):
         upper, lower = panels[0][column], panels[1][column]
+        upper.set_xscale(**_SCALE)
+        lower.set_yscale(**_SCALE)
         for place, name in enumerate(names):
             color = "tab:red" if name == OURS else "0.25"
             for row in cells.get((size, name), ()):
@@ -138,6 +158,7 @@ def draw(rows: Rows, curves: Rows, sizes: Sequence[str], out: Path) -> None:
         upper.set_ylim(-0.6, len(names) - 0.4)
         upper.set_title(size, fontsize=10)
         upper.set_xlabel("answer loss on final facts (nats)")
+        _ticks(upper.xaxis)
         named: set[str] = set()
         for curve in curves:
             if curve["size"] == size and curve["rival"] in (OURS, EVOLUTION):
@@ -153,6 +174,7 @@ def draw(rows: Rows, curves: Rows, sizes: Sequence[str], out: Path) -> None:
             lower.set_xscale("log")
             lower.xaxis.set_minor_formatter("")
             lower.legend(fontsize=8)
+            _ticks(lower.yaxis)
         lower.set_xlabel("fact tokens")
         if column == 0:
             lower.set_ylabel("lowest search loss (nats)")

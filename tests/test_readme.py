@@ -92,10 +92,17 @@ def test_make_targets_of_the_readme_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_the_figures_of_the_readme_are_in_the_repository() -> None:
-    figures = re.findall(r"!\[.*?\]\((.*?)\)", README)
-    assert len(figures) == 3
-    assert all((ROOT / figure).stat().st_size > 10_000 for figure in figures)
+def test_figures_and_documents_that_are_named_are_in_the_repository() -> None:
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = [
+        document.parent / link
+        for document in documents
+        for link in re.findall(r"\]\(([^):]+)\)", document.read_text(encoding="utf-8"))
+    ]
+    assert {path.name for path in named if path.suffix == ".png"} == {
+        *("tradeoff.png", "peers.png", "recall_study.png")
+    }
+    assert all(path.stat().st_size > 5_000 for path in named)
 
 
 def test_the_reload_example_answers_with_transformers_alone(
