@@ -182,7 +182,7 @@ def _search(model: Model) -> None:
     asked = balanced(facts.part("search"), _FACTS)
     measure_sensitivity(space, bank, facts, tuple(asked[:4]), around=False)
     with Bench(space, bank) as bench:
-        proxy = RecallProxy(model, facts, asked, contrast=False)
+        proxy = RecallProxy(model, facts, asked, contrast=False, prompts=True)
         guard = TextGuard(model, Text.builtin().held_out)
         uniform = Assignment.of(dict.fromkeys(space.options, _FORMATS[0]))
         mixed = Assignment.of(

@@ -7,8 +7,9 @@ table that a search measures, with its decoding. Seconds are of the processor, w
 on the machine change less than the clock, the least of `--repeats`. The exponent is the slope of
 log seconds over log value: 1 is linear. What does not grow makes it smaller, so the exponent of the
 larger half of the values is given, too. Memory is the peak of a process of its own that loads a
-model, measures its sensitivity and evaluates; a line is fitted to it over the weights' bytes, in
-float32, so that what Python and the libraries take stands apart.
+model, measures its sensitivity and evaluates, without the caches that else take an eighth each of
+what is free; a line is fitted to it over the weights' bytes, in float32, so that what Python and
+the libraries take stands apart.
 
     python benchmarks/scaling.py [--repeats 3] [--out FILE]
 
@@ -40,7 +41,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank
 from mpsearch.console import quiet_libraries, say, table
-from mpsearch.device import peak_memory_bytes
+from mpsearch.device import limit_memory, peak_memory_bytes
 from mpsearch.evaluate import Bench, all_layers
 from mpsearch.facts import Fact, FactSet
 from mpsearch.models import Model, from_module
@@ -266,6 +267,7 @@ MEASURES: dict[str, Callable[..., float]] = {
 def memory_of(blocks: int) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         ground = Ground(folder, build_model(blocks, hidden=512), facts=12, formats=2)
+        limit_memory(1)  # nothing is left to share out
         ground.sensitivity()
         proxy = ground.proxy()
         with Bench(ground.space, ground.bank) as bench:
