@@ -5,6 +5,7 @@ CPU is what this project is tested on. The CUDA and MPS branches are not verifie
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -204,6 +205,17 @@ def used_memory_bytes(device: torch.device) -> int:
     pages = " ".join(_lines(Path("/proc/self/statm"))).split()[1:2]
     # Where the kernel does not say, it has at some time been as large as at most now.
     return int(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else peak_memory_bytes()
+
+
+def return_freed_memory(device: torch.device) -> None:
+    """Hand memory that was freed back to the system: allocators keep it, often in pieces.
+
+    What runs next may be refused without, as kept memory counts as used.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # glibc's
+        trim(0)
 
 
 def _of_gpu(device: torch.device) -> int:

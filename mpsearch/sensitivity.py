@@ -35,7 +35,7 @@ from torch import Tensor
 
 from mpsearch.backward import SLICE, Sample, gradients, products
 from mpsearch.bank import Bank, Report, silent
-from mpsearch.device import available_memory_bytes
+from mpsearch.device import available_memory_bytes, return_freed_memory
 from mpsearch.errors import CheckError
 from mpsearch.evaluate import Bench
 from mpsearch.facts import Fact, FactSet
@@ -93,6 +93,7 @@ def measure_sensitivity(
     layer_errors, output_error, of_groups = _errors_and_geometry(space, bank, work, around, report)
     weight_error = {key: sum(of_layers.values()) ** 0.5 for key, of_layers in layer_errors.items()}
     fisher, reached = _fisher(space, bank, work, seed, draws, report)
+    return_freed_memory(model.device)  # that gradients took
     damage = _with_unreached(fisher, layer_errors, reached, space)
     perturbed: dict[tuple[str, str], float] = {}
     if check:

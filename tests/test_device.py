@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -299,3 +301,28 @@ def test_a_driver_that_says_something_else_is_one_line(
     fake_driver(monkeypatch, answer)
     with pytest.raises(UsageError, match="nvidia-smi does not say how much memory"):
         device.measure_this_device()
+
+
+_KEPT = """
+import torch
+from mpsearch.device import return_freed_memory, used_memory_bytes
+
+cpu = torch.device("cpu")
+before = used_memory_bytes(cpu)
+for _ in range(3):  # freed at once, they teach glibc to take such sizes from its heap
+    torch.ones(30 * 2**18)
+held = [torch.ones(2**18) for _ in range(300)]
+last = held.pop()
+del held
+freed = used_memory_bytes(cpu) - before
+return_freed_memory(cpu)
+print(freed // 2**20, (used_memory_bytes(cpu) - before) // 2**20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are not asked")
+def test_freed_memory_is_handed_back() -> None:
+    done = subprocess.run([sys.executable, "-c", _KEPT], capture_output=True, text=True, check=True)
+    freed, handed_back = map(int, done.stdout.split())
+    assert freed > 200  # what glibc keeps of 300 MiB
+    assert handed_back < 50
