@@ -117,9 +117,9 @@ def _cells(rows: Rows) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
 def _at_the_tightest(
     cells: Mapping[tuple[str, str], Rows], sizes: Sequence[str], name: str
 ) -> tuple[int, float]:
-    """What orders rivals: answer loss at the first size that they were run at."""
+    """What orders rivals: the first size that they were run at, and answer loss there."""
     place = next(i for i, size in enumerate(sizes) if (size, name) in cells)
-    return -place, mean(row["answer_loss"] for row in cells[sizes[place], name])
+    return place, mean(row["answer_loss"] for row in cells[sizes[place], name])
 
 
 def _ticks(axis: Any) -> None:

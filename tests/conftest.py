@@ -36,10 +36,12 @@ from transformers.utils import logging as transformers_logging
 
 from mpsearch import cli, device
 from mpsearch.assignment import Assignment
-from mpsearch.evaluate import Bench, Evaluation
+from mpsearch.bank import Bank
+from mpsearch.evaluate import Bench, Evaluation, all_layers
 from mpsearch.facts import FactSet
 from mpsearch.formats import FORMATS
 from mpsearch.models import Model, from_module, load_whole
+from mpsearch.quantizers import get_quantizer
 from mpsearch.recall import RecallProxy
 from mpsearch.run import Run
 from mpsearch.search import search
@@ -247,6 +249,15 @@ def budget(tiny_space: ResolvedSpace) -> int:
     """Stored bytes half way between the smallest and the largest assignment."""
     smallest = tiny_space.stored_bytes(tiny_space.smallest)
     return (smallest + tiny_space.stored_bytes(tiny_space.largest)) // 2
+
+
+@pytest.fixture
+def tiny_bench(tiny: Model, tiny_space: ResolvedSpace) -> Iterator[Bench]:
+    """The tiny model on a bank by rounding of its whole space."""
+    bank = Bank(tiny, get_quantizer("rounding", tiny_space.target.name))
+    bank.build(all_layers(tiny_space))
+    with Bench(tiny_space, bank) as bench:
+        yield bench
 
 
 @pytest.fixture

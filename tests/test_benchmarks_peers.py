@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,23 +18,13 @@ from peers_facts import SearchFacts, untouched
 from peers_findings import OURS
 
 from mpsearch.allocate import uniform
-from mpsearch.bank import Bank
 from mpsearch.estimates import relation_mean
-from mpsearch.evaluate import Bench, all_layers
+from mpsearch.evaluate import Bench
 from mpsearch.facts import Fact, FactSet
 from mpsearch.models import Model
-from mpsearch.quantizers import get_quantizer
 from mpsearch.recall import RecallProxy
 from mpsearch.run import Run
 from mpsearch.space import ResolvedSpace
-
-
-@pytest.fixture
-def bench(tiny: Model, tiny_space: ResolvedSpace) -> Iterator[Bench]:
-    bank = Bank(tiny, get_quantizer("rounding", tiny_space.target.name))
-    bank.build(all_layers(tiny_space))
-    with Bench(tiny_space, bank) as bench:
-        yield bench
 
 
 def test_the_sizes_are_the_uniform_ones_and_between(tiny_space: ResolvedSpace) -> None:
@@ -50,14 +39,14 @@ def test_the_sizes_are_the_uniform_ones_and_between(tiny_space: ResolvedSpace) -
 
 
 def test_losses_and_tokens_are_those_of_the_proxy(
-    bench: Bench, tiny: Model, tiny_space: ResolvedSpace, tiny_facts: FactSet
+    tiny_bench: Bench, tiny: Model, tiny_space: ResolvedSpace, tiny_facts: FactSet
 ) -> None:
     facts = [f for name in tiny_facts.relations for f in tiny_facts.part("search", {name})]
-    search_facts = SearchFacts(bench, tiny_facts, facts)
+    search_facts = SearchFacts(tiny_bench, tiny_facts, facts)
     proxy = RecallProxy(tiny, tiny_facts, facts, contrast=False, prompts=True)
     assert search_facts.tokens == search_facts.cost(None) == proxy.tokens
     assignment = tiny_space.smallest
-    lowered = bench.evaluate(assignment, proxy).objective_per_fact
+    lowered = tiny_bench.evaluate(assignment, proxy).objective_per_fact
     expected = relation_mean(lowered, proxy.relations).mean
     assert search_facts.loss(assignment, None) == pytest.approx(expected, abs=1e-5)
     some = (0, 3, 30)
@@ -167,13 +156,13 @@ def test_a_row_is_not_mixed_with_those_of_another_question(
 
 
 def test_a_missing_environment_leaves_the_packages_out(
-    bench: Bench, tiny_facts: FactSet, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    tiny_bench: Bench, tiny_facts: FactSet, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setitem(sys.modules, "rival_environment", None)
     facts = tiny_facts.facts[:4]
     asked = peers.Asked(facts, facts, 4)
-    compared = Peers(bench, tiny_facts, tiny_facts, asked, 1, tmp_path)
+    compared = Peers(tiny_bench, tiny_facts, tiny_facts, asked, 1, tmp_path)
     assert compared.choice("auto-round", MIDWAY, 0) is None
     assert compared.choice("modelopt", MIDWAY, 0) is None
     assert capsys.readouterr().err.count("are left out") == 1

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from peers_choices import MIDWAY, SIZES, TIGHT
 from peers_findings import FAILS, HOLDS, OPEN, OURS, Comparison, findings, tokens_to_reach
-from peers_report import table
+from peers_report import _at_the_tightest, table
 
 RELATIONS = [f"r{number % 8}" for number in range(320)]
 SUBJECTS = [f"s{number}" for number in range(320)]
@@ -133,3 +133,13 @@ def test_the_table_marks_the_lowest_and_what_differs() -> None:
         "| knapsack | 1.20 (50) | 1 | 0 |",
         "| uniform | 3.00* (50) | 1 | 0 |",
     ]
+
+
+def test_rivals_are_ordered_by_the_tightest_size_that_they_were_run_at() -> None:
+    cells = {
+        (SIZES[0], OURS): [{"answer_loss": 7.0}],
+        (SIZES[0], "uniform"): [{"answer_loss": 15.0}],
+        (SIZES[1], "late"): [{"answer_loss": 1.0}],
+    }
+    ordered = sorted(("late", "uniform", OURS), key=lambda n: _at_the_tightest(cells, SIZES, n))
+    assert ordered == [OURS, "uniform", "late"]

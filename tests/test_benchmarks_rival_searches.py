@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +24,19 @@ from rival_searches import (
 )
 
 from mpsearch.assignment import Assignment
-from mpsearch.bank import Bank
 from mpsearch.errors import RunError
-from mpsearch.evaluate import Bench, all_layers
+from mpsearch.evaluate import Bench
 from mpsearch.facts import FactSet
 from mpsearch.formats import FORMATS
-from mpsearch.models import Model
-from mpsearch.quantizers import get_quantizer
 from mpsearch.space import ResolvedSpace
 
 EVALUATIONS = 30
 
 
 @pytest.fixture
-def bench(tiny: Model, tiny_space: ResolvedSpace) -> Iterator[Bench]:
-    bank = Bank(tiny, get_quantizer("rounding", tiny_space.target.name))
-    bank.build(all_layers(tiny_space))
-    with Bench(tiny_space, bank) as bench:
-        yield bench
-
-
-@pytest.fixture
-def search_facts(bench: Bench, tiny_facts: FactSet) -> SearchFacts:
+def search_facts(tiny_bench: Bench, tiny_facts: FactSet) -> SearchFacts:
     facts = [f for name in tiny_facts.relations for f in tiny_facts.part("search", {name})]
-    return SearchFacts(bench, tiny_facts, facts)
+    return SearchFacts(tiny_bench, tiny_facts, facts)
 
 
 @pytest.fixture

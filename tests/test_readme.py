@@ -99,10 +99,10 @@ def test_figures_and_documents_that_are_named_are_in_the_repository() -> None:
         for document in documents
         for link in re.findall(r"\]\(([^):]+)\)", document.read_text(encoding="utf-8"))
     ]
-    assert {path.name for path in named if path.suffix == ".png"} == {
-        *("tradeoff.png", "peers.png", "recall_study.png")
-    }
-    assert all(path.stat().st_size > 5_000 for path in named)
+    figures = {path.name: path for path in named if path.suffix == ".png"}
+    assert figures.keys() == {"tradeoff.png", "peers.png", "recall_study.png"}
+    assert all(figure.stat().st_size > 10_000 for figure in figures.values())
+    assert all(path.exists() for path in named)
 
 
 def test_the_reload_example_answers_with_transformers_alone(
