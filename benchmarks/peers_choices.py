@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from optuna import Study
 from peers_facts import Asked, Final, Referee, SearchFacts, tokens_of
 from peers_findings import OURS, curve
 from result_file import commit
@@ -30,13 +31,14 @@ from mpsearch.journal import open_study
 from mpsearch.run import Run
 from mpsearch.samplers import SLOPES
 from mpsearch.space import ResolvedSpace
+from mpsearch.study import FINALISTS
 
 MIDWAY = "midway"
 SIZES = ("uniform 3-bit", MIDWAY, "uniform 4-bit", "uniform 4-bit + 25 %")
 TIGHT = SIZES[:2]
 PACKAGES = ("auto-round", "modelopt")
 _SENSITIVITY_FACTS = 150  # as in a search
-_TRIALS = 0.95  # share of our evaluations; what stopped trials save pays for validation facts
+_MOST_TRIALS = 2  # for each evaluation: one that is stopped early costs less than one
 _EVOLUTION_AT_MIDWAY = 3  # times the evaluations
 
 
@@ -52,6 +54,13 @@ class Choice:
     fact_tokens: int = 0
     seconds: float = 0.0
     curve: Sequence[tuple[int, float]] = ()
+
+
+class _LastTrial(Exception):  # noqa: N818 - no fault
+    """Our search has used up its tokens after so many trials."""
+
+    def __init__(self, done: int):
+        self.done = done
 
 
 class Peers:
@@ -92,6 +101,11 @@ class Peers:
         return SearchFacts(self.bench, self.facts, self.asked.search)
 
     @property
+    def _search_tokens(self) -> int:
+        """Of an evaluation."""
+        return tokens_of(self.model, self.facts, self.asked.search, contrast=False)
+
+    @property
     def conditions(self) -> dict[str, Any]:
         """What all rows must have in common."""
         return {
@@ -104,7 +118,7 @@ class Peers:
             "evaluations": self.evaluations,
             "facts": self.facts.digest,
             "search_facts": len(self.asked.search),
-            "search_tokens": tokens_of(self.model, self.facts, self.asked.search, contrast=False),
+            "search_tokens": self._search_tokens,
             "lre": self.final.digest,
             "lre_relations": list(dict.fromkeys(fact.relation for fact in self.asked.final)),
             "final_facts": len(self.asked.final),
@@ -134,7 +148,7 @@ class Peers:
             "stderr": loss.stderr,
             "kl": found.text_kl_nats,
             "recall": relation_mean(found.correct, relations).mean,
-            "evaluations": round(choice.fact_tokens / self.conditions["search_tokens"], 2),
+            "evaluations": round(choice.fact_tokens / self._search_tokens, 2),
             "fact_tokens": choice.fact_tokens,
             "seconds": round(choice.seconds, 1),
             "levels": self.grid(size).code(choice.assignment),
@@ -244,19 +258,31 @@ class Peers:
         folder, budget_bytes = self._place(size, f"{OURS}-{seed}"), self.budgets[size]
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.bench.restore()
-        run = mps.search(
-            self.model,
-            self.space,
-            budget=budget_bytes,
-            out=folder,
-            trials=round(_TRIALS * self.evaluations),
-            seed=seed,
-            quantizer=self.bench.bank.quantizer.name,
-            search_facts=self.asked.most,
-            facts=self.facts,
-            resume=folder.exists(),
-            report=self._tell,
-        )
+
+        def search(trials: int, tell: Report) -> Run:
+            return mps.search(
+                self.model,
+                self.space,
+                budget=budget_bytes,
+                out=folder,
+                trials=trials,
+                seed=seed,
+                quantizer=self.bench.bank.quantizer.name,
+                search_facts=self.asked.most,
+                facts=self.facts,
+                resume=folder.exists(),
+                report=tell,
+            )
+
+        def until_spent(stage: str, done: int, total: int) -> None:
+            self._tell(stage, done, total)
+            if stage.startswith("search") and done < total and self._is_spent(Run.open(folder)):
+                raise _LastTrial(done)
+
+        try:
+            run = search(_MOST_TRIALS * self.evaluations, until_spent)
+        except _LastTrial as last:
+            run = search(last.done, self._tell)
         if asked_facts(run, self.facts, "search") != self.asked.search:
             raise RunError(f"'{folder}' asks other search facts than the rivals; remove it")
         spent = fact_tokens(run, self.space, self.model, self.facts)
@@ -264,6 +290,18 @@ class Peers:
         seconds = sum(score.seconds for score in run.scores() if score.partition != "test")
         best = run.front().best(budget_bytes).assignment
         return Choice(best, spent[-1][0], seconds, curve(fitting[:-1]))
+
+    def _is_spent(self, run: Run) -> bool:
+        """Whether another proposal of ours could leave too little for the validation facts."""
+        slopes = _slopes(open_study(run, self.space))
+        facts = asked_facts(run, self.facts, "validation")
+        ahead = (
+            self._search_tokens
+            + max((held["fact_tokens"] for held in slopes), default=0)
+            + 2 * FINALISTS * tokens_of(self.model, self.facts, facts, contrast=True)
+        )
+        spent, _, _ = fact_tokens(run, self.space, self.model, self.facts)[-1]
+        return spent + ahead > self.evaluations * self._search_tokens
 
     def _place(self, size: str, name: str) -> Path:
         return self.folder / size.replace(" %", "").replace(" ", "-") / name
@@ -278,7 +316,7 @@ def fact_tokens(
     which the point is chosen; test facts choose nothing and are left out.
     """
     study = open_study(run, space)
-    slopes = [v for name, v in study.user_attrs.items() if name.startswith(SLOPES)]
+    slopes = _slopes(study)
     spent, total, finished = [], 0, 0
     for trial in study.get_trials(deepcopy=False):
         if "fact_tokens" not in trial.user_attrs:
@@ -292,6 +330,10 @@ def fact_tokens(
     asked = asked_facts(run, facts, "validation")
     scores = sum(score.partition == "validation" for score in run.scores())
     return [*spent, (total + scores * tokens_of(model, facts, asked, contrast=True), inf, 0)]
+
+
+def _slopes(study: Study) -> list[dict[str, Any]]:
+    return [held for name, held in study.user_attrs.items() if name.startswith(SLOPES)]
 
 
 def budgets(space: ResolvedSpace) -> dict[str, int]:

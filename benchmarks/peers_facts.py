@@ -126,7 +126,8 @@ def _find(keys: Sequence[Sequence[str]], source: FactSet) -> tuple[Fact, ...]:
     return tuple(by_key[relation, subject] for relation, subject in keys)
 
 
-def tokens_of(model: mps.Model, fact_set: FactSet, facts: Sequence[Fact], contrast: bool) -> int:
+@lru_cache(maxsize=8)
+def tokens_of(model: mps.Model, fact_set: FactSet, facts: tuple[Fact, ...], contrast: bool) -> int:
     """Unique tokens of scoring these facts once, as the proxy asks them."""
     asked = [(f, (f.answer, *(fact_set.distractors(f) if contrast else ()))) for f in facts]
     return Pass(model, [ask(model, fact_set, f, a, SHOTS) for f, answers in asked for a in answers
