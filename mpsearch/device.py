@@ -61,6 +61,17 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+# Tokens of a row. Attention is computed between all of them, most of which do not see each other;
+# smaller rows repeat more beginnings, and leave a GPU waiting for its next kernel.
+CPU_ROW_TOKENS = 256
+GPU_ROW_TOKENS = 512
+
+
+def row_tokens(device: torch.device) -> int:
+    """How many tokens run through a model at once, where they need not be fewer."""
+    return GPU_ROW_TOKENS if device.type == "cuda" else CPU_ROW_TOKENS
+
+
 def spread(block_bytes: Sequence[int], free_bytes: Sequence[int]) -> list[int]:
     """Which device each block of a model goes to.
 

@@ -69,10 +69,10 @@ def kl_by_token(reference: Tensor, candidate: Tensor) -> Tensor:
     return divergence.clamp(min=0.0)
 
 
-def kl_divergence(reference: Tensor, candidate: Tensor) -> float:
-    """KL(reference || candidate) of two `(vocab,)` log-probability vectors, in nats.
+def kl_divergence(reference: Tensor, candidate: Tensor) -> Tensor:
+    """KL(reference || candidate) of two `(vocab,)` log-probability vectors, a float64 in nats.
 
     Clamped at zero, below which only rounding can take it. NaN if the candidate is NaN.
     """
     divergence = (reference.exp() * (reference - candidate)).sum(dtype=torch.float64)
-    return float(divergence.clamp(min=0.0))
+    return divergence.clamp(min=0.0)

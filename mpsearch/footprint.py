@@ -33,7 +33,7 @@ from types import MappingProxyType
 
 from mpsearch.budget import Workload, activation_bytes, scores_bytes
 from mpsearch.contents import Contents
-from mpsearch.forward import MAX_NODES
+from mpsearch.device import CPU_ROW_TOKENS, GPU_ROW_TOKENS
 
 MIB = 2**20
 PROCESS_BYTES = 480 * MIB  # torch and transformers with what they import, the tokenizer, the facts
@@ -104,6 +104,11 @@ class Way:
     streamed: bool
     item_bytes: int
     on_cpu: bool = True
+
+    @property
+    def row_tokens(self) -> int:
+        """That run through it at once."""
+        return CPU_ROW_TOKENS if self.on_cpu else GPU_ROW_TOKENS
 
 
 @dataclass(frozen=True)
@@ -195,36 +200,36 @@ def _reading(contents: Contents, way: Way, weights: int) -> int:
 
 def _running(contents: Contents, way: Way) -> tuple[Part, ...]:
     """What a forward pass takes, whatever is asked."""
-    item = way.item_bytes
+    item, tokens = way.item_bytes, way.row_tokens
     if architecture := contents.architecture:
-        activations = MAX_NODES * activation_bytes(architecture, item)
-        activations += scores_bytes(architecture, Workload(MAX_NODES, 1, "bf16"), item)
+        activations = tokens * activation_bytes(architecture, item)
+        activations += scores_bytes(architecture, Workload(tokens, 1, "bf16"), item)
     else:
-        activations = MAX_NODES * item * (contents.rows + 4 * contents.hidden)
+        activations = tokens * item * (contents.rows + 4 * contents.hidden)
     computed = item if item != _FLOAT_BYTES else 0
-    each = MAX_NODES + (_ROTARY_BYTES if way.streamed else 0)
+    each = tokens + (_ROTARY_BYTES if way.streamed else 0)
     return (
         Part("blocks", 2 * contents.block * item if way.streamed else 0),
         Part("reading", _reading(contents, way, contents.largest_read) if way.streamed else 0),
         Part("activations", activations),
-        Part("logits", MAX_NODES * contents.vocabulary * (_FLOAT_BYTES * _LOGITS + computed)),
+        Part("logits", tokens * contents.vocabulary * (_FLOAT_BYTES * _LOGITS + computed)),
         Part("rows", _TOKENS * each),
         Part("states", _TOKENS * contents.hidden * item if way.streamed else 0, to_disk=True),
     )
 
 
-def _said(contents: Contents) -> tuple[Part, ...]:
+def _said(contents: Contents, way: Way) -> tuple[Part, ...]:
     """What is remembered of the reference."""
     top = min(_TEXT_TOP, contents.vocabulary)
     return (
         # A float32 and an int32 of each; and of a row's, what KL is computed with in float64.
-        Part("text", 8 * top * (_TEXT_TOKENS + _PROMPT_TOKENS + 5 * MAX_NODES)),
+        Part("text", 8 * top * (_TEXT_TOKENS + _PROMPT_TOKENS + 5 * way.row_tokens)),
         Part("reference", _FACTS * contents.vocabulary * _FLOAT_BYTES, to_disk=True),
     )
 
 
 def _asking(contents: Contents, way: Way, job: Job) -> tuple[Part, ...]:
-    return (*_running(contents, way), *_said(contents))
+    return (*_running(contents, way), *_said(contents, way))
 
 
 def _candidates(contents: Contents, way: Way, job: Job) -> tuple[Part, ...]:
@@ -263,7 +268,7 @@ def _sensitivity(contents: Contents, way: Way, job: Job) -> tuple[Part, ...]:
     state = _GRADIENT_TOKENS * contents.hidden * item
     return (
         *(part for part in _running(contents, way) if part.name != "states"),
-        *_said(contents),
+        *_said(contents, way),
         Part("gradients", _GRADIENTS * layers * item),
         Part("graph", graphs * _GRADIENT_NODES * 2 * (contents.rows + 8 * contents.hidden) * item),
         Part("decoding", job.largest(contents) * _FLOAT_BYTES * (_GRADIENTS + 4)),

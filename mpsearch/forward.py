@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpsearch.device import row_tokens
 from mpsearch.models import Model
 
-# Attention is computed between all tokens of a row, most of which do not see each other; smaller
-# rows repeat more beginnings.
-MAX_NODES = 256
 _ROW_COST = 16  # of a row beside its tokens, in tokens
 
 
@@ -88,7 +86,7 @@ class Row:
         return mask
 
 
-def pack(sequences: Sequence[TokenSequence], max_nodes: int = MAX_NODES) -> list[Row]:
+def pack(sequences: Sequence[TokenSequence], max_nodes: int) -> list[Row]:
     """Rows of at most `max_nodes` tokens, the cheapest to run; a longer sequence gets its own row.
 
     In sorted order a sequence adds to a trie just what it does not share with the one before. So a
@@ -132,12 +130,20 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
 
 @dataclass(frozen=True, eq=False)
 class PreparedRow:
-    """A row as tensors on the model's device: what `Row` says, ready for the forward."""
+    """A row as tensors on the model's device: what `Row` says, ready for the forward.
+
+    Attributes:
+        spans: for each sequence where among the read nodes its continuation is predicted, and its
+            tokens.
+        places, tokens: the same of all of them, one after another.
+    """
 
     inputs: dict[str, Tensor]
     read_nodes: Tensor
     indices: list[int]
     spans: list[tuple[list[int], list[int]]]
+    places: Tensor
+    tokens: Tensor
 
 
 class Pass:
@@ -146,15 +152,16 @@ class Pass:
     Args:
         model: whose module runs; its weights may change between runs.
         sequences: results come in this order.
-        max_nodes: tokens in a row.
+        max_nodes: tokens in a row; by default as many as suit the device.
     """
 
     def __init__(
-        self, model: Model, sequences: Sequence[TokenSequence], max_nodes: int = MAX_NODES
+        self, model: Model, sequences: Sequence[TokenSequence], max_nodes: int | None = None
     ):
         self.model = model
         self.count = len(sequences)
-        self.rows = [self._prepare(row) for row in pack(sequences, max_nodes)]
+        rows = pack(sequences, max_nodes or row_tokens(model.device))
+        self.rows = [self._prepare(row) for row in rows]
 
     @property
     def tokens(self) -> int:
@@ -172,7 +179,12 @@ class Pass:
         }
         spans = [([place[node] for node in nodes], tokens) for _, nodes, tokens in row.reads]
         indices = [index for index, _, _ in row.reads]
-        return PreparedRow(inputs, torch.tensor(read_nodes, device=device), indices, spans)
+        places, tokens = (
+            torch.tensor([number for span in spans for number in span[part]], device=device)
+            for part in (0, 1)
+        )
+        read = torch.tensor(read_nodes, device=device)
+        return PreparedRow(inputs, read, indices, spans, places, tokens)
 
     def logits(self, row: PreparedRow) -> Tensor:
         """`(read nodes, vocab)` float32 logits of one row, only at the nodes that are read."""
@@ -195,13 +207,12 @@ class Pass:
         Returns:
             `(sequences,)` float64 on the CPU, in nats. NaN where the model gave NaN.
         """
-        sums = torch.empty(self.count, dtype=torch.float64)
+        sums: dict[int, Tensor] = {}  # left on the device, which else is waited for each time
         for index, log_probs, tokens in self.continuations(logits):
-            steps = torch.arange(len(tokens), device=log_probs.device)
-            sums[index] = log_probs[steps, tokens].double().sum().cpu()
+            sums[index] = log_probs.gather(-1, tokens[:, None]).double().sum()
             if visit is not None:
                 visit(index, log_probs)
-        return sums
+        return torch.stack([sums[index] for index in range(self.count)]).cpu()
 
     @torch.inference_mode()
     def continuations(
@@ -216,5 +227,7 @@ class Pass:
             logits = map(self.logits, self.rows)
         for row, found in zip(self.rows, logits, strict=True):
             log_probs = found.log_softmax(-1)
-            for index, (places, tokens) in zip(row.indices, row.spans, strict=True):
-                yield index, log_probs[places], torch.tensor(tokens, device=log_probs.device)
+            lengths = [len(tokens) for _, tokens in row.spans]
+            parts = (torch.split(row.places, lengths), torch.split(row.tokens, lengths))
+            for index, places, tokens in zip(row.indices, *parts, strict=True):
+                yield index, log_probs[places], tokens

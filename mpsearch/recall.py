@@ -20,7 +20,7 @@ Answer loss is the reference's log-probability of the answer minus the candidate
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ from mpsearch.device import available_memory_bytes
 from mpsearch.divergence import Shortened, kl_divergence
 from mpsearch.errors import CheckError, UsageError
 from mpsearch.facts import Fact, FactSet
-from mpsearch.forward import MAX_NODES, Pass, PreparedRow, TokenSequence
+from mpsearch.forward import Pass, PreparedRow, TokenSequence
 from mpsearch.models import Model
 from mpsearch.runner import each_scored, runner
 from mpsearch.scores import (
@@ -83,7 +83,7 @@ class RecallProxy:
         shots: solved examples before each question, where the relation has that many.
         against: another model's first tokens on the same facts, from which KL is measured; by
             default these weights' own.
-        row_tokens: at most so many go through the model at once.
+        row_tokens: so many go through the model at once; by default what suits the device.
         reverse_examples: show the solved examples in the opposite order.
     Attributes:
         reference: the scores of the weights that the model holds now.
@@ -103,7 +103,7 @@ class RecallProxy:
         prompts: bool = False,
         shots: int = SHOTS,
         against: FirstTokens | None = None,
-        row_tokens: int = MAX_NODES,
+        row_tokens: int | None = None,
         reverse_examples: bool = False,
     ):
         self.facts = tuple(facts)
@@ -183,9 +183,10 @@ class RecallProxy:
     def _scores(self, logits: Iterable[Tensor] | None) -> FactScores:
         """Of the rows' logits; by default those of the weights in place."""
         fact_of = {answers[0]: index for index, answers in enumerate(self._answers_of)}
-        kl = np.zeros(len(self.facts))
-        prompt_kl = dict.fromkeys(self.relations, 0.0)
-        first_tokens = np.zeros(len(self.facts), dtype=np.int64)
+        # As tensors on the device until all are there: to ask for a number waits for it.
+        prompt_kl: dict[str, Tensor] = {}
+        first_tokens: dict[int, Tensor] = {}
+        kl: dict[int, Tensor] = {}
         reference = None if self.first is None else self.first.log_probs
         kept: States | None = None
 
@@ -195,12 +196,12 @@ class RecallProxy:
                 if index not in self._said:  # these are the reference's
                     self._said[index] = Shortened.of(log_probs)
                 else:
-                    prompt_kl[relation] = float(self._said[index].kl(log_probs).mean())
+                    prompt_kl[relation] = self._said[index].kl(log_probs).mean()
                 return
             if (fact := fact_of.get(index)) is None:
                 return
             first = log_probs[self._first_visible[fact]]
-            first_tokens[fact] = int(first.argmax())
+            first_tokens[fact] = first.argmax()
             if reference is None:
                 kept = kept or self._room(first.nbytes)
                 kept[fact] = first.to("cpu", copy=True)  # not a view of all that was read
@@ -216,8 +217,8 @@ class RecallProxy:
         if kept is not None:
             self.first = FirstTokens(self._model.name, self._sequences, kept)
         top1 = [
-            _is_prefix(self._model.tokenizer.decode([int(token)]), fact)
-            for token, fact in zip(first_tokens, self.facts, strict=True)
+            _is_prefix(self._model.tokenizer.decode([token]), fact)
+            for token, fact in zip(_numbers(first_tokens), self.facts, strict=True)
         ]
         margin, lead = None, None
         if self._contrast:
@@ -226,10 +227,11 @@ class RecallProxy:
             margin = np.array([option[0] - option[1:].max() for option in options])
             lead = np.array([np.diff(np.sort(option)[-2:])[0] for option in options])
         log_prob = sums[[answers[0] for answers in self._answers_of]]
-        of_prompts = np.array([prompt_kl[name] for name in self.relations])
+        of_relation = dict(zip(sorted(prompt_kl), _numbers(prompt_kl), strict=True))
+        of_prompts = np.array([of_relation.get(name, 0.0) for name in self.relations])
         return FactScores(
             log_prob,
-            kl,
+            np.array(_numbers(kl)) if kl else np.zeros(len(self.facts)),
             np.array(top1, dtype=bool),
             margin,
             lead,
@@ -373,6 +375,11 @@ def _tokenize(tokenizer: Any, text: str, special: bool) -> tuple[list[int], list
     while offsets[-1][0] == offsets[-1][1]:
         tokens, offsets = tokens[:-1], offsets[:-1]
     return tokens, [end for _, end in offsets]
+
+
+def _numbers(found: Mapping[Any, Tensor]) -> list[Any]:
+    """Of one-element tensors, in the order of their keys, read at once."""
+    return torch.stack([found[key] for key in sorted(found)]).tolist() if found else []
 
 
 def _is_prefix(predicted: str, fact: Fact) -> bool:

@@ -18,6 +18,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What tests compare to the bit are a CPU's numbers; a GPU's are compared in `test_gpu.py`.
+os.environ["MPSEARCH_DEVICE"] = "cpu"
 
 import pytest
 import torch

@@ -6,7 +6,6 @@ Here the loader's own modules answer, as they will for whoever serves the checkp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from importlib.metadata import version
@@ -83,9 +82,11 @@ def _named(*libraries: str) -> str:
 
 def _load_gptq(folder: Path, device: torch.device) -> Any:
     gptqmodel = import_gptqmodel()
-    on_cpu: Mapping[str, Any] = {"backend": gptqmodel.BACKEND.GPTQ_TORCH, "device": "cpu"}
-    chosen = on_cpu if device.type == "cpu" else {"device": str(device)}
-    return gptqmodel.GPTQModel.load(str(folder), dtype=torch.float16, **chosen).model
+    # Kernels that are faster on a GPU are fetched from the network, or compiled, when first used.
+    backend = gptqmodel.BACKEND.GPTQ_TORCH
+    return gptqmodel.GPTQModel.load(
+        str(folder), dtype=torch.float16, backend=backend, device=str(device)
+    ).model
 
 
 def _load_transformers(folder: Path, method: str, device: torch.device) -> Any:
