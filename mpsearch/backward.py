@@ -1,9 +1,10 @@
 """Gradients of layers' weights, by recomputation where a model's blocks have no room.
 
-A loaded model keeps what all its blocks computed for a row, and goes back through them. Of a
-streamed one (`mpsearch.walk`) no more is kept than what entered each block. Then, block by block
-from the last, each row is run through the block once more, and the gradient of what leaves it gives
-those of the block's weights and of what entered it, which is what left the block before.
+A loaded model keeps what all its blocks computed for a row, and goes back through them, if memory
+has room for that. Of another (`mpsearch.walk`) no more is kept than what entered each block. Then,
+block by block from the last, each row is run through the block once more, and the gradient of what
+leaves it gives those of the block's weights and of what entered it, which is what left the block
+before.
 
 The graph is cut between blocks, and the same kernels get the same numbers in the same order, so
 both ways agree to the bit. Only of a tied embedding they do not: it gets two gradients, of the head
@@ -24,6 +25,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mpsearch.device import available_memory_bytes
+from mpsearch.errors import ModelError
 from mpsearch.forward import Pass, PreparedRow, differentiable
 from mpsearch.states import States
 from mpsearch.walk import Branch, Held, Supply, Walk
@@ -83,8 +86,8 @@ def gradients(
 ) -> Parts:
     """Gradients of some scalars of each row, a part of the model after another.
 
-    A loaded model is one part. The parts of a streamed one are what is behind its blocks, each
-    block from the last to the first, and what is before them.
+    A loaded model for which there is room is one part. The parts of another are what is behind its
+    blocks, each block from the last to the first, and what is before them.
 
     Args:
         held: what a streamed model's layers hold; a loaded one holds what it holds.
@@ -96,11 +99,35 @@ def gradients(
     Raises:
         ResourceError: hidden states fill the disk.
     """
-    if not work.model.streamed:
+    backward = None if _has_room(work, layers) else _by_block(work)
+    if backward is None:
         with closing(_whole(work, layers, scalars, report)) as samples:
             yield samples
         return
-    yield from Backward(work).parts(held, layers, scalars, most=most, report=report)
+    held = held if work.model.streamed else {}
+    yield from backward.parts(held, layers, scalars, most=most, report=report)
+
+
+def _has_room(work: Pass, layers: Sequence[str]) -> bool:
+    """Whether memory holds the graph of all blocks, and of their layers a gradient and its sum."""
+    model = work.model
+    if model.streamed:
+        return False
+    wanted, tokens = set(layers), max(row.inputs["input_ids"].shape[1] for row in work.rows)
+    weights = sum(layer.weights for layer in model.every_layer if layer.name in wanted)
+    graph = tokens * 2 * sum(layer.rows + layer.columns for layer in model.layers)
+    needed_bytes = (weights + graph) * model.dtype.itemsize + weights * 4
+    return needed_bytes <= available_memory_bytes(model.device)
+
+
+def _by_block(work: Pass) -> Backward | None:
+    """None of a loaded model that cannot be run so."""
+    try:
+        return Backward(work)
+    except ModelError:
+        if work.model.streamed:
+            raise
+        return None
 
 
 def _whole(work: Pass, layers: Sequence[str], scalars: Scalars, report: Progress) -> Samples:

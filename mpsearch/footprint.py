@@ -17,8 +17,9 @@
     grams       of what layers read, of calibrated quantizers
     decoding    a weight between its codes and the computing dtype
     quantizing  one weight in float32, what a quantizer makes on the way, a Gram matrix's factors
-    gradients   of samples, with respect to the whole model or to the block that is streamed
-    graph       what a backward pass needs of a row, in all blocks or in one
+    gradients   of samples, or of facts and their float32 sum, with respect to one block
+    graph       what a backward pass needs of a row in one block
+    whole       what both are of all the other blocks; of a loaded model, where there is room
     checkpoint  what an export holds until it is written
 
 A job takes what its largest stage takes. Checked by `benchmarks/footprint.py`. Other caches take a
@@ -57,11 +58,12 @@ _FACTORS = 3  # float32 matrices of the size of a Gram matrix, beside it
 
 @dataclass(frozen=True)
 class Part:
-    """Of a stage's memory, named as above; `to_disk` if it goes there where memory is short."""
+    """Of a stage's memory, named as above; `spared` where memory is short: what lies on disk then,
+    or is computed again."""
 
     name: str
     size_bytes: int
-    to_disk: bool = False
+    spared: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ class Footprint:
 
     @property
     def least_bytes(self) -> int:
-        """With all on disk that may lie there: the smallest limit that works."""
-        return sum(part.size_bytes for part in self.parts if not part.to_disk)
+        """Without all that can be spared: the smallest limit that works."""
+        return sum(part.size_bytes for part in self.parts if not part.spared)
 
     def __getitem__(self, name: str) -> int:
         """Bytes of the part of that name; 0 if it has none."""
@@ -139,7 +141,7 @@ JOBS: Mapping[str, Job] = MappingProxyType(
         "ask": Job(("asking",)),
         "bank": Job(("quantizing",)),
         "sensitivity": Job(("asking", "quantizing", "sensitivity")),
-        "search": Job(("asking", "quantizing", "sensitivity", "candidates")),
+        "search": Job(("asking", "quantizing", "sensitivity", "candidates", "slopes")),
         "refine": Job(("quantizing", "candidates"), calibrated=True),
         "export": Job(("export",)),
     }
@@ -206,16 +208,21 @@ def _running(contents: Contents, way: Way) -> tuple[Part, ...]:
         activations += scores_bytes(architecture, Workload(tokens, 1, "bf16"), item)
     else:
         activations = tokens * item * (contents.rows + 4 * contents.hidden)
-    computed = item if item != _FLOAT_BYTES else 0
     each = tokens + (_ROTARY_BYTES if way.streamed else 0)
     return (
         Part("blocks", 2 * contents.block * item if way.streamed else 0),
         Part("reading", _reading(contents, way, contents.largest_read) if way.streamed else 0),
         Part("activations", activations),
-        Part("logits", tokens * contents.vocabulary * (_FLOAT_BYTES * _LOGITS + computed)),
+        _logits(contents, way),
         Part("rows", _TOKENS * each),
-        Part("states", _TOKENS * contents.hidden * item if way.streamed else 0, to_disk=True),
+        Part("states", _TOKENS * contents.hidden * item if way.streamed else 0, spared=True),
     )
+
+
+def _logits(contents: Contents, way: Way) -> Part:
+    computed = way.item_bytes if way.item_bytes != _FLOAT_BYTES else 0
+    each = contents.vocabulary * (_FLOAT_BYTES * _LOGITS + computed)
+    return Part("logits", way.row_tokens * each)
 
 
 def _said(contents: Contents, way: Way) -> tuple[Part, ...]:
@@ -224,7 +231,7 @@ def _said(contents: Contents, way: Way) -> tuple[Part, ...]:
     return (
         # A float32 and an int32 of each; and of a row's, what KL is computed with in float64.
         Part("text", 8 * top * (_TEXT_TOKENS + _PROMPT_TOKENS + 5 * way.row_tokens)),
-        Part("reference", _FACTS * contents.vocabulary * _FLOAT_BYTES, to_disk=True),
+        Part("reference", _FACTS * contents.vocabulary * _FLOAT_BYTES, spared=True),
     )
 
 
@@ -237,7 +244,7 @@ def _candidates(contents: Contents, way: Way, job: Job) -> tuple[Part, ...]:
     decoding = Part("decoding", job.largest(contents) * 2 * _FLOAT_BYTES)
     if not way.streamed:
         decoded = contents.inside * way.item_bytes
-        needed = decoded + sum(part.size_bytes for part in asking if not part.to_disk)
+        needed = decoded + sum(part.size_bytes for part in asking if not part.spared)
         # The bank takes a quarter of what is left beside the model.
         return (*asking, decoding, Part("candidate", decoded), Part("cache", needed // 3))
     states = sum(part.size_bytes for part in asking if part.name == "states")
@@ -246,7 +253,7 @@ def _candidates(contents: Contents, way: Way, job: Job) -> tuple[Part, ...]:
         decoding,
         Part("candidate", contents.block * way.item_bytes),
         Part("codes", 2 * _CANDIDATES * contents.block),  # of 8 bits
-        Part("states", (_CANDIDATES - 1) * states, to_disk=True),
+        Part("states", (_CANDIDATES - 1) * states, spared=True),
     )
 
 
@@ -263,16 +270,36 @@ def _quantizing(contents: Contents, way: Way, job: Job) -> tuple[Part, ...]:
 
 
 def _sensitivity(contents: Contents, way: Way, job: Job) -> tuple[Part, ...]:
-    item, depth = way.item_bytes, len(contents.blocks)
-    layers, graphs = (contents.block, 1) if way.streamed else (contents.inside, depth)
-    state = _GRADIENT_TOKENS * contents.hidden * item
     return (
         *(part for part in _running(contents, way) if part.name != "states"),
         *_said(contents, way),
-        Part("gradients", _GRADIENTS * layers * item),
-        Part("graph", graphs * _GRADIENT_NODES * 2 * (contents.rows + 8 * contents.hidden) * item),
+        *_differentiating(contents, way, _GRADIENTS * way.item_bytes, _GRADIENT_NODES, _DRAWS),
         Part("decoding", job.largest(contents) * _FLOAT_BYTES * (_GRADIENTS + 4)),
-        Part("states", state * (depth + 2 * _DRAWS) if way.streamed else 0, to_disk=True),
+    )
+
+
+def _slopes(contents: Contents, way: Way, job: Job) -> tuple[Part, ...]:
+    """Of a candidate, which is in place meanwhile."""
+    alone = (p for p in _candidates(contents, way, job) if p.name not in ("states", "codes"))
+    each_bytes = way.item_bytes + _FLOAT_BYTES
+    return (*alone, *_differentiating(contents, way, each_bytes, way.row_tokens, 1))
+
+
+def _differentiating(
+    contents: Contents, way: Way, each_bytes: int, tokens: int, draws: int
+) -> tuple[Part, ...]:
+    """Going back through a model, with so many bytes a weight and tokens a row."""
+    graph = tokens * 2 * (contents.rows + 8 * contents.hidden) * way.item_bytes
+    blocks = 0 if way.streamed else len(contents.blocks)
+    others = (contents.inside - contents.block) * each_bytes + (blocks - 1) * graph
+    states = _GRADIENT_TOKENS * contents.hidden * way.item_bytes
+    states *= len(contents.blocks) + 2 * draws
+    return (
+        _logits(contents, way),  # what goes back through them
+        Part("gradients", contents.block * each_bytes),
+        Part("graph", graph),
+        Part("whole", others if blocks else 0, spared=True),
+        Part("states", states if way.streamed else 0, spared=True),
     )
 
 
@@ -289,6 +316,7 @@ _STAGES: Mapping[str, Callable[[Contents, Way, Job], tuple[Part, ...]]] = Mappin
         "candidates": _candidates,
         "quantizing": _quantizing,
         "sensitivity": _sensitivity,
+        "slopes": _slopes,
         "export": _export,
     }
 )

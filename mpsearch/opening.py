@@ -153,11 +153,15 @@ def needs_of(model: Model, job: Job, what: str, disk_bytes: int = 0) -> Needs:
         needed_bytes -= sum(map(available_memory_bytes, others))
     require_memory(needed_bytes, model.device, what)
     require_disk(found["states"], Path(gettempdir()), "keeping hidden states")
-    why = str(_Room.of(model.device, held_bytes(contents, here)))
+    room = _Room.of(model.device, held_bytes(contents, here))
+    why = str(room)
     if model.streamed:
         whole = footprint(contents, there, job).least_bytes
         why = f"loaded whole it takes {format_size(whole)}, and {why}"
-    return Needs(model.streamed, why, found.least_bytes, disk_bytes, found["states"])
+    memory_bytes = found.least_bytes + found["whole"]
+    if memory_bytes > room.allowed_bytes:
+        memory_bytes = found.least_bytes
+    return Needs(model.streamed, why, memory_bytes, disk_bytes, found["states"])
 
 
 def _way(device: torch.device, dtype: torch.dtype, streamed: bool) -> Way:

@@ -43,6 +43,7 @@ class Promise:
         shots: solved examples before each question.
         chat_template: whether they were asked through the model's.
         dtype: of the arithmetic.
+        device: whose it was, as `cpu` or `cuda`; None in older runs.
         tokens: digest of the token ids that were asked; None in older runs.
         relations, subjects: of each fact.
         candidate: what the point answered.
@@ -55,6 +56,7 @@ class Promise:
     shots: int
     chat_template: bool
     dtype: str
+    device: str | None
     tokens: str | None
     relations: tuple[str, ...]
     subjects: tuple[str, ...]
@@ -93,6 +95,7 @@ class Promise:
         made = cls(
             **{key: content[key] for key in ("partition", "facts", "shots", "chat_template")},
             **{key: content[key] for key in ("dtype", "tokens")},
+            device=content.get("device"),
             relations=tuple(content["relations"]),
             subjects=tuple(content["subjects"]),
             candidate=Answers.of(content["candidate"]),
@@ -133,6 +136,7 @@ def promise(run: Run, point: Point) -> Promise:
         run.question["shots"],
         run.question["chat_template"],
         run.question["dtype"],
+        about.get("device"),
         about.get("tokens"),
         tuple(relations),
         tuple(subjects),

@@ -289,6 +289,7 @@ class RecallProxy:
                             totals[layer] += gradient
                         else:
                             totals[layer] = gradient.to(torch.float32, copy=True)
+                    del of_layers  # the next row's take their place
                 yield totals
 
     def noise_floor(self) -> NoiseFloor:

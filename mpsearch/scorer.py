@@ -244,6 +244,7 @@ class Scorer:
             "correct": None if correct is None else correct.tolist(),
             "log_prob_nats": proxy.reference.log_prob.tolist(),
             "tokens": proxy.digest,
+            "device": self._model.device.type,
         }
         self._run.save()
 

@@ -62,6 +62,7 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
         "stored_bytes": tensor_bytes(Path(request["model"])) if request["own"] else None,
         "facts": fact_set.digest,
         "dtype": str(model.dtype),
+        "device": model.device.type,
         "relations": [fact.relation for fact in facts],
         "subjects": [fact.subject for fact in facts],
         "correct": scores.correct.tolist(),

@@ -22,9 +22,10 @@ from mpsearch.manifest import faults, read_manifest
 from mpsearch.promise import Answers, Promise
 
 AGREEMENT = 0.99  # of answers: kernels round in other ways than what scored the candidate
-# Where the loader computes in another dtype than the search did. transformers itself agrees with
-# itself on 97.5 % of 200 facts between bf16 and float32, and gptqmodel's fp16 on 98.4 % of 320.
-AGREEMENT_OTHER_DTYPE = 0.96
+# Where the loader computes in another dtype than the search did, or on another device. transformers
+# itself agrees with itself on 97.5 % of 200 facts between bf16 and float32, gptqmodel's fp16 on
+# 98.4 % of 320, and a CPU's bf16 with an H200's on 98.8 % of 320.
+AGREEMENT_OTHERWISE = 0.96
 AGREEMENT_INT8 = 0.95  # LLM.int8's kernels round inputs to 8 bits, too, on every device
 # By how much kernels may move the mean answer loss; another point's weights move it more.
 _NEAR_NATS, _NEAR_SHARE = 0.1, 0.1
@@ -276,8 +277,11 @@ def _enough(
     bitsandbytes = about is not None and about.get("target") == "bitsandbytes"
     if about is not None and bitsandbytes and "int8" in about["assignment"].values():
         return AGREEMENT_INT8
-    other = promise is not None and promise.dtype != answered["dtype"]
-    return AGREEMENT_OTHER_DTYPE if other else AGREEMENT
+    if promise is None:
+        return AGREEMENT
+    other_device = promise.device not in (None, answered["device"])
+    other = other_device or promise.dtype != answered["dtype"]
+    return AGREEMENT_OTHERWISE if other else AGREEMENT
 
 
 def _compare(
@@ -312,7 +316,7 @@ def _compare(
                 len(relations) - agreeing <= max(1, (1 - enough) * len(relations)),
                 f"{agreeing} of {len(relations)} {promise.partition} facts are answered as "
                 f"promised ({share:.1%}; {enough:.0%} are enough, computed in "
-                f"{answered['dtype'].removeprefix('torch.')})",
+                f"{answered['dtype'].removeprefix('torch.')} on {answered['device']})",
             )
         )
         low, high = promise.recall.low, promise.recall.high

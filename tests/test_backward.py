@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -82,6 +82,32 @@ def test_gradients_are_to_the_bit_those_of_the_loaded_model(tmp_path: Path, name
         parts = Backward(some_pass(whole)).parts(candidate, names(whole), two_scalars, most=2)
         assert same(collected(parts), expected)
         assert empty(skeleton)
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_a_loaded_model_is_gone_back_through_by_block_where_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: bool
+) -> None:
+    whole = loaded(folder_of(tmp_path, "llama"), torch.bfloat16)
+    bench = bench_of(whole, tmp_path)
+    with bench:
+        bench.put(assignments(bench)[2])
+        expected = collected(gradients(some_pass(whole), {}, names(whole), two_scalars))
+        work, count = some_pass(whole), 0
+        weights = sum(layer.weights for layer in whole.layers)
+        monkeypatch.setattr(
+            "mpsearch.backward.available_memory_bytes",
+            lambda device: weights * 6 if short else 2**30,
+        )
+
+        def counted() -> Iterator[Iterable[Sample]]:
+            nonlocal count
+            for part in gradients(work, bench.held, names(whole), two_scalars, most=2):
+                count += 1
+                yield part
+
+        assert same(collected(counted()), expected)
+    assert (count > 1) == short
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "gemma", "gpt2", "states in a tuple"])

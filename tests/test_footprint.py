@@ -128,11 +128,16 @@ def test_calibrated_quantizers_hold_what_layers_read(plain: Contents) -> None:
     assert bytes_of[1] == bytes_of[0] * 400 // 300
 
 
-def test_gradients_are_of_the_model_or_of_a_block(plain: Contents) -> None:
-    job = Job(("sensitivity",))
-    whole, streamed = (footprint(plain, way, job) for way in (LOADED, STREAMED))
-    assert whole["gradients"] == 2 * streamed["gradients"]
-    assert whole["graph"] == 2 * streamed["graph"]
+@pytest.mark.parametrize(("stage", "a_weight"), [("sensitivity", 2 * 2), ("slopes", 2 + 4)])
+def test_gradients_are_of_a_block_and_of_all_where_there_is_room(
+    plain: Contents, stage: str, a_weight: int
+) -> None:
+    whole, streamed = (footprint(plain, way, Job((stage,))) for way in (LOADED, STREAMED))
+    assert whole["gradients"] == streamed["gradients"] == plain.block * a_weight
+    assert whole["graph"] == streamed["graph"] > 0
+    assert whole["whole"] == (plain.inside - plain.block) * a_weight + whole["graph"]  # of two
+    assert streamed["whole"] == 0
+    assert whole.least_bytes == whole.peak_bytes - whole["whole"] - whole["reference"]
 
 
 def test_a_gpu_holds_no_interpreter(plain: Contents) -> None:

@@ -263,7 +263,14 @@ def test_few_answers_may_turn_even_where_recall_was_certain(
     names = [f"s{i}" for i in range(facts)]
     told = Answers((True,) * facts, (0.0,) * facts)
     sure, none = Interval(1.0, 1.0, 1.0), Interval(0.0, 0.0, 0.0)
-    asked = {"facts": "", "shots": 4, "chat_template": False, "dtype": "", "tokens": "t"}
+    asked = {
+        "facts": "",
+        "shots": 4,
+        "chat_template": False,
+        "dtype": "",
+        "tokens": "t",
+        "device": "cpu",
+    }
     promised = Promise(
         "test", **asked, relations=("r",) * facts, subjects=tuple(names), candidate=told,
         reference=told, recall=sure, answer_loss=none,
@@ -271,7 +278,7 @@ def test_few_answers_may_turn_even_where_recall_was_certain(
     answered = {
         "relations": ["r"] * facts, "subjects": names, "tokens": "t", "loader": "l",
         "correct": [i >= wrong for i in range(facts)], "log_prob_nats": [0.0] * facts,
-        "load_seconds": 0.0, "ask_seconds": 0.0, "dtype": "torch.float16",
+        "load_seconds": 0.0, "ask_seconds": 0.0, "dtype": "torch.float16", "device": "cpu",
     }  # fmt: skip
     compare = sys.modules["mpsearch.verify"]._compare
     found = compare(Path("x"), [], answered, promised, share, told, None)
@@ -279,22 +286,27 @@ def test_few_answers_may_turn_even_where_recall_was_certain(
 
 
 @pytest.mark.parametrize(
-    ("target", "fmt", "dtype", "share"),
+    ("target", "fmt", "dtype", "device", "share"),
     [
-        ("compressed-tensors", "int4-g64", "torch.bfloat16", 0.99),
-        ("gptq", "gptq4-g64", "torch.float16", 0.96),
-        ("bitsandbytes", "nf4", "torch.bfloat16", 0.99),
-        ("bitsandbytes", "int8", "torch.bfloat16", 0.95),
-        ("dequantized", "int8", "torch.bfloat16", 0.99),
+        ("compressed-tensors", "int4-g64", "torch.bfloat16", "cpu", 0.99),
+        ("compressed-tensors", "int4-g64", "torch.bfloat16", "cuda", 0.96),
+        ("gptq", "gptq4-g64", "torch.float16", "cpu", 0.96),
+        ("bitsandbytes", "nf4", "torch.bfloat16", "cpu", 0.99),
+        ("bitsandbytes", "int8", "torch.bfloat16", "cpu", 0.95),
+        ("dequantized", "int8", "torch.bfloat16", "cpu", 0.99),
     ],
 )
 def test_more_answers_may_turn_where_the_arithmetic_is_another(
-    made: Path, target: str, fmt: str, dtype: str, share: float
+    made: Path, target: str, fmt: str, dtype: str, device: str, share: float
 ) -> None:
-    promised = replace(Promise.of(read_manifest(made)["promise"]), dtype="torch.bfloat16")
+    written = Promise.of(read_manifest(made)["promise"])
+    assert written.device == "cpu"
+    promised = replace(written, dtype="torch.bfloat16")
     about = {"target": target, "assignment": {"a": "bf16", "b": fmt}}
     enough = sys.modules["mpsearch.verify"]._enough
-    assert enough(about, promised, {"dtype": dtype}) == share
+    assert enough(about, promised, {"dtype": dtype, "device": device}) == share
+    of_old = replace(promised, device=None)  # nobody knows on which
+    assert enough(about, of_old, {"dtype": promised.dtype, "device": "cuda"}) in (0.99, 0.95)
 
 
 @pytest.mark.usefixtures("here")

@@ -109,7 +109,8 @@ def _load_transformers(folder: Path, method: str, device: torch.device) -> Any:
     if lost := sorted(loaded["missing_keys"]):
         raise ModelError(f"checkpoint '{folder}' lacks '{lost[0]}' and {len(lost) - 1} more")
     if method == "compressed-tensors":
-        module(torch.zeros(1, 1, dtype=torch.long))  # decompresses its weights on the first pass
+        # It decompresses its weights on the first pass, and then keeps them where they are.
+        module.to(device)(torch.zeros(1, 1, dtype=torch.long, device=device))
         return _computing(module, device)
     for layer in module.modules():
         # On some CPUs bitsandbytes (0.50) packs 4-bit weights again, with scales rounded to bf16:
