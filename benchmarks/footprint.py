@@ -4,10 +4,10 @@ Protocol: Llama-like models of several depths and widths, built from a config wi
 and written as shards, with a bank of arbitrary codes. For each job and each way in which a model
 is run, a fresh process is told to take as much memory as `mpsearch.footprint` says it needs at
 least, and does the job's parts that take most: `ask` scores facts with distractors and text twice;
-`search` measures sensitivity and scores two candidates; `bank` rounds the largest layer. The peak
-is the kernel's count of what was resident (VmHWM, Linux only), mapped files included. Above the
-limit the estimate was too small; far below it, too large. The process that reads the headers alone
-is no part of it.
+`search` measures sensitivity, scores two candidates, and measures slopes at one; `bank` rounds the
+largest layer. The peak is the kernel's count of what was resident (VmHWM, Linux only), mapped files
+included. Above the limit the estimate was too small; far below it, too large. The process that
+reads the headers alone is no part of it.
 
     python benchmarks/footprint.py [--models NAME ...] [--jobs JOB ...] [--out FILE]
 
@@ -53,6 +53,7 @@ from mpsearch.recall import RecallProxy
 from mpsearch.sensitivity import measure_sensitivity
 from mpsearch.shards import Shards
 from mpsearch.skeleton import load_skeleton
+from mpsearch.slopes import measure_slopes
 from mpsearch.space import SearchSpace
 from mpsearch.tensor_files import write_tensors
 from mpsearch.text import Text
@@ -190,6 +191,7 @@ def _search(model: Model) -> None:
         )
         bench.evaluate_all([uniform, mixed], proxy)
         bench.read_all([uniform, mixed], guard)
+        measure_slopes(bench, mixed, [proxy])
 
 
 def _quantize(model: Model) -> None:

@@ -175,6 +175,7 @@ def _check(result: dict[str, Any], out: Path, peers: Peers) -> None:
         "commit": commit(),
         "threads": torch.get_num_threads(),
         "machine": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {name: version(name) for name in libraries},
     }
 

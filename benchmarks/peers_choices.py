@@ -153,6 +153,7 @@ class Peers:
             "seconds": round(choice.seconds, 1),
             "levels": self.grid(size).code(choice.assignment),
             "commit": commit(),
+            "device": self.model.device.type,
         }
 
     def finals(self, rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, int], Final]:

@@ -1,6 +1,7 @@
 """The one place that knows devices, memory and disk.
 
-CPU is what this project is tested on. The CUDA and MPS branches are not verified on such devices.
+CPU is what this project is tested on at every change. The CUDA branch ran on one H200
+(`tests/test_gpu.py`); several GPUs and MPS are not verified.
 """
 
 from __future__ import annotations
@@ -115,8 +116,8 @@ def place_blocks(
 
     Norm and head are there, too: tokens, what is read of states, and logits so are all on one
     device, and a tied head is where its embedding is. A block takes to its own device whatever it
-    is called with, and the last one hands back its output to the first device. Not verified on a
-    GPU.
+    is called with, and the last one hands back its output to the first device. Not verified on
+    several GPUs.
 
     Raises:
         ResourceError: the blocks do not fit.

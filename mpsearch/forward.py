@@ -145,6 +145,12 @@ class PreparedRow:
     places: Tensor
     tokens: Tensor
 
+    def continuations(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """For each sequence its index, and its span as tensors on the device."""
+        lengths = [len(tokens) for _, tokens in self.spans]
+        parts = (torch.split(self.places, lengths), torch.split(self.tokens, lengths))
+        yield from zip(self.indices, *parts, strict=True)
+
 
 class Pass:
     """A fixed set of sequences, tokenized, packed and masked once, run for every candidate.
@@ -227,7 +233,5 @@ class Pass:
             logits = map(self.logits, self.rows)
         for row, found in zip(self.rows, logits, strict=True):
             log_probs = found.log_softmax(-1)
-            lengths = [len(tokens) for _, tokens in row.spans]
-            parts = (torch.split(row.places, lengths), torch.split(row.tokens, lengths))
-            for index, places, tokens in zip(row.indices, *parts, strict=True):
+            for index, places, tokens in row.continuations():
                 yield index, log_probs[places], tokens

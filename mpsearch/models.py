@@ -263,7 +263,7 @@ def from_module(
     """Wrap a transformers model, whose weights are taken in bf16 precision.
 
     Args:
-        beside: more devices, over all of which its blocks are spread; not verified on a GPU.
+        beside: more devices, over all of which its blocks are spread; not verified on several.
     Raises:
         CheckError: a weight is NaN or infinite.
         ModelError: nothing in it can be quantized, or tokens reach each other past its attention.

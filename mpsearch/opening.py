@@ -126,7 +126,7 @@ def choose(name: str, contents: Contents, job: Job) -> Choice:
 
 def _beside(first_bytes: int, whole: Footprint) -> tuple[torch.device, ...]:
     """The other devices if all together hold a loaded model and its job; none under a limit, which
-    is of one. Each has to hold what runs through a block, too. Not verified on a GPU."""
+    is of one. Each has to hold what runs through a block, too. Not verified on several."""
     others = pick_devices()[1:] if memory_limit() is None else ()
     running_bytes = whole["activations"] + whole["logits"] + whole["decoding"]
     more_bytes = sum(max(0, available_memory_bytes(d) - running_bytes) for d in others)

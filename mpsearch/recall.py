@@ -272,7 +272,7 @@ class RecallProxy:
 
         def loss(row: PreparedRow, logits: Tensor) -> list[Tensor]:
             log_probs, terms = logits.log_softmax(-1), []
-            for index, (places, tokens) in zip(row.indices, row.spans, strict=True):
+            for index, places, tokens in row.continuations():
                 if index in of_answers:
                     terms.append(-of_answers[index] * log_probs[places, tokens].sum())
                 elif index in of_prompts:
