@@ -25,7 +25,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mpsearch.device import available_memory_bytes
+from mpsearch.device import available_memory_bytes, require_memory, return_freed_memory
 from mpsearch.errors import ModelError
 from mpsearch.forward import Pass, PreparedRow, differentiable
 from mpsearch.states import States
@@ -97,10 +97,15 @@ def gradients(
         For each part its rows in order, each with its scalars in order. Take all of a part before
         the next. What a layer of the part holds is in place meanwhile; close what is broken off.
     Raises:
-        ResourceError: hidden states fill the disk.
+        ResourceError: hidden states fill the disk, or there is no room for a loaded model whose
+            blocks cannot be gone through one at a time.
     """
-    backward = None if _has_room(work, layers) else _by_block(work)
+    needed_bytes = 0 if work.model.streamed else _whole_bytes(work, layers)
+    backward = None
+    if work.model.streamed or not _has_room(needed_bytes, work.model.device):
+        backward = _by_block(work, layers)
     if backward is None:
+        require_memory(needed_bytes, work.model.device, "going back through the model at once")
         with closing(_whole(work, layers, scalars, report)) as samples:
             yield samples
         return
@@ -108,26 +113,39 @@ def gradients(
     yield from backward.parts(held, layers, scalars, most=most, report=report)
 
 
-def _has_room(work: Pass, layers: Sequence[str]) -> bool:
-    """Whether memory holds the graph of all blocks, and of their layers a gradient and its sum."""
+def _whole_bytes(work: Pass, layers: Sequence[str]) -> int:
+    """Of the graph of all blocks, of logits, and of each layer a gradient and its sum."""
     model = work.model
-    if model.streamed:
-        return False
     wanted, tokens = set(layers), max(row.inputs["input_ids"].shape[1] for row in work.rows)
     weights = sum(layer.weights for layer in model.every_layer if layer.name in wanted)
     graph = tokens * 2 * sum(layer.rows + layer.columns for layer in model.layers)
-    needed_bytes = (weights + graph) * model.dtype.itemsize + weights * 4
-    return needed_bytes <= available_memory_bytes(model.device)
+    logits = tokens * len(model.tokenizer) * 4  # numbers, in float32
+    return (weights + graph) * model.dtype.itemsize + (weights + logits) * 4
 
 
-def _by_block(work: Pass) -> Backward | None:
-    """None of a loaded model that cannot be run so."""
+def _has_room(needed_bytes: int, device: torch.device) -> bool:
+    if needed_bytes <= available_memory_bytes(device):
+        return True
+    return_freed_memory(device)  # an allocator may have kept what an earlier pass took
+    return needed_bytes <= available_memory_bytes(device)
+
+
+def _by_block(work: Pass, layers: Sequence[str]) -> Backward | None:
+    """None of a loaded model that cannot be gone through so, or is not known to.
+
+    A layer beside the blocks that is neither embedding nor head may reach them by other ways than
+    the hidden states.
+    """
+    model = work.model
     try:
-        return Backward(work)
+        backward = Backward(work)
     except ModelError:
-        if work.model.streamed:
+        if model.streamed:
             raise
         return None
+    beside = {layer.name for layer in (model.embedding, model.head) if layer is not None}
+    strange = set(layers).difference(beside, *backward.layers)
+    return None if strange and not model.streamed else backward
 
 
 def _whole(work: Pass, layers: Sequence[str], scalars: Scalars, report: Progress) -> Samples:
@@ -153,6 +171,11 @@ class Backward:
     def __init__(self, work: Pass, supply: Supply | None = None, states_bytes: int | None = None):
         self._work = work
         self._walk = Walk(work, supply, states_bytes)
+
+    @property
+    def layers(self) -> list[list[str]]:
+        """Names of each block's layers."""
+        return self._walk.layers
 
     def parts(
         self,
@@ -277,7 +300,8 @@ def _samples(
                 found = torch.autograd.grad(
                     # An expert in a module of its own that no token enters is not used.
                     result, [*parameters, *([] if state is None else [state])], gradient,
-                    retain_graph=True, allow_unused=True, materialize_grads=True,
+                    retain_graph=number + 1 < len(results), allow_unused=True,
+                    materialize_grads=True,
                 )  # fmt: skip
                 if state is not None:
                     of_state.append(found[-1])

@@ -160,7 +160,8 @@ def verify(
         keys = list(zip(answered["relations"], answered["subjects"], strict=True))
         asked = ask_fresh({**request, "keys": keys, "model": reference, "own": False})
         report("asking the reference", 1, 1)
-        checks.append(_of_reference(asked, answered, about, said_by_reference))
+        enough = _enough(None, promise, asked)
+        checks.append(_of_reference(asked, answered, about, said_by_reference, enough))
         said_by_reference = Answers.of(asked)
     enough = _enough(about, promise, answered)
     return _compare(folder, checks, answered, promise, enough, said_by_reference, max_loss_nats)
@@ -246,6 +247,7 @@ def _of_reference(
     answered: Mapping[str, Any],
     about: Mapping[str, Any] | None,
     known: Answers | None,
+    enough: float,
 ) -> Check:
     """Whether it is the model that the checkpoint was made from.
 
@@ -260,7 +262,7 @@ def _of_reference(
         same, said = False, "the reference reads the facts as other tokens"
     elif known is not None:
         alike = sum(a == b for a, b in zip(known.correct, asked["correct"], strict=True))
-        same = alike >= AGREEMENT * len(known.correct)
+        same = alike >= enough * len(known.correct)
         said = (
             f"the reference answers {alike} of {len(known.correct)} facts as the model it was "
             "made from did"

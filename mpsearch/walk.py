@@ -350,7 +350,8 @@ class Walk:
             calls = self._calls(row, as_tuple)
             if len(calls) != len(self.blocks) or any(s is not calls[0][0] for s, _ in calls):
                 return False
-            if not all(_is_fixed((call.others, call.named)) for _, call in calls):
+            given = (part for _, call in calls for part in (*call.others, *call.named.values()))
+            if not all(map(_is_fixed, given)):
                 return False
             state = calls[0][0]
             return torch.equal(self.behind(row, state), self.behind(row, state, state + 1))
@@ -423,6 +424,6 @@ def _is_fixed(value: Any) -> bool:
     """Whether nothing can be left in it for another block to find."""
     if isinstance(value, tuple | list):
         return all(map(_is_fixed, value))
-    if isinstance(value, Mapping):
-        return all(map(_is_fixed, value.values()))
+    if isinstance(value, Mapping):  # an empty one may be there to be filled
+        return bool(value) and all(map(_is_fixed, value.values()))
     return value is None or isinstance(value, Tensor | bool | int | float | str)

@@ -110,6 +110,18 @@ def test_a_loaded_model_is_gone_back_through_by_block_where_memory_is_short(
     assert (count > 1) == short
 
 
+def test_a_loaded_model_that_goes_at_once_alone_is_refused_where_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = loaded(folder_of(tmp_path, "llama"), torch.bfloat16)
+    monkeypatch.setattr("mpsearch.walk.Walk._hands_on_states", lambda walk, as_tuple: False)
+    assert collected(gradients(some_pass(whole), {}, names(whole), two_scalars))
+    monkeypatch.setattr("mpsearch.backward.available_memory_bytes", lambda device: 0)
+    monkeypatch.setattr("mpsearch.device.available_memory_bytes", lambda device: 0)
+    with pytest.raises(ResourceError, match="going back through the model at once needs about"):
+        collected(gradients(some_pass(whole), {}, names(whole), two_scalars))
+
+
 @pytest.mark.parametrize("name", ["llama", "tied", "gemma", "gpt2", "states in a tuple"])
 def test_embedding_and_head_get_theirs_and_a_tied_one_both(tmp_path: Path, name: str) -> None:
     folder = folder_of(tmp_path, name)
