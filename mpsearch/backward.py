@@ -19,7 +19,7 @@ Source: recomputation from kept inputs, Chen et al. (arXiv:1604.06174).
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 
 import torch
@@ -100,12 +100,8 @@ def gradients(
         ResourceError: hidden states fill the disk, or there is no room for a loaded model whose
             blocks cannot be gone through one at a time.
     """
-    needed_bytes = 0 if work.model.streamed else _whole_bytes(work, layers)
-    backward = None
-    if work.model.streamed or not _has_room(needed_bytes, work.model.device):
-        backward = _by_block(work, layers)
+    backward = _by_block(work, layers)
     if backward is None:
-        require_memory(needed_bytes, work.model.device, "going back through the model at once")
         with closing(_whole(work, layers, scalars, report)) as samples:
             yield samples
         return
@@ -131,21 +127,23 @@ def _has_room(needed_bytes: int, device: torch.device) -> bool:
 
 
 def _by_block(work: Pass, layers: Sequence[str]) -> Backward | None:
-    """None of a loaded model that cannot be gone through so, or is not known to.
+    """What goes back block by block; None where all goes at once.
 
     A layer beside the blocks that is neither embedding nor head may reach them by other ways than
-    the hidden states.
+    the hidden states, so a loaded model goes back through it at once or not at all.
     """
     model = work.model
-    try:
-        backward = Backward(work)
-    except ModelError:
-        if model.streamed:
-            raise
+    if model.streamed:
+        return Backward(work)
+    if _has_room(needed_bytes := _whole_bytes(work, layers), model.device):
         return None
-    beside = {layer.name for layer in (model.embedding, model.head) if layer is not None}
-    strange = set(layers).difference(beside, *backward.layers)
-    return None if strange and not model.streamed else backward
+    with suppress(ModelError):
+        backward = Backward(work)
+        beside = {layer.name for layer in (model.embedding, model.head) if layer is not None}
+        if not set(layers).difference(beside, *backward.layers):
+            return backward
+    require_memory(needed_bytes, model.device, "going back through the model at once")
+    return None
 
 
 def _whole(work: Pass, layers: Sequence[str], scalars: Scalars, report: Progress) -> Samples:

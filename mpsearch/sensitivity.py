@@ -229,12 +229,11 @@ def _sampled_sums(
     counts once for each fact that reads it.
     """
     log_probs = logits.log_softmax(-1)
-    chances = log_probs.detach().exp().cpu()
-    places = torch.tensor([place for span, _ in row.spans for place in span])
+    chances = log_probs.detach().exp().cpu()[row.places.cpu()]
     sums = []
     for _ in range(draws):
-        tokens = torch.multinomial(chances[places], 1, generator=generator)[:, 0]
-        sums.append(log_probs[places.to(log_probs.device), tokens.to(log_probs.device)].sum())
+        tokens = torch.multinomial(chances, 1, generator=generator)[:, 0]
+        sums.append(log_probs[row.places, tokens.to(log_probs.device)].sum())
     return sums
 
 
