@@ -133,22 +133,21 @@ class PreparedRow:
     """A row as tensors on the model's device: what `Row` says, ready for the forward.
 
     Attributes:
-        spans: for each sequence where among the read nodes its continuation is predicted, and its
-            tokens.
-        places, tokens: the same of all of them, one after another.
+        indices, lengths: of each sequence, and how many tokens its continuation has.
+        places, tokens: of all continuations, one after another: where among the read nodes a token
+            is predicted, and which it is.
     """
 
     inputs: dict[str, Tensor]
     read_nodes: Tensor
     indices: list[int]
-    spans: list[tuple[list[int], list[int]]]
+    lengths: list[int]
     places: Tensor
     tokens: Tensor
 
     def continuations(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """For each sequence its index, and its span as tensors on the device."""
-        lengths = [len(tokens) for _, tokens in self.spans]
-        parts = (torch.split(self.places, lengths), torch.split(self.tokens, lengths))
+        """For each sequence its index, and its places and tokens on the device."""
+        parts = (torch.split(self.places, self.lengths), torch.split(self.tokens, self.lengths))
         yield from zip(self.indices, *parts, strict=True)
 
 
@@ -183,14 +182,14 @@ class Pass:
             "position_ids": torch.tensor([row.positions], device=device),
             "attention_mask": row.mask()[None, None].to(device),
         }
-        spans = [([place[node] for node in nodes], tokens) for _, nodes, tokens in row.reads]
-        indices = [index for index, _, _ in row.reads]
-        places, tokens = (
-            torch.tensor([number for span in spans for number in span[part]], device=device)
-            for part in (0, 1)
+        return PreparedRow(
+            inputs,
+            torch.tensor(read_nodes, device=device),
+            [index for index, _, _ in row.reads],
+            [len(tokens) for _, _, tokens in row.reads],
+            torch.tensor([place[n] for _, nodes, _ in row.reads for n in nodes], device=device),
+            torch.tensor([t for _, _, tokens in row.reads for t in tokens], device=device),
         )
-        read = torch.tensor(read_nodes, device=device)
-        return PreparedRow(inputs, read, indices, spans, places, tokens)
 
     def logits(self, row: PreparedRow) -> Tensor:
         """`(read nodes, vocab)` float32 logits of one row, only at the nodes that are read."""

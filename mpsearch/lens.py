@@ -104,11 +104,9 @@ def _answers(logits: Tensor, row: PreparedRow) -> NDArray[Any]:
     Args:
         logits: `(read nodes, vocab)` float32.
     """
-    places = [place for nodes, _ in row.spans for place in nodes]
-    tokens = [token for _, answer in row.spans for token in answer]
-    starts = np.cumsum([0, *(len(answer) for _, answer in row.spans[:-1])])
-    steps = logits[places, tokens] - logits.logsumexp(-1)[places]
-    return np.add.reduceat(steps.double().cpu().numpy(), starts)
+    steps = logits[row.places, row.tokens] - logits.logsumexp(-1)[row.places]
+    sums = [answer.sum() for answer in torch.split(steps.double(), row.lengths)]
+    return torch.stack(sums).cpu().numpy()
 
 
 def _check(model: Model, own: NDArray[Any], read: NDArray[Any]) -> None:

@@ -72,5 +72,4 @@ def perturb_one(bench: Bench, work: Pass, report: Report = silent) -> dict[tuple
 def _kl(reference: Tensor, candidate: Tensor, row: PreparedRow) -> float:
     """KL(reference || candidate) in nats, summed over the row's facts and their answers' tokens."""
     at_nodes = (reference.exp() * (reference - candidate)).sum(-1, dtype=torch.float64)
-    nodes = [node for span, _ in row.spans for node in span]
-    return float(at_nodes.clamp(min=0.0)[nodes].sum())
+    return float(at_nodes.clamp(min=0.0)[row.places].sum())

@@ -218,7 +218,7 @@ class RecallProxy:
             self.first = FirstTokens(self._model.name, self._sequences, kept)
         top1 = [
             _is_prefix(self._model.tokenizer.decode([token]), fact)
-            for token, fact in zip(_numbers(first_tokens), self.facts, strict=True)
+            for token, fact in zip(_numbers(first_tokens).values(), self.facts, strict=True)
         ]
         margin, lead = None, None
         if self._contrast:
@@ -227,11 +227,11 @@ class RecallProxy:
             margin = np.array([option[0] - option[1:].max() for option in options])
             lead = np.array([np.diff(np.sort(option)[-2:])[0] for option in options])
         log_prob = sums[[answers[0] for answers in self._answers_of]]
-        of_relation = dict(zip(sorted(prompt_kl), _numbers(prompt_kl), strict=True))
+        of_relation = _numbers(prompt_kl)
         of_prompts = np.array([of_relation.get(name, 0.0) for name in self.relations])
         return FactScores(
             log_prob,
-            np.array(_numbers(kl)) if kl else np.zeros(len(self.facts)),
+            np.array([*_numbers(kl).values()]) if kl else np.zeros(len(self.facts)),
             np.array(top1, dtype=bool),
             margin,
             lead,
@@ -378,9 +378,11 @@ def _tokenize(tokenizer: Any, text: str, special: bool) -> tuple[list[int], list
     return tokens, [end for _, end in offsets]
 
 
-def _numbers(found: Mapping[Any, Tensor]) -> list[Any]:
-    """Of one-element tensors, in the order of their keys, read at once."""
-    return torch.stack([found[key] for key in sorted(found)]).tolist() if found else []
+def _numbers(found: Mapping[Any, Tensor]) -> dict[Any, Any]:
+    """What one-element tensors hold, in the order of their keys, read at once."""
+    keys = sorted(found)
+    numbers = torch.stack([found[key] for key in keys]).tolist() if keys else []
+    return dict(zip(keys, numbers, strict=True))
 
 
 def _is_prefix(predicted: str, fact: Fact) -> bool:

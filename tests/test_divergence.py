@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,8 +15,10 @@ def test_kl_is_never_negative_and_zero_only_for_equals() -> None:
     expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")
     assert kl_divergence(p, q) == pytest.approx(float(expected), rel=1e-5)
     assert kl_divergence(p, p) == 0.0
-    assert kl_divergence(p, p + 1e-6) >= 0.0  # not normalized: below zero unless clamped
-    assert np.isnan(kl_divergence(p, torch.full_like(q, torch.nan)))
+    above = p + 1e-6  # not normalized: below zero unless clamped
+    assert kl_divergence(p, above) == 0.0
+    assert kl_by_token(p[None], above[None]).tolist() == [0.0]
+    assert kl_divergence(p, torch.full_like(q, torch.nan)).isnan()
 
 
 def test_the_shortfall_is_the_kl_within_the_others_times_their_probability() -> None:
