@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 
 def search(args: argparse.Namespace) -> None:
-    from mpsearch.console import Progress, emit_json, front_json, say, show_front
+    from mpsearch.console import Progress, emit_json, say
     from mpsearch.fit_commands import check_device_flags, device_budget_of
     from mpsearch.fluency import check_max_text_kl
     from mpsearch.run import Run
     from mpsearch.sizes import format_size, parse_size
+    from mpsearch.tables import front_json, show_front
 
     # Whatever can be refused without the model is refused before it is loaded.
     check_device_flags(args)
@@ -86,7 +87,8 @@ def search(args: argparse.Namespace) -> None:
 
 
 def layers(args: argparse.Namespace) -> None:
-    from mpsearch.console import emit_json, layers_json, say, show_kept, show_layers
+    from mpsearch.console import emit_json, say
+    from mpsearch.tables import layers_json, show_kept, show_layers
 
     space_file = _space(args)
     model = _model(args, "look", space_file)
@@ -101,8 +103,9 @@ def layers(args: argparse.Namespace) -> None:
 
 
 def bank(args: argparse.Namespace) -> None:
-    from mpsearch.console import Progress, emit_json, format_seconds, say, show_bank
+    from mpsearch.console import Progress, emit_json, format_seconds, say
     from mpsearch.sizes import format_size
+    from mpsearch.tables import show_bank
 
     space_file, calibration = _space(args), _calibration(args)
     model = _model(args, "bank", space_file)
@@ -142,7 +145,8 @@ def bank(args: argparse.Namespace) -> None:
 
 
 def sensitivity(args: argparse.Namespace) -> None:
-    from mpsearch.console import Progress, emit_json, say, show_sensitivity
+    from mpsearch.console import Progress, emit_json, say
+    from mpsearch.tables import show_sensitivity
 
     space_file, facts, calibration = _space(args), _facts(args), _calibration(args)
     model = _model(args, "sensitivity", space_file)
@@ -169,8 +173,9 @@ def sensitivity(args: argparse.Namespace) -> None:
 
 
 def list_facts(args: argparse.Namespace) -> None:
-    from mpsearch.console import emit_json, format_seconds, say, show_facts
+    from mpsearch.console import emit_json, format_seconds, say
     from mpsearch.facts.describe import describe
+    from mpsearch.tables import show_facts
 
     began = time.monotonic()
     description = describe(_facts(args))
@@ -184,8 +189,9 @@ def list_facts(args: argparse.Namespace) -> None:
 
 
 def front(args: argparse.Namespace) -> None:
-    from mpsearch.console import emit_json, front_json, say, show_front
+    from mpsearch.console import emit_json, say
     from mpsearch.run import Run
+    from mpsearch.tables import front_json, show_front
 
     run = Run.open(args.run)
     front = run.front()
@@ -197,8 +203,9 @@ def front(args: argparse.Namespace) -> None:
 
 
 def show(args: argparse.Namespace) -> None:
-    from mpsearch.console import emit_json, say, show_point
+    from mpsearch.console import emit_json, say
     from mpsearch.run import Run
+    from mpsearch.tables import show_point
 
     run = Run.open(args.run)
     point = run.find(args.point)

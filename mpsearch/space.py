@@ -247,6 +247,18 @@ class ResolvedSpace:
             assignment[name] in {fmt.name for fmt in fmts} for name, fmts in self.options.items()
         )
 
+    def by_block(self, assignment: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
+        """The kinds of groups, and a row a block: its number, then the format of each kind.
+
+        What lies in no block has a last row without a number; a kind that a block lacks is empty.
+        """
+        kinds = list(dict.fromkeys(group.kind for group in self.groups))
+        blocks: dict[str, dict[str, str]] = {}
+        for group in self.groups:
+            depth = "" if group.depth is None else str(group.depth)
+            blocks.setdefault(depth, {})[group.kind] = assignment[group.name]
+        return kinds, [[block, *(of.get(k, "") for k in kinds)] for block, of in blocks.items()]
+
     def layer_formats(self, assignment: Mapping[str, str]) -> dict[str, Format]:
         """Layer name to format, in model order."""
         return {

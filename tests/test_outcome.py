@@ -11,9 +11,9 @@ from test_run import ROWS, Row, line, size, write_run
 from test_run_front import identity, loss, refine_row
 
 from mpsearch.bootstrap import Interval
-from mpsearch.console import show_front
 from mpsearch.outcome import Outcome, outcome
 from mpsearch.run import Run
+from mpsearch.tables import show_front
 
 SUBJECTS = ["x", "y", "z", "x"]
 PICK = ROWS[4]  # the searched one

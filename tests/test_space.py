@@ -300,6 +300,18 @@ def test_with_both_keys_a_tied_head_follows_its_embedding() -> None:
     assert untied.kept_bytes == KEPT_BYTES - 2 * EMBEDDING_BYTES
 
 
+def test_formats_by_block_name_every_kind_and_no_block_for_the_head() -> None:
+    space = parse(HEAD + "head: [int2-g64, int4-g64]\n").resolve(UNTIED)
+    changed = {**space.smallest, space.groups[5].name: "bf16", "lm_head": "int4-g64"}
+    kinds, rows = space.by_block(changed)
+    assert [space.groups[5].kind, space.groups[5].depth] == [kinds[1], 1]
+    assert rows == [
+        ["0", *["int2-g64"] * 4, ""],
+        ["1", "int2-g64", "bf16", "int2-g64", "int2-g64", ""],
+        ["", *[""] * 4, "int4-g64"],
+    ]
+
+
 @pytest.mark.parametrize("key", ["embedding", "head"])
 def test_a_key_for_what_the_model_has_not_is_one_line(key: str) -> None:
     bare = replace(TWO_BLOCKS, embedding=None, head=None)

@@ -178,12 +178,7 @@ def _baselines(run: Run, point: Point) -> list[str]:
 
 def _formats(about: Mapping[str, Any], space: ResolvedSpace) -> list[str]:
     """A row a block, a column a kind of group."""
-    kinds = list(dict.fromkeys(group.kind for group in space.groups))
-    blocks: dict[str, dict[str, str]] = {}
-    for group in space.groups:
-        depth = "" if group.depth is None else str(group.depth)
-        blocks.setdefault(depth, {})[group.kind] = about["assignment"][group.name]
-    rows = [[block, *(of.get(kind, "") for kind in kinds)] for block, of in blocks.items()]
+    kinds, rows = space.by_block(about["assignment"])
     return [
         "## Formats by layer",
         "",
