@@ -29,9 +29,9 @@ from mpsearch.evaluate import Bench
 from mpsearch.facts import FactSet
 from mpsearch.journal import open_study
 from mpsearch.run import Run
-from mpsearch.samplers import SLOPES
 from mpsearch.space import ResolvedSpace
 from mpsearch.study import FINALISTS
+from mpsearch.trials import SLOPES
 
 MIDWAY = "midway"
 SIZES = ("uniform 3-bit", MIDWAY, "uniform 4-bit", "uniform 4-bit + 25 %")

@@ -22,8 +22,8 @@ from peers_facts import SearchFacts, whole_lines
 
 from mpsearch.assignment import Assignment
 from mpsearch.errors import RunError
-from mpsearch.samplers import distributions
 from mpsearch.space import ResolvedSpace
+from mpsearch.trials import distributions
 
 Levels = tuple[int, ...]  # of each group, 0 for its smallest format
 Some = tuple[int, ...] | None  # numbers of facts, None for all

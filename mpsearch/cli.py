@@ -102,7 +102,8 @@ def _resume_hint(args: argparse.Namespace) -> str:
             given.append(f"--{flag.replace('_', '-')} {shlex.quote(str(value))}")
     given += ["--awq"] * args.awq + ["--chat-template"] * args.chat_template
     model, out = shlex.quote(args.model), shlex.quote(args.out)
-    return f"; continue with: mpsearch search {model} {' '.join(given)} --resume -o {out}"
+    ending = "; add --trials 0 to end with the best so far, or"
+    return f"{ending} continue with: mpsearch search {model} {' '.join(given)} --resume -o {out}"
 
 
 # ------------------------------------------------------------------------------------ parser
@@ -154,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         help="never recommend what differs more from the reference on text, a token",
     )  # fmt: skip
     search.add_argument("--text", metavar="FILE", help="text to read beside facts (a built-in one)")
-    search.add_argument("--time", metavar="10m", help="stop proposing after this time")
+    search.add_argument("--time", metavar="10m", help="stop proposing after this time in all")
     search.add_argument("--sampler", default="level-switch", help="level-switch, nsga2 or tpe")
     search.add_argument(
         "--at-once", type=int, metavar="N",

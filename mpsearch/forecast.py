@@ -142,7 +142,7 @@ def forecast(
         scored: how many assignments a partition has scored already, by whether they were proposed
             by the search; they are not scored again.
         bank: seconds of it, or None where it is not timed yet.
-        limit: of the seconds of proposing.
+        limit: of the seconds of proposing; below zero where they are used up.
     """
     of = Counter(scored)
     # There are fewer simple allocations where some are alike, so what comes after them tells.
@@ -165,6 +165,7 @@ def forecast(
         return of_tokens * seconds_per_token
 
     trial = plan.trial_cost * seconds(tokens.search)
+    limit = None if limit is None else max(limit, 0.0)
     if limit is not None and trials * trial > limit:
         trials = int(limit / trial)
     reference = 1 + _FLOOR

@@ -5,13 +5,14 @@ from __future__ import annotations
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.study import Study
+from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mpsearch.assignment import Assignment
 from mpsearch.errors import RunError
 from mpsearch.run import Run
 from mpsearch.space import ResolvedSpace
+from mpsearch.trials import KILLED
 
 
 def open_study(run: Run, space: ResolvedSpace) -> Study:
@@ -31,17 +32,21 @@ def open_study(run: Run, space: ResolvedSpace) -> Study:
         trials = study.get_trials(deepcopy=False)
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise RunError(_refusal(run, f"cannot be read ({error})")) from None
-    if len(study.directions) != 2:
-        raise RunError(_refusal(run, "is of a study with another number of objectives"))
+    if study.directions != [StudyDirection.MINIMIZE] * 2:
+        raise RunError(_refusal(run, "is of a study with other objectives"))
     for trial in trials:
         if counts(trial) and not space.allows(trial.params):
             raise RunError(_refusal(run, f"holds trial {trial.number} of another search space"))
+    waiting = [t.system_attrs.get("fixed_params") for t in trials if t.state == TrialState.WAITING]
     for trial in trials:
-        if trial.state == TrialState.RUNNING:  # a killed process left it
-            study.tell(trial.number, state=TrialState.FAIL)
-            # As others of its batch may have been told.
-            if space.allows(trial.params) and not counts(trial):
+        if trial.state != TrialState.RUNNING:
+            continue
+        if not counts(trial):  # a killed process left it
+            Trial(study, trial._trial_id).set_user_attr(KILLED, True)
+            # As others of its batch may have been told. A kill in here may have left it waiting.
+            if space.allows(trial.params) and trial.params not in waiting:
                 study.enqueue_trial(trial.params)
+        study.tell(trial.number, state=TrialState.FAIL)
     return study
 
 

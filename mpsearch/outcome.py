@@ -119,7 +119,7 @@ def outcome(run: Run) -> Outcome | None:
         run.content["reference_test"]["recall"],
         tuple(
             gain(rival, scores["test", rival.assignment])
-            for rival in rivals(front, run.budget_bytes)
+            for rival in rivals(front, run.budget_bytes, run.at_budget)
             if ("test", rival.assignment) in scores
         ),
         _looks([score for score in every if score.partition == "test"]),

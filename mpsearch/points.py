@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -173,21 +173,28 @@ def coordinates(point: Point) -> tuple[float, float]:
     return point.stored_bytes, point.answer_loss.mean
 
 
-def rivals(front: ParetoFront, budget_bytes: int) -> list[Point]:
+def rivals(front: ParetoFront, budget_bytes: int, at_budget: Mapping[str, str]) -> list[Point]:
     """The best simple allocation of each kind within the budget, and the point that the pick
     refines; the pick itself is left out.
+
+    Args:
+        at_budget: kind to the id of what it allocates at the budget; where two kinds allocate
+            alike, the point has the first one's name.
     """
-    found = []
+    found: dict[str, Point] = {}
     for kind in SIMPLE_KINDS:
-        mine = [point for point in front.points if point.kind == kind and not point.over_text_kl]
+        mine = [
+            point
+            for point in front.points
+            if (point.kind == kind or point.id == at_budget.get(kind)) and not point.over_text_kl
+        ]
         best = best_under(mine, coordinates, budget_bytes)
-        if best is not None and (front.pick is None or best.id != front.pick.id):
-            found.append(best)
+        if best is not None:
+            found[best.id] = best
     if front.pick is not None:
-        known = {front.pick.id, *(point.id for point in found)}
-        parent = front.pick.parent
-        found += [point for point in front.points if point.id == parent and parent not in known]
-    return found
+        found |= {point.id: point for point in front.points if point.id == front.pick.parent}
+        found.pop(front.pick.id, None)
+    return list(found.values())
 
 
 def recommend(

@@ -21,18 +21,16 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from mpsearch import space_json
 from mpsearch.assignment import Assignment
 from mpsearch.budget import terms_line
 from mpsearch.errors import ResourceError, RunError
 from mpsearch.estimates import Estimate, paired_difference, relation_mean
 from mpsearch.files import published, write_atomically
 from mpsearch.fluency import TextScores
-from mpsearch.formats import FORMATS
 from mpsearch.front import pareto_front
-from mpsearch.layers import Layer, LayerGroup
 from mpsearch.points import ParetoFront, Point, Score, coordinates, recommend, unmet
-from mpsearch.space import ResolvedSpace, Rule, SearchSpace
-from mpsearch.targets import TARGETS
+from mpsearch.space import ResolvedSpace
 
 VERSION = 1
 # Of a line of evaluations.jsonl; `text` and `prompt_kl_per_fact` are missing in older runs, and
@@ -67,7 +65,9 @@ class Run:
         """
         if folder.exists():
             raise RunError(f"'{folder}' exists; continue it with --resume, or choose another -o")
-        run = cls(folder, {"version": VERSION, "question": question, "space": _describe(space)})
+        run = cls(
+            folder, {"version": VERSION, "question": question, "space": space_json.to_json(space)}
+        )
         try:
             with published(folder) as unfinished:
                 write_atomically(unfinished / "run.json", run._text)
@@ -153,13 +153,23 @@ class Run:
         return limit
 
     @property
+    def at_budget(self) -> dict[str, str]:
+        """Kind of simple allocation to the id of the one at the budget; empty in older runs."""
+        return dict(self.content.get("at_budget", {}))
+
+    @property
+    def proposing_seconds(self) -> float:
+        """What proposals have taken so far; 0 in older runs."""
+        return float(self.content.get("proposing_seconds", 0.0))
+
+    @property
     def finished(self) -> bool:
         return bool(self.content.get("finished"))
 
     @cached_property
     def space(self) -> ResolvedSpace:
         try:
-            return _restore(self.content["space"])
+            return space_json.from_json(self.content["space"])
         except (LookupError, TypeError, ValueError) as error:
             raise RunError(
                 f"the search space of '{self.folder}' cannot be read by this version of mpsearch "
@@ -342,6 +352,11 @@ class Run:
         pick, verdict = recommend(allowed, self.relations("validation"), self.budget_bytes)
         if pick is None and self.max_text_kl_nats is not None:
             verdict = unmet(self._within_budget(), self.max_text_kl_nats)
+        elif not self.finished and not any(point.kind == "search" for point in points):
+            verdict = (
+                "No searched point is among these yet: they are scored on validation facts when "
+                "the search ends; continue it with --resume, and with --trials 0 it ends at once."
+            )
         return ParetoFront(points, pareto, pick, verdict)
 
     def _within_budget(self) -> list[Score]:
@@ -390,37 +405,3 @@ def _score(line: dict[str, Any], bank: str) -> Score:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _describe(space: ResolvedSpace) -> dict[str, Any]:
-    return {
-        "target": space.target.name,
-        "formats": list(space.space.formats),
-        "source": space.space.source,
-        "kept_bytes": space.kept_bytes,
-        "groups": [
-            {
-                "layers": [
-                    [layer.name, layer.rows, layer.columns, *filter(None, [layer.tied])]
-                    for layer in group.layers
-                ],
-                "options": [fmt.name for fmt in space.options[group.name]],
-            }
-            for group in space.groups
-        ],
-    }
-
-
-def _restore(content: dict[str, Any]) -> ResolvedSpace:
-    rules: tuple[Rule, ...] = ()  # already applied to the options
-    file = SearchSpace(
-        TARGETS[content["target"]], tuple(content["formats"]), rules, source=content["source"]
-    )
-    groups = tuple(
-        LayerGroup(tuple(Layer(*layer) for layer in group["layers"])) for group in content["groups"]
-    )
-    options = {
-        group.name: tuple(FORMATS[name] for name in described["options"])
-        for group, described in zip(groups, content["groups"], strict=True)
-    }
-    return ResolvedSpace(file, groups, options, content["kept_bytes"])

@@ -19,78 +19,56 @@ not hold, as in the methods of Levenberg (1944) and Marquardt (1963).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from math import isfinite
+from threading import Lock
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
-from optuna.study import Study
+from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from mpsearch.allocate import check_damage, feasible, knapsack
-from mpsearch.errors import UsageError
+from mpsearch.errors import InfeasibleError, UsageError
 from mpsearch.formats import nearest
 from mpsearch.moves import Moves
 from mpsearch.predict import Centre, Foresight, Predictor, curvature, foresight
 from mpsearch.space import ResolvedSpace
+from mpsearch.trials import (
+    KILLED,
+    SLOPES,
+    Measured,
+    Slopes,
+    distributions,
+    is_ours,
+    levels_of,
+    measured,
+    parents_within,
+    slopes_of,
+)
 
 SAMPLERS = ("level-switch", "nsga2", "tpe")
-OVER_TEXT_KL = "over_text_kl_nats"  # a trial's constraint: its text KL minus the limit
-HOPELESS_LOSS = "hopeless_loss_nats"  # attribute of a trial that was stopped early: its estimate
-SLOPES = "slopes "  # and a trial's number, ".", which time: the study's attribute that holds them
 _LOOSE = 0.05  # share of proposals at another size than the budget, to cover the front
 _LEAPS = 0.5  # share of proposals that are leaps, where slopes are known
 _CAUTION = 0.1, 4.0  # range of the weight of what a leap's distance may cost
-_DRAWS = 20  # until a leap leads where no trial has been
+_DRAWS = 20  # until a leap leads where no trial has been,
+_ALIKE = 3  # or so many to the same old place: they take a second each among a thousand groups
 _RENEWED = 6  # trials after which slopes are measured again, at a better place
-
-
-# By trial number, of each time: how many trials had finished, and the table of `Moves`' shape.
-_Slopes = dict[int, list[tuple[int, NDArray[Any] | None]]]
-
-
-def distributions(space: ResolvedSpace) -> dict[str, BaseDistribution]:
-    """One categorical choice a group, over its format names, smallest first."""
-    return {
-        name: CategoricalDistribution([fmt.name for fmt in formats])
-        for name, formats in space.options.items()
-    }
-
-
-@dataclass(frozen=True, eq=False)
-class _Trial:
-    """A finished one.
-
-    Attributes:
-        loss: in nats; an estimate where it was stopped early.
-        levels: `(groups,)`.
-        over_text_kl: text KL minus its limit, or 0.
-        whole: whether it was measured on all facts.
-    """
-
-    number: int
-    loss: float
-    stored_bytes: float
-    levels: NDArray[Any]
-    over_text_kl: float
-    whole: bool
-
-    @cached_property
-    def key(self) -> bytes:
-        return self.levels.tobytes()
+_PROPOSAL = "level-switch:levels"  # of a trial whose parameters are not written yet
+_ALONE = Lock()  # of threads that share a study, one proposes at a time
 
 
 class LevelSwitchSampler(BaseSampler):
     """Proposes assignments for studies whose values are (a loss in nats, stored bytes).
 
     It works with the damage table alone, and several times better with slopes, which whoever runs
-    the trials measures where `due` says so, and hands over with `record`.
+    the trials measures where `due` says so, and hands over with `record`. What a trial had, however
+    it ended, is not proposed again, unless its attribute `trials.KILLED` says that it was cut off.
 
     Args:
         space: groups, formats and sizes.
@@ -101,6 +79,7 @@ class LevelSwitchSampler(BaseSampler):
             says; None for no limit.
     Raises:
         CheckError: a damage is missing, NaN or infinite.
+        InfeasibleError: the budget is below the smallest assignment.
     """
 
     def __init__(
@@ -112,6 +91,11 @@ class LevelSwitchSampler(BaseSampler):
         max_text_kl_nats: float | None = None,
     ):
         check_damage(space, damage)
+        if budget_bytes < (floor := space.stored_bytes(space.smallest)):
+            raise InfeasibleError(
+                f"budget {budget_bytes:,} bytes: the smallest assignment takes {floor:,}; raise it "
+                "or allow smaller formats"
+            )
         self._seed = seed
         self._max_text_kl = max_text_kl_nats
         self._budget_bytes = budget_bytes
@@ -127,29 +111,46 @@ class LevelSwitchSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        if len(study.directions) != 2:
+        if study.directions != [StudyDirection.MINIMIZE] * 2:
+            named = ", ".join(direction.name.lower() for direction in study.directions)
             raise UsageError(
-                f"the study has {len(study.directions)} objective, and the level-switch sampler "
-                "needs two: answer loss and stored bytes, both minimized"
+                f"the study's directions are {named}, and the level-switch sampler needs two: "
+                "answer loss and stored bytes, both minimized"
             )
-        trials = study.get_trials(deepcopy=False)
-        others = [t for t in trials if t.number != trial.number and self._ours(t)]
-        running = [t for t in others if t.state == TrialState.RUNNING]
-        refused = [t for t in others if "refused" in t.user_attrs]
-        known = self._finished(study)
-        # Those of other workers too whose parameters are not written yet.
-        begun = sum(t.state == TrialState.RUNNING and t.number < trial.number for t in trials)
-        rng = np.random.default_rng([self._seed, len(known) + len(refused), begun])
-        seen = {t.key for t in known} | {
-            self._levels(t.params).tobytes() for t in (*running, *refused)
-        }
-        levels = self._propose(rng, known, self._slopes(study), seen)
+        if fixed := [name for name in self._moves.names if name not in search_space]:
+            raise UsageError(
+                f"'{fixed[0]}' is held fixed by another sampler, and the level-switch sampler "
+                "keeps the budget only over all groups; give that group one format in the space"
+            )
+        with _ALONE:
+            levels = self._next(study, trial)
+            # Other processes see it before its parameters are written.
+            study._storage.set_trial_system_attr(trial._trial_id, _PROPOSAL, levels.tolist())
         return {
             name: formats[level]
             for name, formats, level in zip(
                 self._moves.names, self._moves.formats, levels, strict=True
             )
         }
+
+    def _next(self, study: Study, trial: FrozenTrial) -> NDArray[Any]:
+        """The levels that a trial gets."""
+        others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        running = [t for t in others if t.state == TrialState.RUNNING]
+        ended = [
+            t
+            for t in others
+            if t.state.is_finished() and KILLED not in t.user_attrs and is_ours(self._moves, t)
+        ]
+        begun = sum(t.number < trial.number for t in running)
+        rng = np.random.default_rng([self._seed, len(ended), begun])
+        seen = {
+            levels_of(self._moves, t.params).tobytes()
+            for t in (*running, *ended)
+            if is_ours(self._moves, t)
+        }
+        seen |= {np.array(t.system_attrs.get(_PROPOSAL, ()), dtype=int).tobytes() for t in running}
+        return self._propose(rng, measured(self._moves, study), slopes_of(self._moves, study), seen)
 
     def sample_independent(
         self,
@@ -159,7 +160,7 @@ class LevelSwitchSampler(BaseSampler):
         param_distribution: BaseDistribution,
     ) -> Any:
         """Parameters that are not ours are left at random."""
-        rng = np.random.default_rng([self._seed, trial.number, len(param_name)])
+        rng = np.random.default_rng([self._seed, trial.number, crc32(param_name.encode())])
         independent = optuna.samplers.RandomSampler(seed=int(rng.integers(2**31)))
         return independent.sample_independent(study, trial, param_name, param_distribution)
 
@@ -173,8 +174,8 @@ class LevelSwitchSampler(BaseSampler):
         Args:
             times: how often one trial's slopes may be measured, each time on other facts.
         """
-        known, slopes = self._finished(study), self._slopes(study)
-        best = next(iter(self._parents(known, self._budget_bytes)), None)
+        known, slopes = measured(self._moves, study), slopes_of(self._moves, study)
+        best = next(iter(parents_within(known, self._budget_bytes)), None)
         if best is None or len(slopes.get(best.number, ())) >= times:
             return None
         every = (after for of_trial in slopes.values() for after, _ in of_trial)
@@ -202,36 +203,26 @@ class LevelSwitchSampler(BaseSampler):
         if slopes:
             check_damage(self._space, slopes, "slope")
         table = self._moves.table(slopes).tolist() if slopes else None
-        finished = len(self._finished(study))
+        finished = len(measured(self._moves, study))
         content = {"after": finished, "nats": table, "fact_tokens": fact_tokens}
         time = self.times_measured(study, trial.number)
         study.set_user_attr(f"{SLOPES}{trial.number}.{time}", content)
 
     def times_measured(self, study: Study, number: int) -> int:
         """How often slopes have been measured at a trial."""
-        return len(self._slopes(study).get(number, ()))
-
-    def _slopes(self, study: Study) -> _Slopes:
-        found: _Slopes = {}
-        for name, content in study.user_attrs.items():
-            if name.startswith(SLOPES):
-                table = None if content["nats"] is None else np.array(content["nats"])
-                if table is None or table.shape == self._damage.shape:
-                    number = int(name[len(SLOPES) :].partition(".")[0])
-                    found.setdefault(number, []).append((int(content["after"]), table))
-        return found
+        return len(slopes_of(self._moves, study).get(number, ()))
 
     def foresight(self, study: Study) -> Foresight | None:
         """How well trials within the budget were predicted by what was known before each.
 
         Of those after the first slopes, if there are any; None below three of them.
         """
-        known, slopes = self._finished(study), self._slopes(study)
+        known, slopes = measured(self._moves, study), slopes_of(self._moves, study)
         first = min((after for of_trial in slopes.values() for after, _ in of_trial), default=0)
         rows = []
         for place, trial in enumerate(known[first:], first):
             before = known[:place]
-            parents = self._parents(before, self._budget_bytes)
+            parents = parents_within(before, self._budget_bytes)
             if not trial.whole or not parents or trial.stored_bytes > self._budget_bytes:
                 continue
             held = {
@@ -243,54 +234,9 @@ class LevelSwitchSampler(BaseSampler):
             rows.append((predictor.loss_nats(trial.levels), float(alone), trial.loss))
         return foresight(rows)
 
-    # -------------------------------------------------------------------- the study
-
-    def _ours(self, trial: FrozenTrial) -> bool:
-        return all(
-            trial.params.get(name) in formats
-            for name, formats in zip(self._moves.names, self._moves.formats, strict=True)
-        )
-
-    def _levels(self, assignment: Mapping[str, str]) -> NDArray[Any]:
-        return np.array(
-            [
-                formats.index(assignment[name])
-                for name, formats in zip(self._moves.names, self._moves.formats, strict=True)
-            ]
-        )
-
-    def _finished(self, study: Study) -> list[_Trial]:
-        """Measured trials, those that were stopped early included, in order."""
-        found = []
-        for trial in study.get_trials(deepcopy=False):
-            whole = trial.state == TrialState.COMPLETE
-            stopped = trial.state == TrialState.PRUNED and HOPELESS_LOSS in trial.user_attrs
-            if not self._ours(trial) or not (whole or stopped):
-                continue
-            levels = self._levels(trial.params)
-            loss = trial.values[0] if whole else trial.user_attrs[HOPELESS_LOSS]
-            if not isfinite(loss):
-                continue
-            over = trial.constraints.get(OVER_TEXT_KL, 0.0)
-            size = self._moves.size(levels)
-            found.append(_Trial(trial.number, loss, size, levels, over, whole))
-        return found
-
-    def _parents(self, known: Sequence[_Trial], limit: int) -> list[_Trial]:
-        """Within the limit, best first.
-
-        Parents keep the limit of text KL; while no trial does, the nearest come first.
-        """
-        fitting = sorted(
-            (t for t in known if t.whole and t.stored_bytes <= limit),
-            key=lambda t: (t.loss, t.stored_bytes, t.key),
-        )
-        allowed = [t for t in fitting if t.over_text_kl <= 0]
-        return allowed or sorted(fitting, key=lambda t: t.over_text_kl)
-
     def _centre(
-        self, parents: Sequence[_Trial], slopes: _Slopes
-    ) -> tuple[_Trial, NDArray[Any] | None]:
+        self, parents: Sequence[Measured], slopes: Slopes
+    ) -> tuple[Measured, NDArray[Any] | None]:
         """Where the predictor stands: the best parent that has slopes, or else the best."""
         for trial in parents:
             tables = [table for _, table in slopes.get(trial.number, ()) if table is not None]
@@ -299,7 +245,7 @@ class LevelSwitchSampler(BaseSampler):
         return parents[0], None
 
     def _predictor(
-        self, known: Sequence[_Trial], centre: tuple[_Trial, NDArray[Any] | None]
+        self, known: Sequence[Measured], centre: tuple[Measured, NDArray[Any] | None]
     ) -> Predictor:
         trial, slopes = centre
         return Predictor(
@@ -314,8 +260,8 @@ class LevelSwitchSampler(BaseSampler):
     def _propose(
         self,
         rng: np.random.Generator,
-        known: Sequence[_Trial],
-        slopes: _Slopes,
+        known: Sequence[Measured],
+        slopes: Slopes,
         seen: set[bytes],
     ) -> NDArray[Any]:
         """A feasible assignment that no trial has had; an old one only where none is left."""
@@ -324,8 +270,8 @@ class LevelSwitchSampler(BaseSampler):
         if rng.random() < _LOOSE:
             floor = self._moves.size(smallest)
             limit = int(floor + (self._budget_bytes - floor) * rng.uniform(0.3, 1.0))
-        parents = self._parents(known, limit)
-        above = self._parents(known, self._budget_bytes)
+        parents = parents_within(known, limit)
+        above = parents_within(known, self._budget_bytes)
         if not above:
             children = self._moves.children(rng, [smallest], limit, self._damage, seen)
             first = next(children, None)
@@ -360,25 +306,29 @@ class LevelSwitchSampler(BaseSampler):
         predictor: Predictor,
         seen: set[bytes],
     ) -> NDArray[Any] | None:
-        """What a draw likes best, held back by more or less caution; None if all has been tried."""
+        """What a draw likes best, held back by more or less caution; None if it is never new."""
         doubt = curvature(self._damage, parent)
+        old: Counter[bytes] = Counter()
         for _ in range(_DRAWS):
             caution = float(np.exp(rng.uniform(*np.log(_CAUTION))))
             changes = predictor.table(rng) + caution * doubt
             of_pairs = self._moves.of_pairs(changes)
-            levels = self._levels(knapsack(self._space, of_pairs, [limit])[0])
-            if levels.tobytes() not in seen:
+            levels = levels_of(self._moves, knapsack(self._space, of_pairs, [limit])[0])
+            if (key := levels.tobytes()) not in seen:
                 return levels
+            old[key] += 1
+            if old[key] == _ALIKE:
+                break
         return None
 
     def _last(self, seen: set[bytes]) -> NDArray[Any]:
         """One of the few that are left; the smallest where none is."""
         for assignment in feasible(self._space, self._budget_bytes):
-            if (levels := self._levels(assignment)).tobytes() not in seen:
+            if (levels := levels_of(self._moves, assignment)).tobytes() not in seen:
                 return levels
         return np.zeros(len(self._moves.names), dtype=int)
 
-    def _text_table(self, known: Sequence[_Trial], centre: _Trial) -> NDArray[Any] | None:
+    def _text_table(self, known: Sequence[Measured], centre: Measured) -> NDArray[Any] | None:
         """What changes from the centre should do to text KL; None where that has no limit.
 
         No draw: among many children the one of the luckiest draw would be taken, and break it.

@@ -213,7 +213,7 @@ class Scorer:
         front = self._run.front()
         if front.pick is None:
             return
-        asked = [front.pick, *rivals(front, self._run.budget_bytes)]
+        asked = [front.pick, *rivals(front, self._run.budget_bytes, self._run.at_budget)]
         for start in range(0, len(asked), at_once):
             report("test facts", start, len(asked))
             some = [(point.assignment, point.kind) for point in asked[start : start + at_once]]

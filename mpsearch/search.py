@@ -229,7 +229,7 @@ class _Search:
             self._plan,
             scored,
             bank_seconds,
-            self.wish.seconds,
+            None if self.wish.seconds is None else self.wish.seconds - run.proposing_seconds,
             (run.folder / "sensitivity.json").exists(),
         )
         run.content["forecast_seconds"] = found.by_stage

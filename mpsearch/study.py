@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from math import inf
 
 import numpy as np
@@ -21,15 +22,10 @@ from mpsearch.front import pareto_front
 from mpsearch.journal import assignment_of, open_study, proposed, tried
 from mpsearch.points import Score
 from mpsearch.run import Run
-from mpsearch.samplers import (
-    HOPELESS_LOSS,
-    OVER_TEXT_KL,
-    LevelSwitchSampler,
-    distributions,
-    make_sampler,
-)
+from mpsearch.samplers import LevelSwitchSampler, make_sampler
 from mpsearch.scorer import Scored, Scorer
 from mpsearch.space import ResolvedSpace
+from mpsearch.trials import HOPELESS_LOSS, OVER_TEXT_KL, distributions
 from mpsearch.wish import Wish
 
 log = logging.getLogger(__name__)
@@ -79,10 +75,13 @@ class SearchStudy:
         study, as far as these are worth it.
         """
         space, budget = self.space, self.wish.budget_bytes
+        by_greedy = greedy(space, damage, budget)
+        by_knapsack = knapsack(space, damage, [budget, *spread_bytes(space)])
+        self.run.content["at_budget"] = {"greedy": by_greedy.id, "knapsack": by_knapsack[0].id}
+        self.run.save()
         chosen = [("uniform", assignment) for assignment in uniform(space).values()]
-        chosen.append(("greedy", greedy(space, damage, budget)))
-        sizes = [budget, *spread_bytes(space)]
-        chosen += [("knapsack", assignment) for assignment in knapsack(space, damage, sizes)]
+        chosen.append(("greedy", by_greedy))
+        chosen += [("knapsack", assignment) for assignment in by_knapsack]
         distinct = list({assignment: kind for kind, assignment in reversed(chosen)}.items())[::-1]
         told = tried(self.study, space)
         new = [
@@ -140,35 +139,43 @@ class SearchStudy:
         sampler = self.study.sampler = make_sampler(
             wish.sampler, self.space, damage, wish.budget_bytes, seed, wish.max_text_kl_nats
         )
-        start = time.monotonic()
+        start = time.monotonic() - self.run.proposing_seconds
         while done < wish.trials:
             if wish.seconds is not None and time.monotonic() - start >= wish.seconds:
                 break
-            known = tried(self.study, self.space)
-            if all(found in known for found in feasible(self.space, wish.budget_bytes)):
+            # Of a batch that a kill broke off, its rest.
+            begun = done % self.at_once
+            count = self._untried(min(self.at_once - begun, wish.trials - done))
+            if not count:
                 log.warning("every assignment within the budget has been tried; the search ends")
                 break
             self.report(f"search, best {self._best()}", done, wish.trials)
-            # Of a batch that a kill broke off, its rest.
-            begun = done % self.at_once
             if isinstance(sampler, LevelSwitchSampler) and not begun:
                 self._measure_slopes(sampler)
-            count = min(self.at_once - begun, wish.trials - done)
             self.propose(count)
             done += count
+            self.run.content["proposing_seconds"] = time.monotonic() - start
+            self.run.save()
         self.report(f"search, best {self._best()}", done, done)
         if isinstance(sampler, LevelSwitchSampler):
             found = sampler.foresight(self.study)
             self.run.content["foresight"] = found and asdict(found)
             self.run.save()
 
+    def _untried(self, most: int) -> int:
+        """How many assignments within the budget no trial has had; counted up to `most`."""
+        known = tried(self.study, self.space)
+        new = (a for a in feasible(self.space, self.wish.budget_bytes) if a not in known)
+        return sum(1 for _ in islice(new, most))
+
     def _measure_slopes(self, sampler: LevelSwitchSampler) -> None:
         if (trial := sampler.due(self.study, self.scorer.slope_parts)) is None:
             return
-        part = trial.number + sampler.times_measured(self.study, trial.number)
-        before = self.scorer.fact_tokens
+        assignment, before = assignment_of(trial, self.space), self.scorer.fact_tokens
+        # By its id, as a kill changes the numbers of later trials.
+        part = int(assignment.id, 16) + sampler.times_measured(self.study, trial.number)
         try:
-            slopes = self.scorer.slopes(assignment_of(trial, self.space), part)
+            slopes = self.scorer.slopes(assignment, part)
         except CheckError as error:
             log.warning("%s; the search goes on without them", error)
             slopes = {}

@@ -28,7 +28,8 @@ class Wish:
     Attributes:
         budget: stored bytes allowed, as a number or as text such as `96 MiB`.
         trials: proposals after the baselines.
-        seconds: stop proposing after this time, even if trials are left; None for no limit.
+        seconds: stop proposing after this time, even if trials are left; what proposals took
+            before a resume counts. None for no limit.
         quantizer: None for the target's default.
         calibration: for quantizers that need inputs; None for text that the model writes.
         search_facts: at most this many facts score each candidate.

@@ -13,9 +13,9 @@ from optuna.study import Study
 
 from mpsearch.assignment import Assignment
 from mpsearch.layers import Layer
-from mpsearch.samplers import OVER_TEXT_KL, distributions
 from mpsearch.space import ResolvedSpace, SearchSpace
 from mpsearch.targets import TARGETS
+from mpsearch.trials import OVER_TEXT_KL, distributions
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 Damage = dict[tuple[str, str], float]

@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parents[1]
 WITHOUT_TORCH = (
     *("errors", "layers", "formats", "targets", "sizes"),
     *("hub", "config_fields", "family_rules", "family_parts", "families", "architecture"),
-    *("devices", "budget", "assignment", "space"),
+    *("devices", "budget", "assignment", "space", "space_json"),
     *("front", "estimates", "bootstrap", "significance", "scores", "allocate", "fit", "files"),
     "this_device",
     "facts",
@@ -62,6 +62,7 @@ WITH_TORCH = (
         "perturb",
         "sensitivity",
         "slopes",
+        "trials",
         "samplers",
     ),
     *(

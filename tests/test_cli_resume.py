@@ -194,5 +194,7 @@ def test_ctrl_c_says_what_is_kept_and_other_libraries_say_nothing(
 ) -> None:
     said = [line for line in interrupted[1].talk if not TALK.match(line)]
     assert len(said) == 1, said
-    assert said[0].startswith("mpsearch: interrupted; everything finished is kept; continue with")
+    assert said[0].startswith(
+        "mpsearch: interrupted; everything finished is kept; add --trials 0 to"
+    )
     assert f"--resume -o {interrupted[1].run}" in said[0]

@@ -47,6 +47,12 @@ def test_a_forecast_by_hand() -> None:
     assert found.after_trials(25.0) == (found.finalists + found.test) / 2
 
 
+def test_where_the_time_is_used_up_nothing_more_is_proposed() -> None:
+    found = foretold(limit=-3.0)
+    assert (found.trials, found.limit) == (0, 0.0)
+    assert found.finalists > 0
+
+
 def test_what_a_search_needs_is_one_line() -> None:
     loaded = Needs(False, "3.00 GiB is available", 2 * 2**30, 0, 0)
     streamed = Needs(True, "loaded whole it takes 9.00 GiB", 2**30, 5 * 2**20, 2**20)

@@ -11,6 +11,7 @@ import optuna
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from searches import interrupted_at
 
 from mpsearch.assignment import Assignment
 from mpsearch.errors import RunError
@@ -19,9 +20,9 @@ from mpsearch.journal import open_study, tried
 from mpsearch.layers import Layer
 from mpsearch.models import Model
 from mpsearch.run import Run
-from mpsearch.samplers import distributions
 from mpsearch.search import search
 from mpsearch.space import ResolvedSpace, SearchSpace
+from mpsearch.trials import KILLED, distributions
 
 Search = Callable[..., Run]
 
@@ -95,7 +96,7 @@ def test_a_study_of_formats_that_the_space_has_not_is_refused(
 
 def test_a_study_of_one_objective_is_refused(run: Run, space: ResolvedSpace) -> None:
     other_study(run, objectives=1)
-    refused(run, space, "another number of objectives")
+    refused(run, space, "of a study with other objectives")
 
 
 @pytest.mark.parametrize("fault", ["not json\n", '{"op_code": 99}\n', "{}\n", "[]\n"])
@@ -139,6 +140,19 @@ def test_what_a_kill_left_between_refusal_and_its_state_is_not_proposed_again(
     assert len(tried(again, space)) == 1
 
 
+def test_a_kill_while_clearing_up_after_a_kill_asks_for_the_proposal_once(
+    run: Run, space: ResolvedSpace
+) -> None:
+    killed = open_study(run, space).ask(distributions(space))
+    for method in ("enqueue_trial", "tell"):
+        with interrupted_at(optuna.Study, method, 1):
+            open_study(run, space)
+    trials = open_study(run, space).get_trials()
+    assert [trial.state.name for trial in trials] == ["FAIL", "WAITING"]
+    assert trials[0].user_attrs == {KILLED: True}
+    assert trials[1].system_attrs["fixed_params"] == killed.params
+
+
 # ------------------------------------------------------------------------ nothing left to try
 
 
@@ -170,8 +184,9 @@ def test_a_budget_with_one_assignment_ends_at_once_and_says_so(
     assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.parametrize("at_once", [1, 4])
 def test_a_small_space_is_tried_whole_and_nothing_twice(
-    ask: Search, tiny_space: ResolvedSpace
+    at_once: int, ask: Search, tiny_space: ResolvedSpace
 ) -> None:
     smallest = tiny_space.stored_bytes(tiny_space.smallest)
     steps = sorted(
@@ -180,7 +195,7 @@ def test_a_small_space_is_tried_whole_and_nothing_twice(
         for group in tiny_space.groups
     )
     budget = smallest + steps[1] + steps[0]
-    run = ask(tiny_space, budget)
+    run = ask(tiny_space, budget, at_once=at_once)
     study = open_study(run, tiny_space)
     proposed = [Assignment.of(t.params) for t in study.trials if t.user_attrs["kind"] == "search"]
     assert len(set(proposed)) == len(proposed) > 1

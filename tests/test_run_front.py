@@ -226,10 +226,27 @@ def test_a_refined_point_that_wins_is_the_pick_and_its_parent_a_rival(run: Run) 
     assert front.pick is not None and front.pick.id == refined
     assert run.find("best").id == refined
     assert "beats it (+0.100 +- " in front.verdict and "recommended instead" in front.verdict
-    found = rivals(front, run.budget_bytes)
+    found = rivals(front, run.budget_bytes, {})
     assert [point.id for point in found].count(identity(ROWS[4])) == 1
     assert refined not in {point.id for point in found}
     assert identity(ROWS[4]) not in front.pareto_ids
+
+
+@pytest.mark.parametrize("searched", [True, False])
+def test_a_kind_that_allocates_as_another_does_is_not_replaced_by_a_smaller_one_of_its(
+    searched: bool, tmp_path: Path
+) -> None:
+    alike: Row = ("greedy", "int8-g64", "int2-g64", [0.3, 0.3, 0.3, 0.3])
+    smaller: Row = ("knapsack", "int4-g64", "int2-g64", [1.0, 1.0, 1.0, 1.0])
+    rows = [ROWS[0], ROWS[1], alike, smaller, *([ROWS[4]] if searched else [])]
+    run = write_run(tmp_path / "run", rows)
+    front = run.front()
+    assert front.pick is not None
+    assert front.pick.id == identity(ROWS[4] if searched else alike)
+    at_budget = dict.fromkeys(("greedy", "knapsack"), identity(alike))
+    found = [point.id for point in rivals(front, run.budget_bytes, at_budget)]
+    assert found == [identity(ROWS[1]), *([identity(alike)] if searched else [])]
+    assert identity(smaller) in {p.id for p in rivals(front, run.budget_bytes, {})}
 
 
 @pytest.mark.parametrize(("searched", "picked"), [(0.2, False), (0.0, True)])

@@ -21,9 +21,11 @@ from synthetic import (
 
 from mpsearch import samplers
 from mpsearch.allocate import knapsack
+from mpsearch.assignment import Assignment
 from mpsearch.errors import CheckError
-from mpsearch.samplers import HOPELESS_LOSS, LevelSwitchSampler
+from mpsearch.samplers import LevelSwitchSampler
 from mpsearch.space import ResolvedSpace
+from mpsearch.trials import HOPELESS_LOSS, KILLED, distributions, levels_of, measured
 
 
 class Quadratic:
@@ -157,6 +159,43 @@ def test_slopes_of_two_halves_propose_what_their_mean_proposes() -> None:
     assert after(one) != after(mean)
 
 
+def test_workers_that_leap_at_the_same_moment_get_different_assignments() -> None:
+    for seed in range(5):
+        space, world, sampler, study = begun(seed)
+        explore(study, space, world.loss, 8)
+        due = sampler.due(study)
+        assert due is not None
+        sampler.record(study, due, world.slopes(due.params))
+        trials = [study.ask() for _ in range(4)]  # by each worker, before any has its parameters
+        proposals = {
+            tuple(sampler.sample_relative(study, study.trials[t.number], every).values())
+            for t in trials
+            for every in [distributions(space)]
+        }
+        assert len(proposals) == 4
+
+
+def test_a_leap_that_leads_to_one_old_place_is_given_up_after_three_draws(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    space, world, sampler, study = begun(0)
+    explore(study, space, world.loss, 8)
+    due = sampler.due(study)
+    assert due is not None
+    sampler.record(study, due, world.slopes(due.params))
+    asked = 0
+
+    def always_the_same(*_: object) -> list[Mapping[str, str]]:
+        nonlocal asked
+        asked += 1
+        return [due.params]
+
+    monkeypatch.setattr(samplers, "knapsack", always_the_same)
+    monkeypatch.setattr(samplers, "_LEAPS", 1.0)
+    assert ask(study, space)[1] not in {Assignment.of(t.params) for t in study.trials[:-1]}
+    assert asked == 3
+
+
 def test_slopes_that_could_not_be_measured_are_not_asked_for_again() -> None:
     space, world, sampler, study = begun(0)
     explore(study, space, world.loss, 2)
@@ -173,8 +212,9 @@ def test_a_fresh_sampler_reads_slopes_from_the_study() -> None:
     space = make_space()
     world = Quadratic(space, 1)
     study = sloping(space, world, 0, 12)
-    proposal = ask(study, space)[1]
-    study.tell(study.trials[-1].number, state=TrialState.FAIL)
+    trial, proposal = ask(study, space)
+    trial.set_user_attr(KILLED, True)
+    study.tell(trial, state=TrialState.FAIL)
     study.sampler = LevelSwitchSampler(space, world.damage, middle(space), 0)
     assert ask(study, space)[1] == proposal
 
@@ -205,7 +245,7 @@ def test_a_stopped_trial_teaches_is_no_parent_and_is_not_proposed_again() -> Non
     due = sampler.due(study)
     assert due is not None
     assert due.params != dict(stopped)
-    assert len(sampler._finished(study)) == 5
+    assert len(measured(sampler._moves, study)) == 5
     assert stopped not in explore(study, space, world.loss, 20)
 
 
@@ -214,7 +254,7 @@ def test_an_attribute_of_a_trial_that_a_kill_failed_does_not_count() -> None:
     trial, _ = ask(study, space)
     trial.set_user_attr(HOPELESS_LOSS, 1.0)
     study.tell(trial, state=TrialState.FAIL)
-    assert not sampler._finished(study)
+    assert not measured(sampler._moves, study)
 
 
 class Additive:
@@ -273,7 +313,7 @@ def test_a_leap_that_would_break_the_limit_of_text_kl_is_not_taken(
     due = sampler.due(study)
     assert due is not None
     sampler.record(study, due, dict.fromkeys(damage, 0.0))
-    leap = sampler._levels(dict(space.smallest))
+    leap = levels_of(sampler._moves, space.smallest)
     monkeypatch.setattr(samplers, "_LEAPS", 1.0)
     monkeypatch.setattr(LevelSwitchSampler, "_leap", lambda *_: leap)
     _, proposed = ask(study, space)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from threading import Barrier
+from time import sleep
+from typing import Any
 
 import numpy as np
 import optuna
@@ -22,12 +25,10 @@ from synthetic import (
 )
 
 from mpsearch.assignment import Assignment
-from mpsearch.errors import UsageError
-from mpsearch.samplers import (
-    LevelSwitchSampler,
-    distributions,
-)
+from mpsearch.errors import InfeasibleError, UsageError
+from mpsearch.samplers import LevelSwitchSampler
 from mpsearch.space import ResolvedSpace
+from mpsearch.trials import KILLED, distributions
 
 
 def test_the_same_study_gives_the_same_proposal_and_another_seed_another() -> None:
@@ -74,21 +75,28 @@ def test_a_trial_that_a_kill_failed_leaves_no_trace_in_the_proposals() -> None:
     killed = study()
     pieces = explore(killed, space, loss, 6)
     trial, dropped = ask(killed, space)
+    trial.set_user_attr(KILLED, True)
     killed.tell(trial, state=TrialState.FAIL)
     assert dropped == whole[6]
     assert pieces + explore(killed, space, loss, 6) == whole
 
 
-def test_a_refused_assignment_is_not_proposed_again() -> None:
-    space = make_space()
-    study = new_study(LevelSwitchSampler(space, make_damage(space), middle(space), seed=0))
-    refused = []
+@pytest.mark.filterwarnings("ignore:.*failed with value")
+@pytest.mark.parametrize(
+    ("state", "values"),
+    [(TrialState.FAIL, None), (TrialState.PRUNED, None), (None, [float("inf"), 1.0])],
+)
+def test_what_failed_was_pruned_or_lost_infinitely_much_is_not_proposed_again(
+    state: TrialState | None, values: list[float] | None
+) -> None:
+    space, damage = make_space(), make_damage(make_space())
+    study = new_study(LevelSwitchSampler(space, damage, middle(space), seed=0))
+    every = explore(study, space, true_loss(space, damage, 0), 3)
     for _ in range(10):
         trial, assignment = ask(study, space)
-        trial.set_user_attr("refused", "NaN")
-        study.tell(trial, state=TrialState.FAIL)
-        refused.append(assignment)
-    assert len(set(refused)) == 10
+        study.tell(trial, values, state=state)
+        every.append(assignment)
+    assert len(set(every)) == 13
 
 
 def test_workers_that_ask_before_others_told_get_different_assignments() -> None:
@@ -100,15 +108,44 @@ def test_workers_that_ask_before_others_told_get_different_assignments() -> None
 
 def test_workers_that_ask_at_the_same_moment_get_different_assignments() -> None:
     space, damage = make_space(), make_damage(make_space())
-    sampler = LevelSwitchSampler(space, damage, middle(space), seed=0)
+    sampler, every = LevelSwitchSampler(space, damage, middle(space), 0), distributions(space)
     study = new_study(sampler)
     explore(study, space, true_loss(space, damage, 0), 10)
     begun = [study.ask() for _ in range(4)]  # by each worker, before any has its parameters
     proposals = [
-        tuple(sampler.sample_relative(study, study.trials[trial.number], {}).values())
+        tuple(sampler.sample_relative(study, study.trials[trial.number], every).values())
         for trial in begun
     ]
     assert len(set(proposals)) == 4
+
+
+def test_threads_that_share_a_study_propose_one_after_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    space, damage = make_space(), make_damage(make_space())
+    study = new_study(LevelSwitchSampler(space, damage, middle(space), seed=0))
+    propose, within, met = LevelSwitchSampler._next, [0, 0], Barrier(4, timeout=30)
+
+    def counted(*arguments: Any) -> Any:
+        within[0] += 1
+        within[1] = max(within)
+        sleep(0.01)
+        levels = propose(*arguments)
+        within[0] -= 1
+        return levels
+
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        met.wait()
+        chosen = {
+            name: trial.suggest_categorical(name, [fmt.name for fmt in formats])
+            for name, formats in space.options.items()
+        }
+        return true_loss(space, damage, 0)(Assignment.of(chosen)), 1.0
+
+    monkeypatch.setattr(LevelSwitchSampler, "_next", counted)
+    study.optimize(objective, n_trials=12, n_jobs=4)
+    assert len({tuple(trial.params.items()) for trial in study.trials}) == 12
+    assert within == [0, 1]
 
 
 def test_trials_of_another_space_in_the_study_are_passed_over() -> None:
@@ -164,9 +201,41 @@ def test_optuna_itself_takes_no_trial_whose_values_are_nan() -> None:
         finished(space, space.smallest, [float("nan"), 1.0])
 
 
-def test_a_study_of_one_objective_is_refused() -> None:
+@pytest.mark.parametrize("directions", [["minimize"], ["minimize", "maximize"], ["minimize"] * 3])
+def test_a_study_of_other_objectives_is_refused(directions: list[str]) -> None:
     space = make_space(2)
     sampler = LevelSwitchSampler(space, make_damage(space), middle(space), 0)
-    study = optuna.create_study(direction="minimize", sampler=sampler)
-    with pytest.raises(UsageError, match=r"has 1 objective.*needs two: answer loss and stored"):
+    study = optuna.create_study(directions=directions, sampler=sampler)
+    said = rf"directions are {', '.join(directions)}, and .* needs two: answer loss and stored"
+    with pytest.raises(UsageError, match=said):
         study.ask(distributions(space))
+
+
+def test_a_budget_below_the_smallest_assignment_is_refused() -> None:
+    space = make_space()
+    floor = space.stored_bytes(space.smallest)
+    LevelSwitchSampler(space, make_damage(space), floor, 0)
+    with pytest.raises(InfeasibleError, match=f"smallest assignment takes {floor:,}"):
+        LevelSwitchSampler(space, make_damage(space), floor - 1, 0)
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_group_that_another_sampler_holds_fixed_is_refused_with_the_way_out() -> None:
+    space = make_space(3)
+    held = space.groups[1].name
+    ours = LevelSwitchSampler(space, make_damage(space), middle(space), 0)
+    study = new_study(optuna.samplers.PartialFixedSampler({held: "int2-g64"}, ours))
+    with pytest.raises(UsageError, match=f"'{held}' is held fixed.*one format in the space"):
+        study.ask(distributions(space))
+
+
+def test_parameters_beside_ours_are_drawn_each_for_itself() -> None:
+    space = make_space(2)
+    study = new_study(LevelSwitchSampler(space, make_damage(space), middle(space), 0))
+    drawn = []
+    for _ in range(20):
+        trial, _ = ask(study, space)
+        drawn.append([trial.suggest_float(name, 0.0, 1.0) for name in ("ab", "cd")])
+    of = np.array(drawn)
+    assert len(np.unique(of)) == 40
+    assert abs(np.corrcoef(of.T)[0, 1]) < 0.6

@@ -20,9 +20,7 @@ import mpsearch.moves
 import mpsearch.samplers
 from mpsearch.assignment import Assignment
 from mpsearch.moves import Moves
-from mpsearch.samplers import (
-    LevelSwitchSampler,
-)
+from mpsearch.samplers import LevelSwitchSampler
 
 
 def test_a_limit_of_text_kl_is_kept_by_most_proposals_and_facts_are_still_won() -> None:

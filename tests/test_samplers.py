@@ -26,13 +26,9 @@ from mpsearch.allocate import feasible, knapsack
 from mpsearch.assignment import Assignment
 from mpsearch.errors import CheckError, UsageError
 from mpsearch.formats import FORMATS
-from mpsearch.samplers import (
-    SAMPLERS,
-    LevelSwitchSampler,
-    distributions,
-    make_sampler,
-)
+from mpsearch.samplers import SAMPLERS, LevelSwitchSampler, make_sampler
 from mpsearch.space import ResolvedSpace
+from mpsearch.trials import distributions
 
 
 def largest_step_bytes(space: ResolvedSpace) -> int:

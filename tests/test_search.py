@@ -35,10 +35,10 @@ from mpsearch.models import Model
 from mpsearch.points import SIMPLE_KINDS
 from mpsearch.recall import RecallProxy
 from mpsearch.run import Run
-from mpsearch.samplers import HOPELESS_LOSS
 from mpsearch.slopes import measure_slopes
 from mpsearch.space import ResolvedSpace
 from mpsearch.study import SearchStudy
+from mpsearch.trials import HOPELESS_LOSS
 
 
 def test_every_simple_allocation_is_a_row(
@@ -177,6 +177,15 @@ def test_with_no_trials_the_simple_allocations_stand(ask: Search, tmp_path: Path
     assert front.pick.kind in SIMPLE_KINDS
     assert "the simple allocations stand" in front.verdict
     assert not any(point.kind == "search" for point in front.points)
+
+
+def test_a_run_keeps_what_greedy_and_the_knapsack_allocate_at_the_budget(searched: Run) -> None:
+    damage = Sensitivity.load(searched.folder / "sensitivity.json").fisher_nats
+    budget = searched.budget_bytes
+    assert searched.at_budget == {
+        "greedy": greedy(searched.space, damage, budget).id,
+        "knapsack": knapsack(searched.space, damage, [budget])[0].id,
+    }
 
 
 def test_a_time_limit_ends_the_proposals_and_not_the_report(ask: Search, tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from mpsearch.estimates import relation_mean
 from mpsearch.evaluate import Bench
 from mpsearch.models import Model
 from mpsearch.run import Run
-from mpsearch.samplers import HOPELESS_LOSS
 from mpsearch.skeleton import load_skeleton
+from mpsearch.trials import HOPELESS_LOSS
 from mpsearch.walk import Held, Walk
 
 AT_ONCE = 3

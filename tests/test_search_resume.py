@@ -8,10 +8,14 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import optuna
 import pytest
+from numpy.typing import NDArray
 from searches import (
     Search,
     evaluation_lines,
@@ -20,11 +24,14 @@ from searches import (
     result,
 )
 
+import mpsearch.scorer
 from mpsearch.assignment import Assignment
 from mpsearch.evaluate import Bench
 from mpsearch.facts import FactSet
 from mpsearch.models import Model
 from mpsearch.run import Run
+from mpsearch.samplers import LevelSwitchSampler
+from mpsearch.scorer import Scorer
 from mpsearch.wish import Wish
 
 
@@ -71,6 +78,73 @@ def test_a_search_interrupted_three_times_resumes_to_the_same_front(
         with interrupted_at(Bench, "evaluate", number):
             ask(tmp_path / "run", resume=attempt > 0)
     assert result(ask(tmp_path / "run", resume=True)) == result(searched)
+
+
+def test_slopes_after_a_kill_are_of_the_halves_that_they_would_have_been_of(
+    ask: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slopes = Scorer.slopes
+    measured: list[tuple[str, int]] = []
+
+    def halves(relations: Sequence[str]) -> list[NDArray[Any]]:
+        first = np.asarray(relations) == relations[0]
+        return [np.flatnonzero(first), np.flatnonzero(~first)]
+
+    def recorded(scorer: Scorer, assignment: Assignment, part: int) -> dict[tuple[str, str], float]:
+        measured.append((assignment.id, part % 2))
+        return slopes(scorer, assignment, part)
+
+    def each_third(
+        sampler: LevelSwitchSampler, study: optuna.Study, times: int
+    ) -> optuna.trial.FrozenTrial | None:
+        assert times == 2
+        searched = [t for t in study.trials if t.user_attrs.get("kind") == "search" and t.values]
+        return searched[-1] if len(searched) in (3, 6, 9) else None
+
+    monkeypatch.setattr(mpsearch.scorer, "stages", halves)
+    monkeypatch.setattr(LevelSwitchSampler, "due", each_third)
+    monkeypatch.setattr(mpsearch.scorer, "hopeless", lambda *_: None)
+    monkeypatch.setattr(Scorer, "slopes", recorded)
+    whole = ask(tmp_path / "whole", trials=10)
+    expected = measured.copy()
+    measured.clear()
+    with interrupted_at(optuna.Study, "ask", 2, after=True):
+        ask(tmp_path / "run", trials=10)
+    with interrupted_at(optuna.Study, "ask", 4, after=True):
+        ask(tmp_path / "run", trials=10, resume=True)
+    resumed = ask(tmp_path / "run", trials=10, resume=True)
+    assert len(expected) == 3
+    assert measured == expected
+    assert proposals(resumed) == proposals(whole)
+
+
+def test_an_interrupted_search_says_what_is_missing_and_ends_with_the_best_so_far_on_request(
+    ask: Search, tmp_path: Path
+) -> None:
+    with interrupted_at(optuna.Study, "ask", 5):
+        ask(tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    proposed = proposals(run)
+    assert len(proposed) == 4
+    front = run.front()
+    assert not any(point.kind == "search" for point in front.points)
+    assert front.verdict.startswith("No searched point is among these yet")
+    ended = ask(tmp_path / "run", trials=0, resume=True)
+    assert ended.finished
+    assert proposals(ended) == proposed
+    assert any(point.kind == "search" for point in ended.front().points)
+    assert "No searched point" not in ended.front().verdict
+    assert ended.points("test")
+
+
+def test_a_limit_of_time_counts_what_was_proposed_before_a_resume(
+    ask: Search, tmp_path: Path
+) -> None:
+    run = ask(tmp_path / "run", trials=10**6, seconds=0.05)
+    proposed = proposals(run)
+    assert run.proposing_seconds > 0
+    again = ask(tmp_path / "run", trials=10**6, seconds=0.05, resume=True)
+    assert proposals(again) == proposed
 
 
 def _copy_cut(searched: Run, out: Path, journal_lines: int, torn: bytes) -> None:

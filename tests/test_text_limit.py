@@ -22,10 +22,10 @@ from mpsearch.guard import TextGuard
 from mpsearch.models import Model
 from mpsearch.quantizers.rounding import Rounding
 from mpsearch.run import Run
-from mpsearch.samplers import OVER_TEXT_KL
 from mpsearch.search import search
 from mpsearch.space import ResolvedSpace
 from mpsearch.text import Text
+from mpsearch.trials import OVER_TEXT_KL
 
 TRIALS = 8
 Search = Callable[..., Run]
