@@ -21,7 +21,7 @@ from mpsearch.families import FAMILIES
 from mpsearch.family_parts import Expanded, Family, Part
 from mpsearch.family_rules import CHUNKED, FULL, LINEAR, SLIDING
 from mpsearch.formats import ITEM_BYTES
-from mpsearch.hub import BUILTIN_NAME, from_hub
+from mpsearch.hub import BUILTIN_NAME, from_hub, local_path
 from mpsearch.layers import Layer
 
 # What its config.json says of its shape, so that nothing is prepared to look at it.
@@ -329,7 +329,7 @@ def load_config(name: str) -> dict[str, Any]:
         if name != BUILTIN_NAME:
             raise ModelError(f"no built-in model '{name}'; the one there is: {BUILTIN_NAME}")
         return dict(_BUILTIN_CONFIG)
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.is_dir():
         path = path / "config.json"
     elif not path.is_file():

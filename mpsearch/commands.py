@@ -40,8 +40,13 @@ def search(args: argparse.Namespace) -> None:
         device_budget, budget_bytes = device_budget_of(args, space_file)
     model = _model(args, "search", space_file)
     from mpsearch import awq
+    from mpsearch.export import check_writable
     from mpsearch.search import search
 
+    try:
+        check_writable(model, space_file.target.name)
+    except UsageError as error:
+        say(f"what is found can be studied, not exported: {error}")
     say(f"budget {format_size(budget_bytes)} ({budget_bytes:,} bytes)")
     with Progress() as report:
         if args.awq:
@@ -81,9 +86,9 @@ def search(args: argparse.Namespace) -> None:
     from mpsearch.export import EXPORT_TARGETS
 
     if run.space.target.name in EXPORT_TARGETS:
-        say(f"next: mpsearch export {out} best -o exports/{out.name}")
+        say(f"next: mpsearch export {_q(out)} best -o {_q(f'exports/{out.name}')}")
     else:
-        say(f"next: mpsearch plot {out} -o tradeoff.png")
+        say(f"next: mpsearch plot {_q(out)} -o tradeoff.png")
 
 
 def layers(args: argparse.Namespace) -> None:
@@ -99,7 +104,7 @@ def layers(args: argparse.Namespace) -> None:
     else:
         show_layers(space, args.model)
         show_kept(kept)
-    say(f"next: mpsearch search {args.model} --budget SIZE -o runs/NAME")
+    say(f"next: mpsearch search {_q(args.model)} --budget SIZE -o runs/NAME")
 
 
 def bank(args: argparse.Namespace) -> None:
@@ -141,7 +146,7 @@ def bank(args: argparse.Namespace) -> None:
         emit_json({"folder": str(bank.folder), "settings": bank.settings, "formats": rows})
     else:
         show_bank(held)
-    say(f"next: mpsearch search {args.model} --budget SIZE -o runs/NAME")
+    say(f"next: mpsearch search {_q(args.model)} --budget SIZE -o runs/NAME")
 
 
 def sensitivity(args: argparse.Namespace) -> None:
@@ -149,6 +154,8 @@ def sensitivity(args: argparse.Namespace) -> None:
     from mpsearch.tables import show_sensitivity
 
     space_file, facts, calibration = _space(args), _facts(args), _calibration(args)
+    if args.out and not Path(args.out).absolute().parent.is_dir():
+        raise UsageError(f"'{args.out}' lies in no folder that exists; make it, or choose another")
     model = _model(args, "sensitivity", space_file)
     from mpsearch.search import sensitivity_of
 
@@ -169,7 +176,7 @@ def sensitivity(args: argparse.Namespace) -> None:
         show_sensitivity(table)
     if args.out:
         table.save(Path(args.out))
-    say(f"next: mpsearch search {args.model} --budget SIZE -o runs/NAME")
+    say(f"next: mpsearch search {_q(args.model)} --budget SIZE -o runs/NAME")
 
 
 def list_facts(args: argparse.Namespace) -> None:
@@ -199,7 +206,7 @@ def front(args: argparse.Namespace) -> None:
         emit_json(front_json(run, front))
     else:
         show_front(run, front)
-    say(f"next: mpsearch plot {args.run} -o tradeoff.png")
+    say(f"next: mpsearch plot {_q(args.run)} -o tradeoff.png")
 
 
 def show(args: argparse.Namespace) -> None:
@@ -216,17 +223,19 @@ def show(args: argparse.Namespace) -> None:
         )
     else:
         show_point(run, point)
-    say(f"next: mpsearch export {args.run} {point.id} -o exports/{point.id}")
+    say(f"next: mpsearch export {_q(args.run)} {point.id} -o exports/{point.id}")
 
 
 def plot(args: argparse.Namespace) -> None:
-    from mpsearch.console import say
+    from mpsearch.console import emit_json, say
     from mpsearch.plot import plot
     from mpsearch.run import Run
 
     out = plot(Run.open(args.run), args.out, args.beside, args.sensitivity)
+    if args.json:
+        emit_json({"figure": str(out)})
     say(f"wrote {out}")
-    say(f"next: mpsearch export {args.run} best -o exports/{Path(args.run).name}")
+    say(f"next: mpsearch export {_q(args.run)} best -o {_q(f'exports/{Path(args.run).name}')}")
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -239,6 +248,11 @@ def doctor(args: argparse.Namespace) -> None:
     else:
         table(["what", "found", "what for"], [list(finding) for finding in findings], left=3)
     say("next: mpsearch layers builtin:smollm2-135m")
+
+
+def _q(word: str | Path) -> str:
+    """A word of a command line that can be pasted."""
+    return shlex.quote(str(word))
 
 
 def _space(args: argparse.Namespace) -> Any:

@@ -37,15 +37,26 @@ def pick_devices() -> tuple[torch.device, ...]:
     """
     if wanted := os.environ.get("MPSEARCH_DEVICE"):
         try:
-            return tuple(torch.device(name.strip()) for name in wanted.split(","))
+            devices = tuple(torch.device(name.strip()) for name in wanted.split(","))
+            if any(not _has(device.type) for device in devices):
+                raise RuntimeError
         except RuntimeError:
             raise UsageError(
-                f"MPSEARCH_DEVICE '{wanted}' is no device; use cpu, cuda:0, or cuda:0,cuda:1"
+                f"MPSEARCH_DEVICE '{wanted}' is no device here; use cpu, cuda:0, or cuda:0,cuda:1 "
+                "where there are such"
             ) from None
+        return devices
     if torch.cuda.is_available():
         others = (torch.device("cuda", number) for number in range(1, torch.cuda.device_count()))
         return (torch.device("cuda"), *others)
     return (torch.device("mps" if torch.backends.mps.is_available() else "cpu"),)
+
+
+def _has(kind: str) -> bool:
+    """Whether torch has devices of a kind here."""
+    if kind == "mps":
+        return torch.backends.mps.is_available()
+    return kind != "cuda" or torch.cuda.is_available()
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

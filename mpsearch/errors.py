@@ -13,6 +13,8 @@
 Ctrl-C is Python's own KeyboardInterrupt and exits with 130.
 """
 
+from errno import EDQUOT, EFBIG, ENOSPC
+
 
 class MpsearchError(Exception):
     """Base of all errors raised on purpose; the message is one line: what, value, allowed, fix."""
@@ -57,3 +59,15 @@ class ResourceError(MpsearchError):
 
 
 EXIT_INTERRUPTED = 130
+
+
+def exhausted(error: BaseException) -> str:
+    """What ran out, and the way out, if an error from below says that; else empty."""
+    text = str(error).lower()
+    if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG):
+        return "the disk is full; free some space"
+    # torch's on a CPU are plain RuntimeErrors; the last is oneDNN's.
+    said = ("out of memory", "t allocate memory", "cannot allocate", "could not create a primitive")
+    if isinstance(error, MemoryError) or any(words in text for words in said):
+        return "memory ran out; close other programs or use a smaller model"
+    return ""

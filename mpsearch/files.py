@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mpsearch.errors import ResourceError
+from mpsearch.errors import ResourceError, RunError
 
 
 def home() -> Path:
@@ -38,13 +38,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextmanager
-def published(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+def published(folder: Path, overwrite: bool = False, alike: bool = False) -> Iterator[Path]:
     """A temporary sibling to write into; renamed to `folder` if the block ends well, else removed.
-
-    Another process may publish the same folder first: then its copy stays.
 
     Args:
         overwrite: put it in the place of an older folder, which is removed then.
+        alike: whoever writes this folder writes the same, so one that has appeared meanwhile stays.
+    Raises:
+        RunError: it has appeared meanwhile, and may hold something else.
     """
     folder = folder.resolve()  # neither a link nor "." can be renamed
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +69,11 @@ def published(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         except OSError:
             if not folder.exists():
                 raise
+            if not alike:
+                raise RunError(
+                    f"'{folder}' was written by another process meanwhile, and is left as it is; "
+                    "choose another -o"
+                ) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -87,7 +87,11 @@ def kept_parts(space: ResolvedSpace, budget: DeviceBudget) -> dict[str, int]:
 
 def unserved(space: ResolvedSpace, runtime: Runtime) -> list[str]:
     """Formats of the space that the runtime's usual kernels do not take."""
-    return [name for name in space.space.formats if not runtime.serves(FORMATS[name])]
+    strange = [name for name in space.space.formats if not runtime.serves(FORMATS[name])]
+    for what, rule in (("embedding", space.space.embedding), ("head", space.space.head)):
+        names = () if rule is None or runtime.tables else rule.formats
+        strange += [f"{name} of the {what}" for name in names if FORMATS[name].quantized]
+    return strange
 
 
 def bits_allowed(space: ResolvedSpace, budget: DeviceBudget) -> float:
@@ -176,11 +180,13 @@ def _savings(space: ResolvedSpace, budget: DeviceBudget) -> Iterator[tuple[str, 
 def _embedding_saves(space: ResolvedSpace, budget: DeviceBudget) -> tuple[str, int] | None:
     """The smallest format that the target takes for an embedding that the space keeps."""
     layer = budget.architecture.embedding
-    if layer is None or layer.name in space.options or unpacks(space, budget.runtime):
+    runtime = budget.runtime
+    if layer is None or layer.name in space.options or unpacks(space, runtime):
+        return None
+    if not runtime.tables:
         return None
     formats = space.target.embedding_formats
-    serves = budget.runtime.serves
-    quantized = [f for f in formats if f.quantized and f.fits(layer) and serves(f)]
+    quantized = [f for f in formats if f.quantized and f.fits(layer) and runtime.serves(f)]
     best = min(quantized, key=lambda fmt: fmt.layer_bytes(layer), default=None)
     return None if best is None else (best.name, 2 * layer.weights - best.layer_bytes(layer))
 

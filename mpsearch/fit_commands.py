@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from mpsearch.space import ResolvedSpace, SearchSpace
 
 _CONTEXT = 4096
-_FLAGS = ("context", "batch", "kv", "runtime", "utilization", "prefill", "overhead", "reserve")
+_SET_BY_HAND = ("utilization", "prefill", "overhead", "reserve")
+_FLAGS = ("context", "batch", "kv", "runtime", *_SET_BY_HAND)
 
 
 def add_device_flags(command: argparse.ArgumentParser, memory_from: Any) -> None:
@@ -110,6 +111,9 @@ def _as_the_run(args: argparse.Namespace, run: Run) -> None:
         for flag in ("context", "batch", "kv", "runtime"):
             if getattr(args, flag) is None:
                 setattr(args, flag, asked[flag])
+        for flag, value in asked.get("asked", {}).items():
+            if getattr(args, flag) is None:
+                setattr(args, flag, value)
 
 
 def _again(args: argparse.Namespace, name: str) -> str:
@@ -214,7 +218,9 @@ def device_budget(
     elif most is not None and context > most:
         say(f"context {context:,} is beyond what the model was made for, {most:,} tokens")
     workload = Workload(context, 1 if args.batch is None else args.batch, args.kv or runtime.kv[0])
-    return DeviceBudget(architecture, device, memory_bytes, runtime, workload, reserve_bytes)
+    given = {flag: getattr(args, flag) for flag in _SET_BY_HAND}
+    asked = {flag: value for flag, value in given.items() if value is not None}
+    return DeviceBudget(architecture, device, memory_bytes, runtime, workload, reserve_bytes, asked)
 
 
 def _size(text: str) -> int:

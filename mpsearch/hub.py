@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
-from mpsearch.errors import ModelError
+from mpsearch.errors import ModelError, ResourceError
 
 BUILTIN_NAME = "builtin:smollm2-135m"
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def local_path(name: str) -> Path:
+    """The path that a model's name would be. Raises `ModelError` for a home that is nobody's."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        user = name.partition("/")[0]
+        raise ModelError(f"model '{name}': there is no user '{user[1:]}'; check the path") from None
 
 
 def from_hub(repo: str, fetch: Callable[[str], str]) -> Path:
@@ -18,6 +29,7 @@ def from_hub(repo: str, fetch: Callable[[str], str]) -> Path:
         fetch: `repo` to the path, by huggingface_hub; from its cache where that has it.
     Raises:
         ModelError: no such model, no such file in it, or neither the hub nor the cache has it.
+        ResourceError: what was fetched cannot be written.
     """
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -48,6 +60,11 @@ def from_hub(repo: str, fetch: Callable[[str], str]) -> Path:
             f"model '{repo}' has no config.json on the hub; use one that transformers loads"
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        if error.errno in _UNWRITABLE:
+            raise ResourceError(
+                f"model '{repo}': the hub's cache cannot be written ({error.strerror}); free some "
+                "disk space, or set HF_HOME to a folder that can be written"
+            ) from None
         reason = " ".join(str(error).split())[:160]
         raise ModelError(
             f"model '{repo}': the hub cannot be reached and it is not cached ({reason}); download "

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from mpsearch.architecture import read_config
 from mpsearch.builtin import builtin_folder
 from mpsearch.errors import ModelError
-from mpsearch.hub import BUILTIN_NAME, from_hub
+from mpsearch.hub import BUILTIN_NAME, from_hub, local_path
 from mpsearch.shards import Shards, weight_files
+
+_NO_PART_OF_THE_FUNCTION = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
 def locate(name: str) -> Path:
@@ -17,7 +21,7 @@ def locate(name: str) -> Path:
         if name != BUILTIN_NAME:
             raise ModelError(f"no built-in model '{name}'; the one there is: {BUILTIN_NAME}")
         return builtin_folder()
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if folder.is_dir():
         return folder
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -33,6 +37,19 @@ def _download(repo: str) -> str:
     # No pickle is ever fetched.
     wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
     return huggingface_hub.snapshot_download(repo, allow_patterns=wanted)
+
+
+def config_digest(folder: Path) -> str:
+    """Hex digest of what a model's `config.json` says of the function that it computes.
+
+    Empty where there is none.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        return ""
+    config = read_config(path, str(folder)).items()
+    said = {key: value for key, value in config if key not in _NO_PART_OF_THE_FUNCTION}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def check_folder(folder: Path, name: str) -> int:

@@ -5,14 +5,16 @@ Readable in grey: points differ by marker and fill, bits by lightness and a prin
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from mpsearch.errors import RunError, UsageError
+from mpsearch.errors import ResourceError, RunError, UsageError, exhausted
 from mpsearch.formats import FORMATS, nearest
 from mpsearch.front import pareto_front
 from mpsearch.measures import MEASURES, OF_PAIRS, Sensitivity
@@ -48,6 +50,8 @@ def plot(
     out = Path(out)
     if out.suffix.lower() not in _FILES:
         raise UsageError(f"'{out}' ends in '{out.suffix}'; use {', '.join(_FILES)}")
+    if sensitivity is not None and beside is None:
+        raise UsageError("a sensitivity file is shown by --beside MEASURE only; say which")
     values = None if beside is None else _values(run, beside, sensitivity)
     front = run.front()
     figure = _figure(12, 5.2)
@@ -84,9 +88,15 @@ def _figure(width_inches: float, height_inches: float) -> Any:
 
 
 def _saved(figure: Any, out: Path) -> Path:
+    unfinished = out.with_name(f".{os.getpid()}.{out.name}")
     try:
-        figure.savefig(out, dpi=150)
+        figure.savefig(unfinished, dpi=150)
+        unfinished.replace(out)
     except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        if ran_out := exhausted(error):
+            raise ResourceError(f"cannot write '{out}': {ran_out}") from None
         raise UsageError(f"cannot write '{out}': {error.strerror}") from None
     return out
 
@@ -146,7 +156,7 @@ def _trade_off(axes: Any, run: Run, front: ParetoFront) -> None:
         )
     axes.set_xlabel("stored size (MiB)")
     axes.set_ylabel("recall on validation facts (%), ± one standard error")
-    axes.set_title(run.question["model"], fontsize=11)
+    axes.set_title(run.question["model"], fontsize=11, parse_math=False)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.legend(loc="lower right", fontsize=8, frameon=True)

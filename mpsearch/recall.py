@@ -205,8 +205,14 @@ class RecallProxy:
             if reference is None:
                 kept = kept or self._room(first.nbytes)
                 kept[fact] = first.to("cpu", copy=True)  # not a view of all that was read
+            elif len(of_reference := reference[fact]) != len(first):
+                raise UsageError(
+                    f"'{self._model.name}' has {len(first):,} tokens and the model that it is "
+                    f"compared with {len(of_reference):,}; compare a model with its own "
+                    "quantizations"
+                )
             else:
-                kl[fact] = kl_divergence(reference[fact].to(first.device), first)
+                kl[fact] = kl_divergence(of_reference.to(first.device), first)
 
         sums = self._pass.run(visit, logits).numpy()
         if not np.isfinite(sums).all():

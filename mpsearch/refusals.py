@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mpsearch.errors import CheckError, ModelError
+from mpsearch.errors import CheckError, ModelError, ResourceError, exhausted
 
 # What transformers, tokenizers and safetensors raise for a damaged or strange folder.
 _FROM_BELOW = (
@@ -21,12 +21,17 @@ _FROM_BELOW = (
 
 @contextmanager
 def one_line(name: str) -> Iterator[None]:
-    """What the libraries below raise for a damaged or strange folder becomes a `ModelError`."""
+    """What the libraries below raise for a damaged or strange folder becomes a `ModelError`.
+
+    A `ResourceError` where memory or disk ran out.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
     try:
         yield
     except (*_FROM_BELOW, StrictDataclassError) as error:
+        if ran_out := exhausted(error):
+            raise ResourceError(f"model '{name}': {ran_out}") from error
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"model '{name}' does not load: {reason}") from error
 
@@ -78,9 +83,9 @@ def require_masked(
     """
     try:
         one, other = ask()
-    except torch.OutOfMemoryError:
-        raise
     except _FROM_BELOW as error:
+        if exhausted(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"model '{name}' ({type(module).__name__}) does not run under a general attention "

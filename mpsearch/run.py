@@ -33,11 +33,6 @@ from mpsearch.points import ParetoFront, Point, Score, coordinates, recommend, u
 from mpsearch.space import ResolvedSpace
 
 VERSION = 1
-# Of a line of evaluations.jsonl; `text` and `prompt_kl_per_fact` are missing in older runs, and
-# those of refined assignments have the settings of their bank as `refined`.
-_SCORE_KEYS = {
-    *("assignment", "kind", "partition", "loss_per_fact", "kl_nats", "top1", "correct", "seconds"),
-}
 
 
 class Run:
@@ -93,7 +88,7 @@ class Run:
                 f"'{folder}' was written by another version of mpsearch (its format is {version}, "
                 f"this one reads {VERSION}); use that one, or choose another -o"
             )
-        if not {"question", "space"} <= content.keys():
+        if not all(isinstance(content.get(key), dict) for key in ("question", "space")):
             raise RunError(f"'{path / 'run.json'}' is damaged: it has no question or no space")
         return cls(path, content)
 
@@ -208,23 +203,21 @@ class Run:
         Raises:
             RunError: another line is damaged.
         """
-        bank = json.dumps(self.question["bank"], sort_keys=True)
-        return [_score(line, bank) for line in self._lines()]
-
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        path = self._evaluations
+        path, found = self._evaluations, []
+        bank = json.dumps(self.question.get("bank"), sort_keys=True)
         whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         for number, line in enumerate(whole, start=1):
             try:
-                content = json.loads(line)
-                if not isinstance(content, dict) or not set(content) >= _SCORE_KEYS:
+                score = _score(json.loads(line), bank)
+                if not self.space.allows(score.assignment) and score.kind != "reference":
                     raise ValueError
-            except ValueError:
+            except (LookupError, TypeError, ValueError, AttributeError):
                 raise RunError(
                     f"'{path}', line {number}: no evaluation, the file is damaged; remove that "
                     "line, and go on with 'mpsearch search --resume'"
                 ) from None
-            yield content
+            found.append(score)
+        return found
 
     def mend(self) -> None:
         """Drop the torn ends that a kill left in the journal and in the evaluations."""
@@ -385,6 +378,11 @@ class Run:
 
 
 def _score(line: dict[str, Any], bank: str) -> Score:
+    """A line of evaluations.jsonl.
+
+    `text` and `prompt_kl_per_fact` are missing in older runs; those of refined assignments have the
+    settings of their bank as `refined`.
+    """
     correct, refined = line["correct"], "refined" in line
     if refined:
         bank = json.dumps(line["refined"], sort_keys=True)

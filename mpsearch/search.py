@@ -35,8 +35,10 @@ from mpsearch.facts import FactSet
 from mpsearch.footprint import JOBS
 from mpsearch.forecast import Estimated, Needed, Needs, Plan, forecast, unsaid
 from mpsearch.guard import cut_text
+from mpsearch.hub import local_path
 from mpsearch.journal import open_study, proposed
 from mpsearch.measures import Sensitivity
+from mpsearch.model_files import config_digest
 from mpsearch.models import Model
 from mpsearch.opening import needs_of
 from mpsearch.points import OBJECTIVE
@@ -49,7 +51,7 @@ from mpsearch.space import ResolvedSpace, SearchSpace
 from mpsearch.study import FINALISTS, TRIAL_COST, SearchStudy, most_bytes, spread_bytes
 from mpsearch.text import Text
 from mpsearch.wanted import check_formats
-from mpsearch.wish import AT_ONCE, TRIALS, Wish, check_wish
+from mpsearch.wish import AT_ONCE, TRIALS, Wish, check_seed, check_wish
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +141,7 @@ class _Search:
             "awq": bool(self.model.preparation),
             "chat_template": self.model.chat,
             "fingerprint": self.model.fingerprint,
+            "config": config_digest(self.model.folder),
             "target": self.space.target.name,
             "formats": {
                 group: [fmt.name for fmt in formats]
@@ -176,6 +179,8 @@ class _Search:
             run = Run.create(out, self.question, self.space, self.model.preparation)
             at_once = self.wish.at_once or (AT_ONCE if self.model.streamed else 1)
             run.content["at_once"] = at_once
+            if local_path(self.model.name).is_dir():
+                run.content["model_folder"] = str(self.model.folder.resolve())
         with run.locked():
             if resume:  # as whoever held the folder until now has left it
                 run.content = Run.open(out).content
@@ -299,7 +304,12 @@ def sensitivity_of(
     check: bool = False,
     report: Report = silent,
 ) -> Sensitivity:
-    """The table on its own: builds the bank, asks the reference, measures."""
+    """The table on its own: builds the bank, asks the reference, measures.
+
+    Raises:
+        UsageError: a seed out of range.
+    """
+    check_seed(seed)
     bank = Bank(model, get_quantizer(quantizer, space.target.container), calibration)
     bank.build(all_layers(space), report)
     known = balanced(known_facts(model, facts, MOST_FACTS["search"])[1], MOST_FACTS["sensitivity"])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from mpsearch.awq import fold
 from mpsearch.errors import RunError
+from mpsearch.model_files import config_digest
 from mpsearch.models import Model
 from mpsearch.opening import load_model
 from mpsearch.run import Run
@@ -20,7 +24,11 @@ def searched_model(run: Run, memory_limit_bytes: int | None = None, job: str = "
         ResourceError: as `load_model`.
     """
     asked = run.question
-    model = load_model(asked["model"], asked.get("chat_template", False), memory_limit_bytes, job)
+    name, folder = asked["model"], run.content.get("model_folder")
+    if folder is not None and not Path(name).expanduser().is_dir():
+        name = folder  # its path was said from another folder than this one
+    model = load_model(name, asked.get("chat_template", False), memory_limit_bytes, job)
+    model = replace(model, name=asked["model"])
     if run.preparation:
         model = fold(model, run.preparation)
     check_model(run, model)
@@ -29,8 +37,13 @@ def searched_model(run: Run, memory_limit_bytes: int | None = None, job: str = "
 
 def check_model(run: Run, model: Model) -> None:
     """Raise `RunError` unless it is the model that a run searched."""
-    if model.fingerprint != run.question["fingerprint"]:
+    asked = run.question
+    same_weights = model.fingerprint == asked["fingerprint"]
+    # Older runs do not know it.
+    same_config = asked.get("config") in (None, config_digest(model.folder))
+    if not (same_weights and same_config):
+        changed = "its config.json has" if same_weights else "its weights have"
         raise RunError(
-            f"'{run.question['model']}' is not the model that '{run.folder}' searched: its weights "
-            "have changed; search again"
+            f"'{asked['model']}' is not the model that '{run.folder}' searched: {changed} changed; "
+            "search again"
         )

@@ -369,6 +369,8 @@ def _parse(text: str, source: str) -> SearchSpace:
         raise SpaceError(f"{source}, line {line}: not YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise SpaceError(f"{source}: not YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise SpaceError(f"{source}: not a search space: nested too deeply") from None
     if root is None:
         raise SpaceError(f"{source}: the file is empty; start from search_spaces/")
     keys = reader.mapping(

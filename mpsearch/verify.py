@@ -230,7 +230,7 @@ def ask_fresh(request: Mapping[str, Any]) -> dict[str, Any]:
                     "memory runs out; close other programs or use a larger machine"
                 )
             last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            if "MemoryError" in last or "out of memory" in last:
+            if "MemoryError" in last or errors.exhausted(Exception(last)):
                 raise ResourceError(
                     f"asking '{request['model']}' ran out of memory; close other programs or use a "
                     "larger machine"

@@ -58,6 +58,12 @@ class Wish:
         return parse_size(self.budget) if isinstance(self.budget, str) else self.budget
 
 
+def check_seed(seed: int) -> None:
+    """Raise `UsageError` for one that not every generator takes."""
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed {seed} is out of range; use 0 to {2**32 - 1}")
+
+
 def check_wish(space: ResolvedSpace, wish: Wish) -> None:
     """Refuse in an instant what cannot be done.
 
@@ -69,8 +75,7 @@ def check_wish(space: ResolvedSpace, wish: Wish) -> None:
         raise UsageError(
             f"trials {wish.trials}, search facts {wish.search_facts}: at least 0 and 2 are needed"
         )
-    if wish.seed < 0:
-        raise UsageError(f"seed {wish.seed} is negative; use 0 or more")
+    check_seed(wish.seed)
     if wish.at_once is not None and wish.at_once < 1:
         raise UsageError(f"proposals scored at once {wish.at_once}: at least 1 is needed")
     check_max_text_kl(wish.max_text_kl_nats)

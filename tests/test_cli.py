@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_cases import Cli, command, one_line
+from cli_cases import BUDGET, Cli, command, one_line
 
 from mpsearch import models
 from mpsearch.space import ResolvedSpace
@@ -242,3 +242,21 @@ def test_search_as_json_prints_the_same_front(
 ) -> None:
     searched = mpsearch(*question, "--trials", 1, "-o", tmp_path / "run", "--json")
     assert json.loads(searched.out) == json.loads(mpsearch("front", tmp_path / "run", "--json").out)
+
+
+def test_a_model_is_found_from_another_folder_than_it_was_searched_in(
+    tiny_folder: Path, facts_file: Path, mpsearch: Cli, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tiny_folder.parent)
+    run, name = tmp_path / "a run", f"./{tiny_folder.name}"
+    searched = mpsearch(
+        "search", name, "--facts", facts_file, "--budget", BUDGET, "--trials", 0, "-o", run
+    )
+    assert searched.talk[-1].startswith(f"next: mpsearch export '{run}' best -o 'exports/a run'")
+    monkeypatch.chdir(tmp_path)
+    assert mpsearch("export", run, "best", "-o", "export").code == 0
+    about = json.loads((tmp_path / "export" / "mpsearch.json").read_text(encoding="utf-8"))
+    assert about["base_model"] == name
+    drawn = mpsearch("plot", run, "-o", "figure.png", "--json")
+    assert json.loads(drawn.out) == {"figure": "figure.png"}

@@ -48,6 +48,8 @@ def test_wishes_that_need_the_model_to_be_judged_are_refused_before_the_run_fold
     for arguments, words in (
         (["--trials", "-1"], ["trials -1"]),
         (["--quantizer", "gptqq"], ["gptqq", "gptq"]),
+        (["--seed", "-1"], ["seed -1", "use 0 to"]),
+        (["--seed", 2**32], [f"seed {2**32}", f"use 0 to {2**32 - 1}"]),
     ):
         one_line(mpsearch(*question, *arguments, "-o", run), 2, *words)
         assert not run.exists()
@@ -64,7 +66,9 @@ def test_a_chat_template_that_the_model_has_not_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["no/such-model", "./nowhere", "builtin:gpt", "a b c"])
+@pytest.mark.parametrize(
+    "name", ["no/such-model", "./nowhere", "builtin:gpt", "a b c", "~nobody/model"]
+)
 def test_a_model_that_cannot_be_had_is_refused(name: str, mpsearch: Cli, tmp_path: Path) -> None:
     outcome = mpsearch("search", name, "--budget", BUDGET, "-o", tmp_path / "run")
     one_line(outcome, 2, name)
@@ -82,6 +86,7 @@ def test_a_model_that_cannot_be_had_is_refused(name: str, mpsearch: Cli, tmp_pat
         ('{"relation": "a", "template": "{} is", "subject": "x"}\n', ["line 1", "answer"]),
         ("[]\n", ["line 1", "object"]),
         ("", ["no facts"]),
+        ('{"relation": "a", "template": "{} is", "subject": "\\uD800x"}\n', ["line 1", "half"]),
     ],
 )
 def test_a_malformed_facts_file_is_refused_with_its_line(
@@ -110,6 +115,7 @@ def test_a_malformed_facts_file_is_refused_with_its_line(
             ["line 5", "matches no layer"],
         ),
         ("version: [1\n", ["line 2", "not YAML"]),
+        ("[" * 9999, ["nested too deeply"]),
     ],
 )
 def test_a_faulty_space_file_is_refused_with_its_line(
@@ -160,8 +166,31 @@ def test_what_is_no_run_folder_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_plot_refuses_another_suffix(whole: Path, mpsearch: Cli, tmp_path: Path) -> None:
+def test_plot_refuses_another_suffix_and_a_table_that_it_would_not_show(
+    whole: Path, mpsearch: Cli, tmp_path: Path
+) -> None:
     one_line(mpsearch("plot", whole, "-o", tmp_path / "a.gif"), 2, ".gif", ".png")
+    unused = mpsearch("plot", whole, "-o", tmp_path / "a.png", "--sensitivity", "table.json")
+    one_line(unused, 2, "--beside MEASURE")
+
+
+def test_what_the_system_refuses_is_one_line(
+    question: list[str], whole: Path, mpsearch: Cli, tmp_path: Path
+) -> None:
+    long = tmp_path / ("a" * 300)
+    for command in (
+        ["front", long],
+        [*question, "-o", long],
+        ["export", whole, "best", "-o", long],
+    ):
+        outcome = mpsearch(*command)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert "File name too long" in outcome.said[-1]
+        assert "Traceback" not in outcome.err
+    nowhere = ["sensitivity", question[1], "-o", tmp_path / "no" / "table.json"]
+    outcome = mpsearch(*nowhere)
+    one_line(outcome, 2, "lies in no folder")
+    assert len(outcome.talk) == 1  # before the model was loaded
 
 
 def test_resume_with_another_question_is_refused_and_named(
@@ -170,19 +199,24 @@ def test_resume_with_another_question_is_refused_and_named(
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
     outcome = mpsearch(*question, "--seed", 4, "--resume", "-o", whole)
     one_line(outcome, 2, "seed was 0 and is now 4")
+    outcome = mpsearch(*question, "--seed", 2**33, "--resume", "-o", whole)
+    one_line(outcome, 2, f"seed {2**33} is out of range")
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
 
 
-def test_export_refuses_a_model_whose_weights_have_changed(
-    whole: Path, tiny_folder: Path, mpsearch: Cli, tmp_path: Path
+@pytest.mark.parametrize(
+    ("key", "said"), [("fingerprint", "weights have"), ("config", "config.json has")]
+)
+def test_export_refuses_a_model_that_has_changed(
+    key: str, said: str, whole: Path, mpsearch: Cli, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     content = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    content["question"]["fingerprint"] = "0" * 64
+    content["question"][key] = "0" * 64
     (run / "run.json").write_text(json.dumps(content), encoding="utf-8")
     outcome = mpsearch("export", run, "best", "-o", tmp_path / "export")
-    one_line(outcome, 2, "weights have changed")
+    one_line(outcome, 2, f"{said} changed")
     assert not (tmp_path / "export").exists()
 
 

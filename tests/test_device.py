@@ -52,7 +52,15 @@ def test_all_cuda_devices_may_hold_blocks(monkeypatch: pytest.MonkeyPatch) -> No
     assert device.pick_devices() == (torch.device("cuda:1"), torch.device("cuda:0"))
     assert device.pick_device() == torch.device("cuda:1")
     monkeypatch.setenv("MPSEARCH_DEVICE", "cuda:1,gpu")
-    with pytest.raises(UsageError, match=r"'cuda:1,gpu' is no device; use cpu, cuda:0, or cuda:0,"):
+    with pytest.raises(UsageError, match=r"'cuda:1,gpu' is no device here; use cpu, cuda:0, or"):
+        device.pick_devices()
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "cpu, cuda:1"])
+def test_a_device_that_is_not_here_is_one_line(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerators(monkeypatch, cuda=False, mps=False)
+    monkeypatch.setenv("MPSEARCH_DEVICE", kind)
+    with pytest.raises(UsageError, match=f"'{kind}' is no device here"):
         device.pick_devices()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import re
 
@@ -19,6 +20,7 @@ from mpsearch.errors import (
     RunError,
     SpaceError,
     UsageError,
+    exhausted,
 )
 
 TREE: dict[type[MpsearchError], tuple[type[Exception], int]] = {
@@ -68,6 +70,26 @@ def test_the_message_is_what_was_given() -> None:
 @pytest.mark.parametrize("error", TREE, ids=lambda error: error.__name__)
 def test_the_message_is_one_line_whatever_it_quotes(error: type[MpsearchError]) -> None:
     assert str(error("no format 'a\nb\r\nc'")).splitlines() == [str(error("no format 'a b  c'"))]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory"),
+        (RuntimeError("could not create a primitive"), "memory"),
+        (RuntimeError("CUDA out of memory."), "memory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk"),
+        (OSError(errno.EFBIG, "File too large"), "disk"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory"),
+        (OSError(errno.EACCES, "Permission denied"), ""),
+        (RuntimeError("shapes differ"), ""),
+    ],
+)
+def test_what_ran_out_is_told_from_other_errors(error: Exception, said: str) -> None:
+    found = exhausted(error)
+    assert said in found
+    assert bool(found) == bool(said)
 
 
 def _doc() -> str:

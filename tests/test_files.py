@@ -6,11 +6,12 @@ import errno
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from mpsearch.errors import ResourceError
+from mpsearch.errors import ResourceError, RunError
 from mpsearch.files import Claims, published, write_atomically
 
 
@@ -162,9 +163,11 @@ def test_a_block_that_fails_leaves_what_was_published_before(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_of_two_publishers_the_first_to_finish_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("alike", [True, False])
+def test_of_two_publishers_the_first_to_finish_stays(alike: bool, tmp_path: Path) -> None:
     target = tmp_path / "a1b2"
-    with published(target) as slow:
+    refused = nullcontext() if alike else pytest.raises(RunError, match=r"'.*a1b2' was written by")
+    with refused, published(target, alike=alike) as slow:
         (slow / "codes").write_text("slow")
         with published(target) as fast:
             assert fast != slow

@@ -24,8 +24,10 @@ from mpsearch.fit import (
     shortfall,
     smallest_devices,
     uniform_fits,
+    unserved,
 )
 from mpsearch.models import Model
+from mpsearch.sizes import format_size
 from mpsearch.space import ResolvedSpace, SearchSpace
 
 EIGHT_B = {
@@ -164,7 +166,7 @@ def test_a_shortfall_names_the_terms_and_the_three_cheapest_ways_out() -> None:
 def test_what_helps_but_not_enough_is_named_as_that() -> None:
     message = shortfall(space(), budget(6 * GIB, context=32768))
     ways = missing(message)
-    assert len(ways) == 3
+    assert len(ways) == 2
     assert "--kv fp8 helps (saves 2.00 GiB)" in ways
     alone = replace(budget(6 * GIB, context=32768), workload=Workload(32768, 1, "fp8"))
     assert space().stored_bytes(space().smallest) > alone.left_bytes
@@ -187,10 +189,8 @@ def test_every_way_out_is_one() -> None:
     ways = missing(shortfall(resolved, asked))
     smallest = resolved.stored_bytes(resolved.smallest)
     assert smallest > asked.left_bytes
-    assert [way.split(" ")[0] for way in ways] == ["--kv", "quantize", "--context"]
-    given = space(TIGHT + f"embedding: [{ways[1].split(' ')[4]}]\n")
-    assert given.stored_bytes(given.smallest) <= asked.left_bytes
-    for way in (ways[0], ways[2], f"--batch {asked.largest_batch(smallest)} "):
+    assert [way.split(" ")[0] for way in ways] == ["--kv", "--context", "--batch"]
+    for way in ways:
         flag, value = way.split(" ")[:2]
         key = flag.removeprefix("--")
         changed: Any = {key: value if key == "kv" else int(value)}
@@ -198,7 +198,27 @@ def test_every_way_out_is_one() -> None:
         assert smallest <= eased.left_bytes, way
 
 
-def test_a_smaller_format_the_embedding_and_the_next_card_are_ways_out() -> None:
+def test_the_embedding_is_a_way_out_where_the_runtime_takes_it_quantized() -> None:
+    gguf = "version: 1\ntarget: gguf\nformats: [q4_0, q8_0]\n"
+    asked = budget(7 * GIB + GIB // 4, context=2700, runtime="llama.cpp")
+    ways = missing(shortfall(space(gguf), asked))
+    way = next(way for way in ways if way.startswith("quantize the embedding to "))
+    given = space(gguf + f"embedding: [{way.split(' ')[4]}]\n")
+    smaller = space(gguf).stored_bytes(space(gguf).smallest) - given.stored_bytes(given.smallest)
+    assert f"saves {format_size(smaller)}" in way
+    for memory_bytes in (5 * GIB, 6 * GIB, 8 * GIB):
+        assert "embedding" not in shortfall(space(), budget(memory_bytes, context=2700))
+
+
+def test_formats_of_tables_that_a_runtime_leaves_alone_are_named() -> None:
+    given = space(TIGHT + "embedding: [int8-g64-unpacked]\nhead: [int4-g128, bf16]\n")
+    assert unserved(given, RUNTIMES["vllm"]) == [
+        "int8-g64-unpacked of the embedding", "int4-g128 of the head",
+    ]  # fmt: skip
+    assert unserved(given, RUNTIMES["transformers"]) == []
+
+
+def test_a_smaller_format_and_the_next_card_are_ways_out() -> None:
     resolved = space()
     asked = budget(6 * GIB, context=64)  # not even without context
     ways = missing(shortfall(resolved, asked))

@@ -265,6 +265,9 @@ def test_a_search_for_a_device_keeps_and_shows_where_its_budget_comes_from(
     assert mpsearch("export", run, "best", "-o", tmp_path / "export").code == 0
     card = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
     assert f"- Made for: {line}." in card
+    # As it was asked for; with the usual overhead and reserve nothing would fit.
+    assert mpsearch("fit", run, "--memory", memory).code == 0
+    assert mpsearch("fit", run, "--memory", memory, "--overhead", "1GiB").code == 3
     figure = tmp_path / "figure.svg"
     assert mpsearch("plot", run, "-o", figure).code == 0
     assert "16 tokens x 1" in figure.read_text(encoding="utf-8")

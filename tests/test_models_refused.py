@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +27,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from mpsearch.errors import CheckError, ModelError, MpsearchError
+from mpsearch.errors import CheckError, ModelError, MpsearchError, ResourceError
 from mpsearch.models import Model, load_whole
 
 Edit = Callable[[Path], object]
@@ -238,6 +240,16 @@ def test_what_the_hub_says_becomes_one_line(
     message = refusal("someone/something")
     assert "'someone/something'" in message
     assert words in message
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_hub(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    error = OSError(number, os.strerror(number))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", raising(error))
+    with pytest.raises(ResourceError, match=f"cannot be written .{os.strerror(number)}.; free"):
+        load_whole("someone/something")
 
 
 def test_an_impossible_hub_id_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from mpsearch.errors import RunError, UsageError
+from mpsearch.errors import ResourceError, RunError, UsageError
 from mpsearch.measures import MEASURES, OF_GROUPS, OF_PAIRS, Sensitivity
 from mpsearch.plot import plot
 from mpsearch.run import Run
@@ -149,6 +150,29 @@ def test_another_suffix_is_refused_with_those_there_are(
 def test_a_file_that_cannot_be_written_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
         plot(make_run(1), tmp_path / "nowhere" / "figure.png")
+
+
+def test_a_disk_that_fills_up_leaves_no_half_of_a_figure(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_short(figure: Figure, out: Path, **_: Any) -> None:
+        out.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run, there = make_run(1), tmp_path / "figure.png"
+    there.write_bytes(b"an earlier one")
+    monkeypatch.setattr(Figure, "savefig", cut_short)
+    with pytest.raises(ResourceError, match=r"figure\.png': the disk is full"):
+        plot(run, there)
+    assert there.read_bytes() == b"an earlier one"
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "figure.png"}
+
+
+def test_a_name_is_drawn_as_it_is_and_not_as_a_formula(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(1)
+    run.content["question"]["model"] = "a$b{$c"
+    plot(run, tmp_path / "figure.svg")
+    assert "a$b{$c" in (tmp_path / "figure.svg").read_text(encoding="utf-8")
 
 
 def test_a_run_without_points_is_refused(make_run: MakeRun, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -300,6 +301,15 @@ def test_a_model_that_reads_other_tokens_is_not_compared(tiny: Model, tiny_facts
     other = replace(tiny, tokenizer=tokenizer)
     with pytest.raises(UsageError, match="as other tokens"):
         RecallProxy(other, tiny_facts, facts, contrast=True, against=before.first)
+
+
+def test_a_model_of_more_tokens_is_not_compared(tiny: Model, tiny_facts: FactSet) -> None:
+    facts = tiny_facts.part("validation")
+    first = RecallProxy(tiny, tiny_facts, facts, contrast=True).first
+    assert first is not None
+    fewer: Any = [first.log_probs[fact][:-3] for fact in range(len(facts))]
+    with pytest.raises(UsageError, match=r"has \d+ tokens and the model that it is compared with"):
+        RecallProxy(tiny, tiny_facts, facts, contrast=True, against=replace(first, log_probs=fewer))
 
 
 def test_scores_do_not_depend_on_the_rows_beyond_rounding(

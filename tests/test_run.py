@@ -182,7 +182,18 @@ def test_mend_empties_a_file_that_holds_only_a_torn_line(run: Run) -> None:
     assert run.scores() == []
 
 
-@pytest.mark.parametrize("damage", [b"{", b"\xff\xfe", b"[1]", b'{"kind": "search"}', b""])
+OF_NOTHING = json.dumps({**json.loads(line(ROWS[0])), "assignment": 3}).encode()
+OF_ANOTHER_FORMAT = line(("search", "int3-g64", "int2-g64", [1.0] * 4)).encode().rstrip()
+NO_NUMBERS = json.dumps({**json.loads(line(ROWS[0])), "loss_per_fact": None}).encode()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(b"{", b"\xff\xfe", b"[1]", b'{"kind": "search"}', b""),
+        *(OF_NOTHING, OF_ANOTHER_FORMAT, NO_NUMBERS),
+    ],
+)
 def test_a_damaged_line_in_the_middle_is_named(damage: bytes, run: Run) -> None:
     evaluations = run.folder / "evaluations.jsonl"
     first, second, *rest = evaluations.read_bytes().split(b"\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from mpsearch.export.bitsandbytes import write_bitsandbytes
 from mpsearch.export.card import FIGURE, model_card
 from mpsearch.export.compressed_tensors import write_compressed_tensors
 from mpsearch.export.dequantized import DEQUANTIZED, as_stored, write_dequantized
+from mpsearch.export.gguf import check_model as check_gguf
 from mpsearch.export.gguf import gguf_tensor_bytes, is_gguf, write_gguf
 from mpsearch.export.gptq import write_gptq
 from mpsearch.files import published
@@ -30,6 +32,8 @@ from mpsearch.run import Run
 from mpsearch.searched import check_model
 from mpsearch.space import ResolvedSpace, SearchSpace
 from mpsearch.targets import TARGETS
+
+log = logging.getLogger(__name__)
 
 # By container.
 WRITERS = {
@@ -101,7 +105,10 @@ def export(
     if to == DEQUANTIZED and space.target.float32_vectors:  # which stay bf16 in a plain checkpoint
         predicted -= 2 * model.vector_weights
     require_disk(int(predicted * 1.05) + 10_000_000, out, "the export")
-    bank.build(quantized_layers(space, assignment))
+    if lacking := bank.missing(quantized_layers(space, assignment)):
+        if run:
+            _check_codes(run, model, bank, len(lacking))
+        bank.build(lacking)
     point = run.find(assignment.id) if run else None
     promised = promise(run, point) if run and point else None
     with published(out, overwrite) as unfinished:
@@ -131,6 +138,34 @@ def export(
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         write_manifest(unfinished, about)
     return out
+
+
+def _check_codes(run: Run, model: Model, bank: Bank, lacking: int) -> None:
+    """Say that codes of a run are made again; refuse where they would be others.
+
+    Raises:
+        RunError: the quantizer reads what layers compute, which is in another dtype than then.
+    """
+    then, now = run.question["dtype"], str(model.dtype)
+    if bank.quantizer.calibrated and then != now:
+        raise RunError(
+            f"{lacking} layers that '{run.folder}' scored are no longer in the weight bank "
+            f"'{bank.folder}', and {bank.quantizer.name} would make other codes in {now} than it "
+            f"did in {then}; bring that folder back, or search again"
+        )
+    log.warning(
+        "%d layers that '%s' scored are no longer in the weight bank '%s', so they are quantized "
+        "again; 'mpsearch verify' says whether the export still is what was scored",
+        lacking,
+        run.folder,
+        bank.folder,
+    )
+
+
+def check_writable(model: Model, target: str) -> None:
+    """Raise `UsageError` if no point of a model can be written for a target, whatever it is."""
+    if TARGETS[target].container == "gguf":
+        check_gguf(model)
 
 
 def check_out(out: Path, overwrite: bool) -> None:

@@ -16,6 +16,7 @@ from mpsearch.promise import Promise
 from mpsearch.run import Run
 from mpsearch.sizes import format_size
 from mpsearch.space import ResolvedSpace
+from mpsearch.targets import TARGETS
 
 FIGURE = "formats.png"
 _TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -60,7 +61,7 @@ def model_card(
     """
     sections = [
         _head(about),
-        _what(about, space, formats, run),
+        _what(about, space, formats, able, run),
         _serve(about, able),
         *([_knows(run, point, promise)] if run and point and promise else []),
         _formats(about, space),
@@ -84,6 +85,7 @@ def _what(
     about: Mapping[str, Any],
     space: ResolvedSpace,
     formats: Mapping[str, Format],
+    able: Sequence[str],
     run: Run | None,
 ) -> list[str]:
     counts: dict[str, int] = {}
@@ -104,18 +106,22 @@ def _what(
         f"- Formats: {named}; everything else bf16"
         f"{', norms and biases float32' if about['target'] == 'gguf' else ''}."
         + (" All are stored dequantized, in 16 bits a weight." if plain else ""),
-        *([] if plain else _resident(space, formats, stored)),
+        *([] if plain else _resident(space, formats, stored, able)),
         *([f"- Made for: {run.budget_line}."] if run and run.budget_line else []),
         f"- Codes chosen by {about['bank']['quantizer']}; assignment {about['assignment_id']}.",
     ]
 
 
-def _resident(space: ResolvedSpace, formats: Mapping[str, Format], stored: int) -> list[str]:
+def _resident(
+    space: ResolvedSpace, formats: Mapping[str, Format], stored: int, able: Sequence[str]
+) -> list[str]:
     """What the weights take in the memory of the runtimes that serve all of the formats."""
     said = []
     for runtime in RUNTIMES.values():
-        able = space.target.container in runtime.targets
-        if able and all(map(runtime.serves, formats.values())):
+        loads = space.target.container in runtime.targets
+        # Where a target is named after a runtime, that one says which points it takes.
+        takes = runtime.name in able or runtime.name not in TARGETS
+        if loads and takes and all(map(runtime.serves, formats.values())):
             size = resident_bytes(space, stored, runtime)
             how = ", which unpacks it" if unpacks(space, runtime) else ""
             said.append(f"{runtime.name}{how} {size:,} bytes")

@@ -24,7 +24,7 @@ from mpsearch.bank import Bank
 from mpsearch.codecs import block_type
 from mpsearch.errors import UsageError
 from mpsearch.export.checkpoint import write_beside
-from mpsearch.export.gguf_tokenizer import tokenizer_fields
+from mpsearch.export.gguf_tokenizer import TokenizerFields, tokenizer_fields
 from mpsearch.formats import BF16, ITEM_BYTES, Format
 from mpsearch.models import Model
 
@@ -71,12 +71,11 @@ def write_gguf(model: Model, bank: Bank, formats: Mapping[str, Format], folder: 
     Raises:
         UsageError: a family, setting or tokenizer that would be read as another one.
     """
+    tokenizer = check_model(model)
     config = model.module.config
-    check_config(config, model)
     architecture = _ARCHITECTURES[config.model_type]
     tensors = list(_tensors(model, formats, architecture))
     rows = model.module.get_input_embeddings().weight.shape[0]
-    tokenizer = tokenizer_fields(model.tokenizer, rows)
     name = gguf.MODEL_ARCH_NAMES[architecture]
     with closing(gguf.GGUFWriter(folder / GGUF_FILE, name)) as writer:
         _describe(writer, config, model.name, rows)
@@ -104,8 +103,13 @@ def gguf_tensor_bytes(folder: Path) -> int:
     return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(folder / GGUF_FILE).tensors)
 
 
-def check_config(config: Any, model: Model) -> None:
-    """Raise `UsageError` for a model that a GGUF file cannot describe to both its readers."""
+def check_model(model: Model) -> TokenizerFields:
+    """What a GGUF file says of a model's tokenizer.
+
+    Raises:
+        UsageError: the file could not describe the model or its tokenizer to both its readers.
+    """
+    config = model.module.config
     family = config.model_type
     if family not in _ARCHITECTURES:
         raise UsageError(
@@ -136,6 +140,7 @@ def check_config(config: Any, model: Model) -> None:
                 f"model '{model.name}' has {what}, which is not written to GGUF for {family}: "
                 "llama.cpp or transformers would read it as another model; use another target"
             )
+    return tokenizer_fields(model.tokenizer, model.module.get_input_embeddings().weight.shape[0])
 
 
 def _describe(writer: gguf.GGUFWriter, config: Any, name: str, rows: int) -> None:

@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from mpsearch.codecs import import_gptqmodel
 from mpsearch.device import compute_dtype, pick_device
-from mpsearch.errors import ModelError, MpsearchError
+from mpsearch.errors import ModelError, MpsearchError, ResourceError, exhausted
 from mpsearch.export.gguf import GGUF_FILE
 from mpsearch.export.gguf_reload import load_gguf
 from mpsearch.export.reload import load_any, quantization_of
@@ -67,6 +67,8 @@ def load_as_served(name: str, chat_template: bool = False) -> tuple[Model, str]:
     except (MpsearchError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if ran_out := exhausted(error):
+            raise ResourceError(f"checkpoint '{name}': {ran_out}") from error
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"checkpoint '{name}' does not load: {reason}") from error
     return replace(_askable(name, folder, module, tokenizer), chat=chat_template), loader

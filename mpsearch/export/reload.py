@@ -27,11 +27,12 @@ from transformers import AutoConfig, AutoTokenizer
 
 from mpsearch.codecs import decode
 from mpsearch.device import compute_dtype, pick_device
-from mpsearch.errors import ModelError
+from mpsearch.errors import ModelError, ResourceError, exhausted
 from mpsearch.export.dequantized import DEQUANTIZED
 from mpsearch.export.gguf import is_gguf
 from mpsearch.export.gguf_reload import read_gguf
 from mpsearch.formats import FORMATS, FOUR_BIT_BLOCK, Format, StoredTensor
+from mpsearch.hub import local_path
 from mpsearch.models import Model, from_module, load_whole
 from mpsearch.opening import load_model
 
@@ -51,7 +52,7 @@ def load_any(
         ModelError: neither can be had.
         CheckError, ResourceError: as `load_model`.
     """
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if quantization := quantization_of(folder):
         return replace(load_export(name, quantization), chat=chat_template)
     if _field(folder / "mpsearch.json", "target") == DEQUANTIZED:
@@ -89,13 +90,18 @@ def load_export(name: str, quantization: dict[str, Any]) -> Model:
             f"'{name}' is a GPTQ checkpoint of format '{version}', and 'gptq' is read here; save "
             "it in that one"
         )
-    schemes = quantization.get("config_groups", {}).values()
-    if any(scheme["weights"].get("symmetric") is False for scheme in schemes):
+    schemes = quantization.get("config_groups") or {}
+    try:
+        of_weights = [scheme["weights"] or {} for scheme in schemes.values()]
+        symmetric = all(weights.get("symmetric") is not False for weights in of_weights)
+    except (AttributeError, LookupError, TypeError):
+        raise ModelError(f"'{name}': config.json holds no config_groups that can be read") from None
+    if not symmetric:
         raise ModelError(
             f"'{name}' stores zero-points, which transformers cannot load from compressed-tensors "
             "(5.23) and vLLM can; search symmetric formats to score the export here"
         )
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     device = pick_device()
     dtype = compute_dtype(device)
     decoded: dict[str, Tensor] = {}
@@ -110,6 +116,8 @@ def load_export(name: str, quantization: dict[str, Any]) -> Model:
             module, decoded = _load_bitsandbytes(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except _FROM_BELOW as error:
+        if ran_out := exhausted(error):
+            raise ResourceError(f"export '{name}': {ran_out}") from error
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"export '{name}' does not load: {reason}") from error
     model = from_module(name, folder, module, tokenizer, device, dtype)

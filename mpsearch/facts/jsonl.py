@@ -14,12 +14,14 @@ by one, so memory is that of the facts.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from mpsearch.errors import FactsError
 from mpsearch.facts.fact import Fact, Relation, clean
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _FACT_KEYS = {"relation", "template", "paraphrases", "subject", "answer", "aliases", "source"}
 _RELATION_KEYS = {"relation", "template", "paraphrases", "source"} | {
     *("domain", "range", "first_hop", "second_hop")
@@ -124,6 +126,8 @@ def _entries(lines: Iterable[Line]) -> Iterator[tuple[str, int, dict[str, Any]]]
             raise FactsError(f"{where}: not JSON: {error}") from None
         except RecursionError:
             raise FactsError(f"{where}: not a fact: nested too deeply") from None
+        if "\\ud" in line.lower() and _SURROGATE.search(json.dumps(entry, ensure_ascii=False)):
+            raise FactsError(f"{where}: an escaped character is one half of a pair; write both")
         if not isinstance(entry, dict):
             raise FactsError(f"{where}: expected an object with relation, subject and answer")
         known = _FACT_KEYS if "subject" in entry else _RELATION_KEYS

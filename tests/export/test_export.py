@@ -7,13 +7,15 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import mpsearch as mps
-from mpsearch.errors import CheckError, ResourceError, RunError
+from mpsearch.errors import CheckError, ResourceError, RunError, UsageError
+from mpsearch.export import check_writable
 from mpsearch.export.reload import load_any
 from mpsearch.manifest import faults, read_manifest
 from mpsearch.models import Model, load_whole
@@ -123,6 +125,33 @@ def test_a_point_of_another_model_is_refused(whole: Path, tiny: Model, tmp_path:
     with pytest.raises(RunError, match="is not the model that"):
         mps.export(other, run.find("best").assignment, out=tmp_path / "export", run=run)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_codes_that_are_made_again_are_said_and_refused_where_they_would_be_others(
+    whole: Path, tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    run = Run.open(whole)
+    point = run.find("best")
+    monkeypatch.setenv("MPSEARCH_HOME", str(tmp_path / "elsewhere"))
+    mps.export(tiny, point.assignment, out=tmp_path / "export", run=run)
+    (said,) = caplog.messages
+    assert "no longer in the weight bank" in said and "'mpsearch verify' says" in said
+    caplog.clear()
+    mps.export(tiny, point.assignment, out=tmp_path / "again", run=run)
+    assert not caplog.messages
+    calibrated = SimpleNamespace(quantizer=SimpleNamespace(calibrated=True, name="q"), folder="b")
+    exports = sys.modules["mpsearch.export"]
+    exports._check_codes(run, tiny, calibrated, 3)
+    run.content["question"]["dtype"] = "torch.float16"
+    with pytest.raises(RunError, match=r"q would make other codes in torch\.\w+ than .*float16"):
+        exports._check_codes(run, tiny, calibrated, 3)
+
+
+def test_a_model_that_no_point_can_be_written_for_is_told_beforehand(tiny: Model) -> None:
+    check_writable(tiny, "gptq")
+    with pytest.raises(UsageError, match="tokenizer"):
+        check_writable(tiny, "gguf")
 
 
 def test_a_small_disk_is_refused_before_anything_is_written(

@@ -101,6 +101,12 @@ def test_other_quantized_and_damaged_folders_are_refused(tiny: Model, tmp_path: 
     with pytest.raises(ModelError, match="does not load") as caught:
         load_any(str(folder))
     assert "\n" not in str(caught.value)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for groups, words in (([1], "no config_groups that"), ({"a": 1}, "no config_groups that")):
+        config["quantization_config"]["config_groups"] = groups
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        with pytest.raises(ModelError, match=words):
+            load_any(str(folder))
     gptq, _ = exported(tiny, space_of(tiny, "gptq", "gptq4-g64"), tmp_path / "gptq")
     tensors = load_file(gptq / "model.safetensors")
     norm = next(name for name in tensors if "layernorm" in name)
