@@ -1,8 +1,9 @@
 """The weight bank: every (layer, format) quantized once, packed, on disk.
 
 A file holds exactly the tensors that an export will hold. Its path is made of what decided them:
-the model's fingerprint, the quantizer with its settings and library version, the calibration, the
-layer and the format. So runs share it, and nothing stale is ever read.
+the model's fingerprint, the quantizer with its settings and library version, the calibration (and
+with it the model's config), the layer and the format. So runs share it, and nothing stale is ever
+read.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from mpsearch.errors import MpsearchError, RunError
 from mpsearch.export import tensor_bytes
 from mpsearch.export.own_loader import load_as_served
 from mpsearch.facts import Fact, FactSet
+from mpsearch.model_files import config_digest
 from mpsearch.opening import load_model
 from mpsearch.recall import RecallProxy
 
@@ -59,6 +60,7 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "loader": loader,
         "fingerprint": model.fingerprint,
+        "config": config_digest(model.folder),
         "stored_bytes": tensor_bytes(Path(request["model"])) if request["own"] else None,
         "facts": fact_set.digest,
         "dtype": str(model.dtype),

@@ -256,6 +256,7 @@ def _of_reference(
     """
     if about is not None and not about.get("awq"):
         same = asked["fingerprint"] == about.get("base_fingerprint")
+        same = same and about.get("base_config", asked["config"]) == asked["config"]
         is_it = "" if same else "not "
         said = f"the reference is {is_it}the model it was made from, '{about.get('base_model')}'"
     elif asked["tokens"] != answered["tokens"]:

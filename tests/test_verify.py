@@ -355,6 +355,12 @@ def test_the_reference_has_to_be_the_model_it_was_made_from(
     wrong = verify(made, facts=str(facts_file), reference=str(other))
     assert failed(wrong) == ["reference"]
     assert "not the model it was made from" in wrong.reasons[0]
+    turned = Path(shutil.copytree(tiny_folder, tmp_path / "turned"))
+    config = json.loads((turned / "config.json").read_text(encoding="utf-8"))
+    config["rope_parameters"]["rope_theta"] = 500.0
+    (turned / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    wrong = verify(made, facts=str(facts_file), reference=str(turned))
+    assert failed(wrong) == ["reference"]
 
 
 @pytest.mark.usefixtures("here")

@@ -24,6 +24,7 @@ from mpsearch.files import published
 from mpsearch.formats import Format, nearest
 from mpsearch.manifest import NAME as MANIFEST
 from mpsearch.manifest import read_manifest, unlisted, write_manifest
+from mpsearch.model_files import config_digest
 from mpsearch.models import Model
 from mpsearch.plot import plot_bits
 from mpsearch.promise import promise
@@ -123,6 +124,7 @@ def export(
             "base_model": model.name,
             "base_revision": _revision(model.folder),
             "base_fingerprint": model.fingerprint,
+            "base_config": config_digest(model.folder),
             "awq": bool(model.preparation),
             "target": to,
             "assignment_id": assignment.id,
