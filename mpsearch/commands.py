@@ -86,9 +86,9 @@ def search(args: argparse.Namespace) -> None:
     from mpsearch.export import EXPORT_TARGETS
 
     if run.space.target.name in EXPORT_TARGETS:
-        say(f"next: mpsearch export {_q(out)} best -o {_q(f'exports/{out.name}')}")
+        say(f"next: mpsearch export {_quoted(out)} best -o {_quoted(f'exports/{out.name}')}")
     else:
-        say(f"next: mpsearch plot {_q(out)} -o tradeoff.png")
+        say(f"next: mpsearch plot {_quoted(out)} -o tradeoff.png")
 
 
 def layers(args: argparse.Namespace) -> None:
@@ -104,7 +104,7 @@ def layers(args: argparse.Namespace) -> None:
     else:
         show_layers(space, args.model)
         show_kept(kept)
-    say(f"next: mpsearch search {_q(args.model)} --budget SIZE -o runs/NAME")
+    say(f"next: mpsearch search {_quoted(args.model)} --budget SIZE -o runs/NAME")
 
 
 def bank(args: argparse.Namespace) -> None:
@@ -146,7 +146,7 @@ def bank(args: argparse.Namespace) -> None:
         emit_json({"folder": str(bank.folder), "settings": bank.settings, "formats": rows})
     else:
         show_bank(held)
-    say(f"next: mpsearch search {_q(args.model)} --budget SIZE -o runs/NAME")
+    say(f"next: mpsearch search {_quoted(args.model)} --budget SIZE -o runs/NAME")
 
 
 def sensitivity(args: argparse.Namespace) -> None:
@@ -176,7 +176,7 @@ def sensitivity(args: argparse.Namespace) -> None:
         show_sensitivity(table)
     if args.out:
         table.save(Path(args.out))
-    say(f"next: mpsearch search {_q(args.model)} --budget SIZE -o runs/NAME")
+    say(f"next: mpsearch search {_quoted(args.model)} --budget SIZE -o runs/NAME")
 
 
 def list_facts(args: argparse.Namespace) -> None:
@@ -206,7 +206,7 @@ def front(args: argparse.Namespace) -> None:
         emit_json(front_json(run, front))
     else:
         show_front(run, front)
-    say(f"next: mpsearch plot {_q(args.run)} -o tradeoff.png")
+    say(f"next: mpsearch plot {_quoted(args.run)} -o tradeoff.png")
 
 
 def show(args: argparse.Namespace) -> None:
@@ -223,7 +223,7 @@ def show(args: argparse.Namespace) -> None:
         )
     else:
         show_point(run, point)
-    say(f"next: mpsearch export {_q(args.run)} {point.id} -o exports/{point.id}")
+    say(f"next: mpsearch export {_quoted(args.run)} {point.id} -o exports/{point.id}")
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -235,7 +235,9 @@ def plot(args: argparse.Namespace) -> None:
     if args.json:
         emit_json({"figure": str(out)})
     say(f"wrote {out}")
-    say(f"next: mpsearch export {_q(args.run)} best -o {_q(f'exports/{Path(args.run).name}')}")
+    say(
+        f"next: mpsearch export {_quoted(args.run)} best -o {_quoted(f'exports/{Path(args.run).name}')}"
+    )
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -250,7 +252,7 @@ def doctor(args: argparse.Namespace) -> None:
     say("next: mpsearch layers builtin:smollm2-135m")
 
 
-def _q(word: str | Path) -> str:
+def _quoted(word: str | Path) -> str:
     """A word of a command line that can be pasted."""
     return shlex.quote(str(word))
 
