@@ -235,9 +235,8 @@ def plot(args: argparse.Namespace) -> None:
     if args.json:
         emit_json({"figure": str(out)})
     say(f"wrote {out}")
-    say(
-        f"next: mpsearch export {_quoted(args.run)} best -o {_quoted(f'exports/{Path(args.run).name}')}"
-    )
+    folder = f"exports/{Path(args.run).name}"
+    say(f"next: mpsearch export {_quoted(args.run)} best -o {_quoted(folder)}")
 
 
 def doctor(args: argparse.Namespace) -> None:

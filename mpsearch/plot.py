@@ -93,11 +93,12 @@ def _saved(figure: Any, out: Path) -> Path:
         figure.savefig(unfinished, dpi=150)
         unfinished.replace(out)
     except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
         if ran_out := exhausted(error):
             raise ResourceError(f"cannot write '{out}': {ran_out}") from None
         raise UsageError(f"cannot write '{out}': {error.strerror}") from None
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
     return out
 
 
