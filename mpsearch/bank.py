@@ -93,7 +93,10 @@ class Bank:
         self.in_order = in_order
         self.calibration = calibration or Calibration()
         self._layers = {layer.name: layer for layer in model.every_layer}
-        key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+        decided = self.settings
+        if quantizer.calibrated:  # what layers read follows from more than the weights
+            decided["config"] = config_digest(model.folder)
+        key = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
         self.folder = (
             (root or home() / "bank") / model.fingerprint[:16] / f"{quantizer.name}-{key[:12]}"
         )
@@ -133,8 +136,6 @@ class Bank:
         }
         if self.quantizer.calibrated:
             settings["calibration"] = dict(self.calibration.settings)
-            # What layers read follows from more than the weights.
-            settings["config"] = config_digest(self.model.folder)
         if self.in_order:
             settings["in_order"] = self.in_order
         return settings

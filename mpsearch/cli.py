@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import signal
@@ -28,6 +29,12 @@ from mpsearch.errors import (
     exhausted,
 )
 from mpsearch.sizes import parse_size
+
+# What a path that a user gave, or its permissions, can cause.
+_OF_PATHS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,10 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if reason := exhausted(error):
             say(f"mpsearch: {reason}; everything finished is kept" + _resume_hint(args))
             return ResourceError.exit_code
-        if not isinstance(error, OSError) or error.strerror is None:
+        if not isinstance(error, OSError) or error.errno not in _OF_PATHS or not error.filename:
             raise
-        place = f"'{error.filename}': " if error.filename is not None else ""
-        say(f"mpsearch: {place}{error.strerror}")
+        say(f"mpsearch: '{error.filename}': {error.strerror}")
         return UsageError.exit_code
 
 

@@ -43,9 +43,11 @@ def search(args: argparse.Namespace) -> None:
     from mpsearch.export import check_writable
     from mpsearch.search import search
 
+    writable = True
     try:
         check_writable(model, space_file.target.name)
     except UsageError as error:
+        writable = False
         say(f"what is found can be studied, not exported: {error}")
     say(f"budget {format_size(budget_bytes)} ({budget_bytes:,} bytes)")
     with Progress() as report:
@@ -85,7 +87,7 @@ def search(args: argparse.Namespace) -> None:
         raise InfeasibleError(front.verdict)
     from mpsearch.export import EXPORT_TARGETS
 
-    if run.space.target.name in EXPORT_TARGETS:
+    if writable and run.space.target.name in EXPORT_TARGETS:
         say(f"next: mpsearch export {_quoted(out)} best -o {_quoted(f'exports/{out.name}')}")
     else:
         say(f"next: mpsearch plot {_quoted(out)} -o tradeoff.png")

@@ -38,7 +38,7 @@ def pick_devices() -> tuple[torch.device, ...]:
     if wanted := os.environ.get("MPSEARCH_DEVICE"):
         try:
             devices = tuple(torch.device(name.strip()) for name in wanted.split(","))
-            if any(not _has(device.type) for device in devices):
+            if not all(map(_is_here, devices)):
                 raise RuntimeError
         except RuntimeError:
             raise UsageError(
@@ -52,11 +52,13 @@ def pick_devices() -> tuple[torch.device, ...]:
     return (torch.device("mps" if torch.backends.mps.is_available() else "cpu"),)
 
 
-def _has(kind: str) -> bool:
-    """Whether torch has devices of a kind here."""
-    if kind == "mps":
+def _is_here(device: torch.device) -> bool:
+    """Whether torch has it."""
+    if device.type == "mps":
         return torch.backends.mps.is_available()
-    return kind != "cuda" or torch.cuda.is_available()
+    if device.type == "cuda":
+        return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    return True
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

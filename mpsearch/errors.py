@@ -13,7 +13,14 @@
 Ctrl-C is Python's own KeyboardInterrupt and exits with 130.
 """
 
+import re
 from errno import EDQUOT, EFBIG, ENOSPC
+
+# The last is oneDNN's; of a primitive descriptor it says so where an operation is not supported.
+_NO_MEMORY = re.compile(
+    "out of memory|can(?:'|no)t allocate memory|could not create a primitive(?! desc)",
+    re.IGNORECASE,
+)
 
 
 class MpsearchError(Exception):
@@ -63,11 +70,10 @@ EXIT_INTERRUPTED = 130
 
 def exhausted(error: BaseException) -> str:
     """What ran out, and the way out, if an error from below says that; else empty."""
-    text = str(error).lower()
     if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG):
         return "the disk is full; free some space"
-    # torch's on a CPU are plain RuntimeErrors; the last is oneDNN's.
-    said = ("out of memory", "t allocate memory", "cannot allocate", "could not create a primitive")
-    if isinstance(error, MemoryError) or any(words in text for words in said):
+    # torch's on a CPU are plain RuntimeErrors.
+    told = isinstance(error, RuntimeError | OSError) and _NO_MEMORY.search(str(error))
+    if isinstance(error, MemoryError) or told:
         return "memory ran out; close other programs or use a smaller model"
     return ""

@@ -85,12 +85,14 @@ def kept_parts(space: ResolvedSpace, budget: DeviceBudget) -> dict[str, int]:
     return {**parts, "other": space.kept_bytes - sum(parts.values())}
 
 
-def unserved(space: ResolvedSpace, runtime: Runtime) -> list[str]:
+def unserved(space: ResolvedSpace, budget: DeviceBudget) -> list[str]:
     """Formats of the space that the runtime's usual kernels do not take."""
+    runtime, architecture = budget.runtime, budget.architecture
     strange = [name for name in space.space.formats if not runtime.serves(FORMATS[name])]
-    for what, rule in (("embedding", space.space.embedding), ("head", space.space.head)):
-        names = () if rule is None or runtime.tables else rule.formats
-        strange += [f"{name} of the {what}" for name in names if FORMATS[name].quantized]
+    for what, layer in (("embedding", architecture.embedding), ("head", architecture.head)):
+        if layer is not None and not runtime.tables:
+            options = space.options.get(layer.name, ())
+            strange += [f"{fmt.name} of the {what}" for fmt in options if fmt.quantized]
     return strange
 
 

@@ -77,9 +77,9 @@ def fit(args: argparse.Namespace) -> None:
     pick_bytes, name = None, args.model
     run = Run.open(name) if (Path(name) / "run.json").exists() else None
     if run is not None:
-        name, point = run.question["model"], run.find("best")
-        pick_bytes = point.stored_bytes
-    architecture = read_architecture(load_config(name), name)
+        name, pick_bytes = run.question["model"], run.find("best").stored_bytes
+    config = load_config(name if run is None else run.model_path)
+    architecture = read_architecture(config, name)
     if run is not None:
         space = run.space
         _as_the_run(args, run)
@@ -97,21 +97,25 @@ def fit(args: argparse.Namespace) -> None:
     if has_device:
         check_fits(space, budget)
     if run is not None:
-        say(f"next: mpsearch export {shlex.quote(args.model)} best -o exports/{run.folder.name}")
+        folder = shlex.quote(f"exports/{run.folder.name}")
+        say(f"next: mpsearch export {shlex.quote(args.model)} best -o {folder}")
     elif not unpacks(space, budget.runtime):
         say(f"next: mpsearch search {_again(args, name)} -o runs/NAME")
 
 
 def _as_the_run(args: argparse.Namespace, run: Run) -> None:
     """What is not asked is as the run was asked for."""
+    from mpsearch.this_device import THIS
+
     if args.space:
         raise UsageError(f"'{args.model}' is a run, which has its own space; leave --space out")
     asked = run.content.get("device_budget")
     if asked is not None:
-        for flag in ("context", "batch", "kv", "runtime"):
-            if getattr(args, flag) is None:
-                setattr(args, flag, asked[flag])
-        for flag, value in asked.get("asked", {}).items():
+        by_hand = asked.get("asked", {}) if args.runtime in (None, asked["runtime"]) else {}
+        if args.device is not None and args.device.casefold() == THIS:  # has measured these
+            by_hand = {f: v for f, v in by_hand.items() if f not in ("overhead", "reserve")}
+        usual = {flag: asked[flag] for flag in ("context", "batch", "kv", "runtime")}
+        for flag, value in {**usual, **by_hand}.items():
             if getattr(args, flag) is None:
                 setattr(args, flag, value)
 
@@ -151,7 +155,7 @@ def device_budget_of(args: argparse.Namespace, space_file: SearchSpace) -> tuple
     budget = device_budget(args, architecture, space)
     size_bytes = search_budget_bytes(space, budget)
     say(terms_line(budget.to_json()))
-    if strange := unserved(space, budget.runtime):
+    if strange := unserved(space, budget):
         say(
             f"{budget.runtime.name}'s usual kernels do not take {', '.join(strange)}, which this "
             "space allows; give a --space without them, or try before you rely on them"

@@ -94,7 +94,7 @@ def _show_formats(space: ResolvedSpace, budget: DeviceBudget) -> None:
         for row in found
     ]
     table(["uniform", "bits", "weights", "fits", "to spare", "longest context"], rows)
-    if strange := unserved(space, budget.runtime):
+    if strange := unserved(space, budget):
         emit(
             f"{budget.runtime.name}'s usual kernels do not take {', '.join(strange)}: try before "
             "you rely on them"

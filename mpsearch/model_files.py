@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 from mpsearch.architecture import read_config
 from mpsearch.builtin import builtin_folder
@@ -12,7 +14,10 @@ from mpsearch.errors import ModelError
 from mpsearch.hub import BUILTIN_NAME, from_hub, local_path
 from mpsearch.shards import Shards, weight_files
 
-_NO_PART_OF_THE_FUNCTION = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+# In a config and those within it: where it was, who wrote it, how it is generated from.
+_NO_PART_OF_THE_FUNCTION = re.compile(
+    "_name_or_path|transformers_version|dtype|torch_dtype|architectures|use_cache|.*_token_id"
+)
 
 
 def locate(name: str) -> Path:
@@ -47,9 +52,18 @@ def config_digest(folder: Path) -> str:
     path = folder / "config.json"
     if not path.exists():
         return ""
-    config = read_config(path, str(folder)).items()
-    said = {key: value for key, value in config if key not in _NO_PART_OF_THE_FUNCTION}
+    said = _function(read_config(path, str(folder)))
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _function(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: _function(value)
+        for key, value in config.items()
+        if not _NO_PART_OF_THE_FUNCTION.fullmatch(key)
+    }
 
 
 def check_folder(folder: Path, name: str) -> int:

@@ -19,6 +19,7 @@ from mpsearch.scores import objective
 
 OBJECTIVE = "answer loss + 2 prompt KL"  # of the search; kept in a run, as older ones had another
 SIMPLE_KINDS = ("uniform", "greedy", "knapsack")
+NONE_SEARCHED = "No searched point fits; the simple allocations stand."
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +236,7 @@ def _recommend_unrefined(
     searched = [point for point in points if point.kind == "search"]
     best_searched = best_under(searched, coordinates, budget_bytes)
     if best_searched is None:
-        return best_simple, "No searched point fits; the simple allocations stand."
+        return best_simple, NONE_SEARCHED
     if best_simple is None:
         return best_searched, "Only searched points fit."
     gain = paired_difference(

@@ -29,10 +29,14 @@ from mpsearch.estimates import Estimate, paired_difference, relation_mean
 from mpsearch.files import published, write_atomically
 from mpsearch.fluency import TextScores
 from mpsearch.front import pareto_front
-from mpsearch.points import ParetoFront, Point, Score, coordinates, recommend, unmet
+from mpsearch.points import NONE_SEARCHED, ParetoFront, Point, Score, coordinates, recommend, unmet
 from mpsearch.space import ResolvedSpace
 
 VERSION = 1
+_NOT_YET = (
+    "No searched point is among these yet: they are scored on validation facts when the search "
+    "ends; continue it with --resume, and with --trials 0 it ends at once."
+)
 
 
 class Run:
@@ -130,6 +134,12 @@ class Run:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise RunError(f"'{path}' cannot be read ({error}); search again") from None
+
+    @property
+    def model_path(self) -> str:
+        """Where its model is: the folder, if it was one and still is there, or else its name."""
+        folder = self.content.get("model_folder")
+        return folder if folder and Path(folder).is_dir() else str(self.question["model"])
 
     @property
     def budget_bytes(self) -> int:
@@ -346,10 +356,7 @@ class Run:
         if pick is None and self.max_text_kl_nats is not None:
             verdict = unmet(self._within_budget(), self.max_text_kl_nats)
         elif not self.finished and not any(point.kind == "search" for point in points):
-            verdict = (
-                "No searched point is among these yet: they are scored on validation facts when "
-                "the search ends; continue it with --resume, and with --trials 0 it ends at once."
-            )
+            verdict = verdict.replace(NONE_SEARCHED, _NOT_YET)
         return ParetoFront(points, pareto, pick, verdict)
 
     def _within_budget(self) -> list[Score]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from mpsearch.awq import fold
 from mpsearch.errors import RunError
@@ -24,10 +23,8 @@ def searched_model(run: Run, memory_limit_bytes: int | None = None, job: str = "
         ResourceError: as `load_model`.
     """
     asked = run.question
-    name, folder = asked["model"], run.content.get("model_folder")
-    if folder is not None and not Path(name).expanduser().is_dir():
-        name = folder  # its path was said from another folder than this one
-    model = load_model(name, asked.get("chat_template", False), memory_limit_bytes, job)
+    chat_template = asked.get("chat_template", False)
+    model = load_model(run.model_path, chat_template, memory_limit_bytes, job)
     model = replace(model, name=asked["model"])
     if run.preparation:
         model = fold(model, run.preparation)

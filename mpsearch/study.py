@@ -135,7 +135,7 @@ class SearchStudy:
         # Optuna's own samplers are seeded anew, as they would repeat their first proposals; so
         # only ours goes on after a kill exactly as it would have without.
         ours = wish.sampler == "level-switch"
-        seed = wish.seed if ours else wish.seed + done
+        seed = wish.seed if ours else (wish.seed + done) % 2**32
         sampler = self.study.sampler = make_sampler(
             wish.sampler, self.space, damage, wish.budget_bytes, seed, wish.max_text_kl_nats
         )

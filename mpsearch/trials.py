@@ -61,6 +61,7 @@ class Measured:
 
 
 def is_ours(moves: Moves, trial: FrozenTrial) -> bool:
+    """Whether it is of our space; see above."""
     named = zip(moves.names, moves.formats, strict=True)
     return all(trial.params.get(name) in formats for name, formats in named)
 

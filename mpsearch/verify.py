@@ -230,7 +230,7 @@ def ask_fresh(request: Mapping[str, Any]) -> dict[str, Any]:
                     "memory runs out; close other programs or use a larger machine"
                 )
             last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            if "MemoryError" in last or errors.exhausted(Exception(last)):
+            if "MemoryError" in last or errors.exhausted(RuntimeError(last)):
                 raise ResourceError(
                     f"asking '{request['model']}' ran out of memory; close other programs or use a "
                     "larger machine"
@@ -252,13 +252,15 @@ def _of_reference(
     """Whether it is the model that the checkpoint was made from.
 
     AWQ's scales were folded into the weights that were searched, so there no digest of the
-    reference's can tell, but its answers can: folding keeps them.
+    reference's can tell, but its answers can: folding keeps them. Nor can one tell where the same
+    weights lie beside a config that is written otherwise, which may mean the same.
     """
-    if about is not None and not about.get("awq"):
-        same = asked["fingerprint"] == about.get("base_fingerprint")
-        same = same and about.get("base_config", asked["config"]) == asked["config"]
+    made_of = about or {}
+    same = asked["fingerprint"] == made_of.get("base_fingerprint")
+    other_config = made_of.get("base_config", asked["config"]) != asked["config"]
+    if made_of and not made_of.get("awq") and not (same and other_config):
         is_it = "" if same else "not "
-        said = f"the reference is {is_it}the model it was made from, '{about.get('base_model')}'"
+        said = f"the reference is {is_it}the model it was made from, '{made_of.get('base_model')}'"
     elif asked["tokens"] != answered["tokens"]:
         same, said = False, "the reference reads the facts as other tokens"
     elif known is not None:

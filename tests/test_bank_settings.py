@@ -57,13 +57,17 @@ def test_calibration_does_not_matter_to_a_quantizer_that_needs_none(
 
 def test_what_layers_read_follows_from_the_config_too(tiny: Model, tmp_path: Path) -> None:
     config = json.loads((tiny.folder / "config.json").read_text(encoding="utf-8"))
-    for name, changes in (("as", {"transformers_version": "9"}), ("other", {"rms_norm_eps": 0.1})):
+    for name, changes in (
+        ("as", {"dtype": "no", "eos_token_id": 3}),
+        ("other", {"rms_norm_eps": 0.1}),
+    ):
         (tmp_path / name).mkdir()
         text = json.dumps({**config, **changes})
         (tmp_path / name / "config.json").write_text(text, encoding="utf-8")
     alike, other = (replace(tiny, folder=tmp_path / name) for name in ("as", "other"))
     calibrated = [Bank(model, Calibrated(), root=tmp_path) for model in (tiny, alike, other)]
     assert calibrated[0].folder == calibrated[1].folder != calibrated[2].folder
+    assert calibrated[0].settings == calibrated[2].settings  # which older runs have, too
     rounded = {Bank(model, Rounding(), root=tmp_path).folder for model in (tiny, alike, other)}
     assert len(rounded) == 1
 

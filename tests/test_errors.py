@@ -84,6 +84,9 @@ def test_the_message_is_one_line_whatever_it_quotes(error: type[MpsearchError]) 
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory"),
         (OSError(errno.EACCES, "Permission denied"), ""),
         (RuntimeError("shapes differ"), ""),
+        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), ""),
+        (ImportError("libgomp.so.1: cannot allocate memory in static TLS block"), ""),
+        (ValueError("no file 'out of memory'"), ""),
     ],
 )
 def test_what_ran_out_is_told_from_other_errors(error: Exception, said: str) -> None:

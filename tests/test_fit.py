@@ -29,6 +29,7 @@ from mpsearch.fit import (
 from mpsearch.models import Model
 from mpsearch.sizes import format_size
 from mpsearch.space import ResolvedSpace, SearchSpace
+from mpsearch.space_json import from_json, to_json
 
 EIGHT_B = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
@@ -210,12 +211,15 @@ def test_the_embedding_is_a_way_out_where_the_runtime_takes_it_quantized() -> No
         assert "embedding" not in shortfall(space(), budget(memory_bytes, context=2700))
 
 
-def test_formats_of_tables_that_a_runtime_leaves_alone_are_named() -> None:
+@pytest.mark.parametrize("of_a_run", [False, True])
+def test_formats_of_tables_that_a_runtime_leaves_alone_are_named(of_a_run: bool) -> None:
     given = space(TIGHT + "embedding: [int8-g64-unpacked]\nhead: [int4-g128, bf16]\n")
-    assert unserved(given, RUNTIMES["vllm"]) == [
+    if of_a_run:
+        given = from_json(to_json(given))
+    assert unserved(given, budget(GIB)) == [
         "int8-g64-unpacked of the embedding", "int4-g128 of the head",
     ]  # fmt: skip
-    assert unserved(given, RUNTIMES["transformers"]) == []
+    assert unserved(given, budget(GIB, runtime="transformers")) == []
 
 
 def test_a_smaller_format_and_the_next_card_are_ways_out() -> None:

@@ -212,14 +212,21 @@ def test_an_export_holds_the_codes_that_were_scored(
 
 
 def test_an_export_whose_bank_is_gone_makes_the_same_codes_again(
-    tiny: Model, run: Run, refined_in: Refine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny: Model, run: Run, refined_in: Refine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     refined = refined_in(run, point_of(run, "uniform").id)
     first = mps.export(tiny, refined.assignment, out=tmp_path / "first", space=run.space)
     monkeypatch.setenv("MPSEARCH_HOME", str(tmp_path / "elsewhere"))
     again = mps.export(tiny, refined.assignment, out=tmp_path / "again", space=run.space)
+    lost, *_ = (tmp_path / "elsewhere").rglob("*.int*.safetensors")
+    lost.unlink()
+    with caplog.at_level("WARNING"):
+        third = mps.export(tiny, refined.assignment, out=tmp_path / "third", run=run)
+    assert "1 layers that" in caplog.text and "no longer in the weight bank" in caplog.text
     name = "model.safetensors"
-    assert (first / name).read_bytes() == (again / name).read_bytes()
+    for other in (again, third):
+        assert (first / name).read_bytes() == (other / name).read_bytes()
 
 
 # ------------------------------------------------------------------------------- test facts

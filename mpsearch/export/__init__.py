@@ -106,10 +106,10 @@ def export(
     if to == DEQUANTIZED and space.target.float32_vectors:  # which stay bf16 in a plain checkpoint
         predicted -= 2 * model.vector_weights
     require_disk(int(predicted * 1.05) + 10_000_000, out, "the export")
-    if lacking := bank.missing(quantized_layers(space, assignment)):
-        if run:
-            _check_codes(run, model, bank, len(lacking))
-        bank.build(lacking)
+    wanted = quantized_layers(space, assignment)
+    if run and assignment.bank and (lacking := bank.missing(wanted)):
+        _check_codes(run, model, bank, len(lacking))
+    bank.build(wanted)
     point = run.find(assignment.id) if run else None
     promised = promise(run, point) if run and point else None
     with published(out, overwrite) as unfinished:
@@ -136,7 +136,8 @@ def export(
             "promise": promised and promised.to_json(),
         }
         plot_bits(space, assignment, assignment.id, unfinished / FIGURE)
-        card = model_card(about, space, formats, _able(model, formats), run, point, promised)
+        able, tables = _able(model, formats), _quantizes_tables(model, formats)
+        card = model_card(about, space, formats, able, tables, run, point, promised)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         write_manifest(unfinished, about)
     return out
@@ -212,6 +213,12 @@ def _misfits(model: Model, formats: Mapping[str, Format], to: str) -> dict[str, 
     embedding = model.embedding.name if model.embedding else ""
     head = model.head.name if model.head else ""
     return TARGETS[to].misfits(formats, embedding, head)
+
+
+def _quantizes_tables(model: Model, formats: Mapping[str, Format]) -> bool:
+    """Whether the embedding or the head is among what is quantized."""
+    tables = [layer.name for layer in (model.embedding, model.head) if layer is not None]
+    return any(name in formats and formats[name].quantized for name in tables)
 
 
 def _able(model: Model, formats: Mapping[str, Format]) -> list[str]:

@@ -16,7 +16,6 @@ from mpsearch.promise import Promise
 from mpsearch.run import Run
 from mpsearch.sizes import format_size
 from mpsearch.space import ResolvedSpace
-from mpsearch.targets import TARGETS
 
 FIGURE = "formats.png"
 _TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,6 +46,7 @@ def model_card(
     space: ResolvedSpace,
     formats: Mapping[str, Format],
     able: Sequence[str],
+    tables: bool,
     run: Run | None,
     point: Point | None,
     promise: Promise | None,
@@ -57,11 +57,12 @@ def model_card(
         about: what `mpsearch.json` holds.
         formats: of every searched layer.
         able: the targets that can hold them.
+        tables: whether the embedding or the head is quantized.
         run, point, promise: where the assignment is a run's point; all of them or none.
     """
     sections = [
         _head(about),
-        _what(about, space, formats, able, run),
+        _what(about, space, formats, tables, run),
         _serve(about, able),
         *([_knows(run, point, promise)] if run and point and promise else []),
         _formats(about, space),
@@ -85,7 +86,7 @@ def _what(
     about: Mapping[str, Any],
     space: ResolvedSpace,
     formats: Mapping[str, Format],
-    able: Sequence[str],
+    tables: bool,
     run: Run | None,
 ) -> list[str]:
     counts: dict[str, int] = {}
@@ -106,21 +107,20 @@ def _what(
         f"- Formats: {named}; everything else bf16"
         f"{', norms and biases float32' if about['target'] == 'gguf' else ''}."
         + (" All are stored dequantized, in 16 bits a weight." if plain else ""),
-        *([] if plain else _resident(space, formats, stored, able)),
+        *([] if plain else _resident(space, formats, stored, tables)),
         *([f"- Made for: {run.budget_line}."] if run and run.budget_line else []),
         f"- Codes chosen by {about['bank']['quantizer']}; assignment {about['assignment_id']}.",
     ]
 
 
 def _resident(
-    space: ResolvedSpace, formats: Mapping[str, Format], stored: int, able: Sequence[str]
+    space: ResolvedSpace, formats: Mapping[str, Format], stored: int, tables: bool
 ) -> list[str]:
     """What the weights take in the memory of the runtimes that serve all of the formats."""
     said = []
     for runtime in RUNTIMES.values():
         loads = space.target.container in runtime.targets
-        # Where a target is named after a runtime, that one says which points it takes.
-        takes = runtime.name in able or runtime.name not in TARGETS
+        takes = runtime.tables or not tables
         if loads and takes and all(map(runtime.serves, formats.values())):
             size = resident_bytes(space, stored, runtime)
             how = ", which unpacks it" if unpacks(space, runtime) else ""

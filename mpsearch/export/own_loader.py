@@ -64,7 +64,7 @@ def load_as_served(name: str, chat_template: bool = False) -> tuple[Model, str]:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (MpsearchError, MemoryError, torch.OutOfMemoryError):
+    except MpsearchError:
         raise
     except Exception as error:
         if ran_out := exhausted(error):

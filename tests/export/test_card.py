@@ -55,7 +55,11 @@ def test_the_card_names_vllm_only_where_its_target_holds_the_head(tmp_path: Path
         text = f"version: 1\ntarget: compressed-tensors\nformats: [int4-g64]\nhead: [{head}]\n"
         space = SearchSpace.parse(text, "test").resolve(model)
         out = export(model, space.smallest, out=tmp_path / head, space=space)
-        assert ("vllm serve" in (out / "README.md").read_text(encoding="utf-8")) is said
+        card = (out / "README.md").read_text(encoding="utf-8")
+        assert ("vllm serve" in card) is said
+        (resident,) = [line for line in card.splitlines() if line.startswith("- In memory: ")]
+        assert ("vllm" in resident) is said
+        assert "transformers" in resident
 
 
 def test_the_card_of_a_run_says_what_is_still_known_and_how_it_was_found(
