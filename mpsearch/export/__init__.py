@@ -59,8 +59,8 @@ def export(
 ) -> Path:
     """Write an assignment as a checkpoint that other libraries load.
 
-    Codes and scales come from the bank that the assignment was scored with; nothing is quantized
-    again. The folder appears when it is whole, with a model card and a manifest, by which
+    Codes and scales come from the bank that the assignment was scored with; only what is no longer
+    there is quantized again. The folder appears when it is whole, with a model card and a manifest, by which
     `mpsearch.verify` finds out whether it still is.
 
     Args:
@@ -75,7 +75,8 @@ def export(
         The folder.
     Raises:
         UsageError: an unknown target, or one that cannot hold a layer's format.
-        RunError: `out` exists, or the assignment is for another model.
+        RunError: `out` exists, the assignment is for another model, or its codes are gone and would
+            be made otherwise now.
         InfeasibleError: nothing is quantized.
         ResourceError: the disk is too small.
         CheckError: what was written has another size than was predicted.
