@@ -60,8 +60,8 @@ def export(
     """Write an assignment as a checkpoint that other libraries load.
 
     Codes and scales come from the bank that the assignment was scored with; only what is no longer
-    there is quantized again. The folder appears when it is whole, with a model card and a manifest, by which
-    `mpsearch.verify` finds out whether it still is.
+    there is quantized again. The folder appears when it is whole, with a model card and a manifest,
+    by which `mpsearch.verify` finds out whether it still is.
 
     Args:
         model: the one that was searched, holding its reference weights.
