@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,6 @@ VALUES = {
     "formats": (2, 4, 8, 16),
 }
 MIDDLE = {"facts": 50, "layers": 28, "formats": 4}
-MEASURED = {"evaluation": ("facts", "layers", "formats"), "sensitivity": ("layers", "formats")}
 MEMORY_BLOCKS = (2, 4, 8, 16)
 LAYERS_A_BLOCK = 7
 FORMATS = [
@@ -88,16 +87,15 @@ def main() -> None:
         "versions": {name: version(name) for name in ("mpsearch", "torch", "transformers")},
     }
     known = {(row["measured"], row["varied"], row["value"]) for row in result["rows"]}
-    for measured, all_varied in MEASURED.items():
-        for varied in all_varied:
-            for value in VALUES[varied]:
-                if (measured, varied, value) not in known:
-                    say(f"{measured} with {value} {varied}")
-                    seconds = MEASURES[measured](**{**MIDDLE, varied: value}, repeats=args.repeats)
-                    result["rows"].append(
-                        {"measured": measured, "varied": varied, "value": value, "seconds": seconds}
-                    )
-                    save(args.out, result)
+    each = [(varied, value) for varied, values in VALUES.items() for value in values]
+    for measured, (varied, value) in product(MEASURES, each):
+        if (measured, varied, value) not in known:
+            say(f"{measured} with {value} {varied}")
+            seconds = MEASURES[measured](**{**MIDDLE, varied: value}, repeats=args.repeats)
+            result["rows"].append(
+                {"measured": measured, "varied": varied, "value": value, "seconds": seconds}
+            )
+            save(args.out, result)
     for blocks in MEMORY_BLOCKS:
         if all(row["blocks"] != blocks for row in result["memory"]):
             say(f"memory of {blocks} blocks")
