@@ -349,5 +349,8 @@ def peak_memory_bytes() -> int:
     import resource
     import sys
 
+    # A new process inherits the other counter from the one that started it.
+    if peak := _fields(Path("/proc/self/status")).get("VmHWM"):
+        return peak * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

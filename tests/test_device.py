@@ -218,6 +218,14 @@ def test_peak_memory_is_in_bytes_and_grows_with_an_allocation() -> None:
     assert block.nbytes < 0.98 * resident <= device.peak_memory_bytes() <= whole  # counters lag
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it() -> None:
+    block = torch.ones(1 << 28)  # 1 GiB, more than a process takes that only imports torch
+    code = "from mpsearch.device import peak_memory_bytes; print(peak_memory_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 2**26 < int(done.stdout) < block.nbytes < device.peak_memory_bytes()
+
+
 # ----------------------------------------------------------------------------------- refusals
 
 
