@@ -74,6 +74,6 @@ def exhausted(error: BaseException) -> str:
         return "the disk is full; free some space"
     # torch's on a CPU are plain RuntimeErrors.
     told = isinstance(error, RuntimeError | OSError) and _NO_MEMORY.search(str(error))
-    if isinstance(error, MemoryError) or told:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or told:
         return "memory ran out; close other programs or use a smaller model"
     return ""

@@ -184,7 +184,7 @@ def test_a_budget_with_one_assignment_ends_at_once_and_says_so(
     assert len(set(keys)) == len(keys)
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 5])
+@pytest.mark.parametrize("at_once", [1, 5])
 def test_a_small_space_is_tried_whole_and_nothing_twice(
     at_once: int, ask: Search, tiny_space: ResolvedSpace
 ) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import mpsearch as mps
 from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank
-from mpsearch.errors import ModelError
+from mpsearch.errors import ModelError, ResourceError
 from mpsearch.evaluate import Bench
 from mpsearch.export.own_loader import load_as_served
 from mpsearch.facts import FactSet
@@ -139,5 +139,5 @@ def test_memory_that_runs_out_is_no_fault_of_the_checkpoint(
         raise error
 
     monkeypatch.setattr(sys.modules[load_as_served.__module__], "_load_transformers", full)
-    with pytest.raises(error):
+    with pytest.raises(ResourceError, match="memory ran out"):
         load_as_served(str(out))
