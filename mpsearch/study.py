@@ -12,7 +12,7 @@ from math import inf
 import numpy as np
 import optuna
 from optuna.study import Study
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mpsearch.allocate import feasible, greedy, knapsack, uniform
 from mpsearch.assignment import Assignment
@@ -25,7 +25,7 @@ from mpsearch.run import Run
 from mpsearch.samplers import LevelSwitchSampler, make_sampler
 from mpsearch.scorer import Scored, Scorer
 from mpsearch.space import ResolvedSpace
-from mpsearch.trials import HOPELESS_LOSS, OVER_TEXT_KL, distributions
+from mpsearch.trials import HOPELESS_LOSS, KILLED, OVER_TEXT_KL, distributions
 from mpsearch.wish import Wish
 
 log = logging.getLogger(__name__)
@@ -172,14 +172,18 @@ class SearchStudy:
         if (trial := sampler.due(self.study, self.scorer.slope_parts)) is None:
             return
         assignment, before = assignment_of(trial, self.space), self.scorer.fact_tokens
-        # By its id, as a kill changes the numbers of later trials.
-        part = int(assignment.id, 16) + sampler.times_measured(self.study, trial.number)
+        part = self._place(trial) + sampler.times_measured(self.study, trial.number)
         try:
             slopes = self.scorer.slopes(assignment, part)
         except CheckError as error:
             log.warning("%s; the search goes on without them", error)
             slopes = {}
         sampler.record(self.study, trial, slopes, self.scorer.fact_tokens - before)
+
+    def _place(self, trial: FrozenTrial) -> int:
+        """The number that it would have if no kill had cut trials off."""
+        before = self.study.get_trials(deepcopy=False)[: trial.number]
+        return sum(KILLED not in other.user_attrs for other in before)
 
     def propose(self, count: int = 1) -> None:
         """So many trials, each the sampler's proposal, scored together on search facts."""
