@@ -163,6 +163,7 @@ class Bank:
         wanted: Iterable[tuple[Layer, Format]],
         report: Report = silent,
         estimated: Callable[[float], None] | None = None,
+        missed: Callable[[int], None] | None = None,
     ) -> None:
         """Quantize what is missing or damaged among the wanted (layer, format) pairs.
 
@@ -171,6 +172,7 @@ class Bank:
         Args:
             estimated: called with the seconds that the work will take, as soon as a layer of each
                 shape is made, which is done first and timed if this is given.
+            missed: called with how many files are missing, before any is made; it may refuse.
         Raises:
             UsageError: a format that a layer's shape or the quantizer cannot take.
             ResourceError: the disk is or becomes too small; finished files stay.
@@ -188,6 +190,8 @@ class Bank:
             missing.setdefault(layer.name, []).append(fmt)
         if not missing:
             return
+        if missed is not None:
+            missed(sum(map(len, missing.values())))
         needed = sum(
             fmt.layer_bytes(self._layers[name])
             for name, formats in missing.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -107,10 +108,8 @@ def export(
     if to == DEQUANTIZED and space.target.float32_vectors:  # which stay bf16 in a plain checkpoint
         predicted -= 2 * model.vector_weights
     require_disk(int(predicted * 1.05) + 10_000_000, out, "the export")
-    wanted = quantized_layers(space, assignment)
-    if run and assignment.bank and (lacking := bank.missing(wanted)):
-        _check_codes(run, model, bank, len(lacking))
-    bank.build(wanted)
+    missed = partial(_check_codes, run, model, bank) if run and assignment.bank else None
+    bank.build(quantized_layers(space, assignment), missed=missed)
     point = run.find(assignment.id) if run else None
     promised = promise(run, point) if run and point else None
     with published(out, overwrite) as unfinished:
