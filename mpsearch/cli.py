@@ -35,6 +35,8 @@ _OF_PATHS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
     *(errno.ENAMETOOLONG, errno.ELOOP),
 )
+# Ctrl-C, and what job schedulers and containers send before they kill.
+_ENDINGS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.given = sys.argv[1:] if arguments is None else list(arguments)
     # Threads that spin while they wait make each other several times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    signal.signal(signal.SIGINT, _on_interrupt)
+    for ending in _ENDINGS:
+        signal.signal(ending, _on_interrupt)
     from mpsearch.console import quiet_libraries, say
 
     quiet_libraries()
@@ -83,7 +86,8 @@ def _interrupted(args: argparse.Namespace) -> int:
 
 def _on_interrupt(number: int, frame: FrameType | None) -> None:
     """The first Ctrl-C unwinds and saves; a second leaves at once, which loses nothing either."""
-    signal.signal(signal.SIGINT, _leave)
+    for ending in _ENDINGS:
+        signal.signal(ending, _leave)
     raise KeyboardInterrupt
 
 

@@ -14,6 +14,8 @@ from mpsearch.errors import ModelError
 from mpsearch.hub import BUILTIN_NAME, from_hub, local_path
 from mpsearch.shards import Shards, weight_files
 
+# Files and folders that say what may be done with a model; no name fits two.
+LICENCES = ("LICEN[CS]E*", "COPYING*", "NOTICE*", "USE_POLICY*")
 # In a config and those within it: where it was, who wrote it, how it is generated from.
 _NO_PART_OF_THE_FUNCTION = re.compile(
     "_name_or_path|transformers_version|dtype|torch_dtype|architectures|use_cache|.*_token_id"
@@ -40,7 +42,7 @@ def _download(repo: str) -> str:
     import huggingface_hub
 
     # No pickle is ever fetched.
-    wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+    wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", *LICENCES]
     return huggingface_hub.snapshot_download(repo, allow_patterns=wanted)
 
 

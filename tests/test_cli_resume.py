@@ -20,6 +20,13 @@ from cli_cases import BUDGET, TALK, TRIALS, Cli, Outcome, command, one_line
 
 from mpsearch.evaluate import Bench
 
+# How a search is ended by signals: at once where it is told twice.
+ENDINGS = {
+    "ctrl-c": [signal.SIGINT],
+    "ctrl-c-twice": [signal.SIGINT, signal.SIGINT],
+    "terminated": [signal.SIGTERM],
+}
+
 
 def figures(mpsearch: Cli, run: Path) -> dict[str, Any]:
     """The front as data, which a resumed search must reproduce exactly."""
@@ -129,7 +136,7 @@ def test_an_unscored_run_names_a_command_that_is_whole(
 
 @dataclass
 class Interrupted:
-    """A search in its own process that got Ctrl-C once it was proposing."""
+    """A search in its own process that got signals once it was proposing."""
 
     run: Path
     code: int
@@ -139,13 +146,13 @@ class Interrupted:
 @pytest.fixture(scope="module")
 def interrupted(
     tiny_folder: Path, facts_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, Interrupted]:
-    """Searches that got Ctrl-C once, and twice in a row; both at the same time."""
+) -> dict[str, Interrupted]:
+    """Searches that were ended in different ways, at the same time."""
     folder = tmp_path_factory.mktemp("interrupted")
-    found: dict[int, Interrupted] = {}
+    found: dict[str, Interrupted] = {}
 
-    def search(times: int) -> None:
-        run = folder / f"run{times}"
+    def search(how: str) -> None:
+        run = folder / how
         process = subprocess.Popen(
             command("search", tiny_folder, "--facts", facts_file, "--budget", BUDGET,
                     "--trials", TRIALS, "-o", run),
@@ -159,14 +166,14 @@ def interrupted(
             talk.append(line.rstrip("\n"))
             if line.startswith("search,") and "search" not in line[7:]:
                 time.sleep(0.1)
-                for _ in range(times):
-                    process.send_signal(signal.SIGINT)
+                for sent in ENDINGS[how]:
+                    process.send_signal(sent)
                     time.sleep(0.002)
         code = process.wait()
         watchdog.cancel()
-        found[times] = Interrupted(run, code, talk)
+        found[how] = Interrupted(run, code, talk)
 
-    threads = [threading.Thread(target=search, args=(times,)) for times in (1, 2)]
+    threads = [threading.Thread(target=search, args=(how,)) for how in ENDINGS]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -174,12 +181,12 @@ def interrupted(
     return found
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("how", ENDINGS)
 def test_ctrl_c_ends_with_130_and_the_search_is_resumed_to_the_same_front(
-    times: int, interrupted: dict[int, Interrupted], question: list[str], whole: Path,
+    how: str, interrupted: dict[str, Interrupted], question: list[str], whole: Path,
     mpsearch: Cli,
 ) -> None:  # fmt: skip
-    ended = interrupted[times]
+    ended = interrupted[how]
     assert ended.code == 130, ended.talk
     assert not any("Traceback" in line for line in ended.talk)
     content = json.loads((ended.run / "run.json").read_text(encoding="utf-8"))
@@ -189,12 +196,13 @@ def test_ctrl_c_ends_with_130_and_the_search_is_resumed_to_the_same_front(
     assert figures(mpsearch, ended.run) == figures(mpsearch, whole)
 
 
+@pytest.mark.parametrize("how", ["ctrl-c", "terminated"])
 def test_ctrl_c_says_what_is_kept_and_other_libraries_say_nothing(
-    interrupted: dict[int, Interrupted],
+    how: str, interrupted: dict[str, Interrupted]
 ) -> None:
-    said = [line for line in interrupted[1].talk if not TALK.match(line)]
+    said = [line for line in interrupted[how].talk if not TALK.match(line)]
     assert len(said) == 1, said
     assert said[0].startswith(
         "mpsearch: interrupted; everything finished is kept; add --trials 0 to"
     )
-    assert f"--resume -o {interrupted[1].run}" in said[0]
+    assert f"--resume -o {interrupted[how].run}" in said[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -63,6 +64,25 @@ def test_helpers_work_meanwhile_with_a_thread_each_and_are_gone_afterwards(tmp_p
         assert torch.get_num_threads() == 3
     assert [path.read_text() for path in tmp_path.iterdir()] == ["1", "1"]
     assert not multiprocessing.active_children()
+
+
+def test_helpers_that_are_ended_do_not_unwind_as_their_caller_would(tmp_path: Path) -> None:
+    def work() -> None:
+        (tmp_path / "begun").touch()
+        try:
+            time.sleep(30)
+        except KeyboardInterrupt:
+            (tmp_path / "unwound").touch()
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with helping(1, work):
+            deadline = time.monotonic() + 30
+            while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["begun"]
 
 
 def test_without_helpers_nothing_is_forked_and_threads_stay() -> None:

@@ -15,6 +15,7 @@ from mpsearch.bank import Bank
 from mpsearch.errors import UsageError
 from mpsearch.export.parts import Part, write_parts
 from mpsearch.formats import Format, StoredTensor
+from mpsearch.model_files import LICENCES
 from mpsearch.models import Model
 
 SHARD_BYTES = 5_000_000_000  # above which weights are split, as on the hub
@@ -140,11 +141,11 @@ def write_beside(
     if module.generation_config is not None:
         module.generation_config.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
-    for license_path in model.folder.glob("LICENSE*"):
-        if license_path.is_dir():
-            shutil.copytree(license_path, folder / license_path.name)
+    for path in (path for pattern in LICENCES for path in model.folder.glob(pattern)):
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name)
         else:
-            shutil.copy(license_path, folder)
+            shutil.copy(path, folder)
 
 
 def readable_by_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,4 +101,5 @@ def _read(path: Path) -> dict[str, Any]:
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{value!r} is not a text")
+    value.encode()  # half of a pair of surrogates is no character, though JSON can spell it
     return clean(value)

@@ -33,6 +33,7 @@ def test_the_folder_holds_all_that_serving_and_checking_it_takes(
     (base / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     (base / "LICENSES").mkdir()
     (base / "LICENSES" / "MIT.txt").write_text("as is")
+    (base / "NOTICE").write_text("made by others")
     model = load_whole(str(base))
     out = mps.export(model, tiny_space.smallest, out=tmp_path / "export", space=tiny_space)
     assert {path.name for path in out.iterdir()} >= {
@@ -44,6 +45,7 @@ def test_the_folder_holds_all_that_serving_and_checking_it_takes(
     assert (out / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
     assert (out / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
     assert (out / "LICENSES" / "MIT.txt").read_text() == "as is"
+    assert (out / "NOTICE").read_text() == "made by others"
     assert (out / "formats.png").read_bytes().startswith(b"\x89PNG")
     assert faults(out, read_manifest(out)) == []
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -81,6 +81,10 @@ FAULTS: dict[str, tuple[Any, str]] = {
         relation(samples=[{"subject": "grass", "object": 7}]),
         "not a relation in the LRE format (ValueError: 7 is not a text)",
     ),
+    "half a character": (
+        relation(samples=[{"subject": "gr\ud800ss", "object": "green"}]),
+        "not a relation in the LRE format (UnicodeEncodeError: ",
+    ),
     "no object": (
         relation(samples=[{"subject": "grass"}]),
         "not a relation in the LRE format (KeyError: 'object')",
