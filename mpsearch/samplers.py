@@ -69,6 +69,8 @@ class LevelSwitchSampler(BaseSampler):
     It works with the damage table alone, and several times better with slopes, which whoever runs
     the trials measures where `due` says so, and hands over with `record`. What a trial had, however
     it ended, is not proposed again, unless its attribute `trials.KILLED` says that it was cut off.
+    Enqueue whole assignments: the rest of a partly enqueued trial is chosen as if nothing were
+    fixed, so it may exceed the budget.
 
     Args:
         space: groups, formats and sizes.
