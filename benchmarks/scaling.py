@@ -3,18 +3,19 @@
 Protocol: Llama-like models built from a config, random weights, float32, banks by rounding. One
 thing is varied at a time, the others stay at their middle value. An evaluation is `Bench.evaluate`
 of two assignments in turn that hold every format and differ in every group; a sensitivity is the
-table that a search measures, with its decoding. Seconds are of the processor, which other programs
-on the machine change less than the clock, the least of `--repeats`. The exponent is the slope of
-log seconds over log value: 1 is linear. What does not grow makes it smaller, so the exponent of the
-larger half of the values is given, too. Memory is the peak of a process of its own that loads a
+table that a search measures, with its decoding. All values of what is varied are measured in turn,
+`--repeats` times, so that a slow minute of the machine is no single value's; the least counts, in
+seconds of the processor, which other programs change less than the clock. The exponent is the slope
+of log seconds over log value: 1 is linear. What does not grow makes it smaller, so the exponent of
+the larger half of the values is given, too. Memory is the peak of a process of its own that loads a
 model, measures its sensitivity and evaluates, without the caches that else take an eighth each of
 what is free; a line is fitted to it over the weights' bytes, in float32, so that what Python and
 the libraries take stands apart.
 
-    python benchmarks/scaling.py [--repeats 3] [--out FILE]
+    python benchmarks/scaling.py [--repeats 8] [--out FILE]
 
 Writes one JSON: `rows` of measured, varied, value, seconds; `exponents`; `memory` rows of blocks,
-weights_bytes, peak_bytes, and `memory_line`. A row that is there already is not measured again.
+weights_bytes, peak_bytes, and `memory_line`. Rows that are there already are not measured again.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
-from itertools import pairwise, product
+from itertools import cycle, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,7 @@ Rows = list[dict[str, Any]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scaling.json"))
     parser.add_argument("--memory-of", type=int, metavar="BLOCKS", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -86,15 +88,10 @@ def main() -> None:
         "threads": 1,
         "versions": {name: version(name) for name in ("mpsearch", "torch", "transformers")},
     }
-    known = {(row["measured"], row["varied"], row["value"]) for row in result["rows"]}
-    each = [(varied, value) for varied, values in VALUES.items() for value in values]
-    for measured, (varied, value) in product(MEASURES, each):
-        if (measured, varied, value) not in known:
-            say(f"{measured} with {value} {varied}")
-            seconds = MEASURES[measured](**{**MIDDLE, varied: value}, repeats=args.repeats)
-            result["rows"].append(
-                {"measured": measured, "varied": varied, "value": value, "seconds": seconds}
-            )
+    known = {(row["measured"], row["varied"]) for row in result["rows"]}
+    for measured, varied in product(MEASURES, VALUES):
+        if (measured, varied) not in known:
+            result["rows"] += rows_of(measured, varied, args.repeats)
             save(args.out, result)
     for blocks in MEMORY_BLOCKS:
         if all(row["blocks"] != blocks for row in result["memory"]):
@@ -227,38 +224,50 @@ class Ground:
         )
 
 
-def least_seconds(work: Callable[[], object], repeats: int) -> float:
-    """Of the processor."""
-    found = []
+def rows_of(measured: str, varied: str, repeats: int) -> Rows:
+    """What is measured, of each value of what is varied."""
+    with ExitStack() as stack:
+        works = []
+        for value in VALUES[varied]:
+            say(f"{measured} with {value} {varied}")
+            of = {**MIDDLE, varied: value}
+            model = build_model(of["layers"] // LAYERS_A_BLOCK)
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            ground = Ground(folder, model, of["facts"], of["formats"])
+            works.append(MEASURES[measured](ground, stack))
+        seconds = least_seconds(works, repeats)
+    return [
+        {"measured": measured, "varied": varied, "value": value, "seconds": least}
+        for value, least in zip(VALUES[varied], seconds, strict=True)
+    ]
+
+
+def least_seconds(works: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Of the processor, for each; they take turns."""
+    found: list[list[float]] = [[] for _ in works]
     for _ in range(repeats):
-        start = time.process_time()
-        work()
-        found.append(time.process_time() - start)
-    return min(found)
+        for work, seconds in zip(works, found, strict=True):
+            start = time.process_time()
+            work()
+            seconds.append(time.process_time() - start)
+    return [min(seconds) for seconds in found]
 
 
-def evaluation_seconds(facts: int, layers: int, formats: int, repeats: int) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        ground = Ground(folder, build_model(layers // LAYERS_A_BLOCK), facts, formats)
-        proxy = ground.proxy()
-        with Bench(ground.space, ground.bank) as bench:
-            for by in range(2):  # decodes what they need
-                bench.evaluate(ground.shifted(by), proxy)
-            turns = iter(range(2 * repeats))
-            return least_seconds(
-                lambda: bench.evaluate(ground.shifted(next(turns) % 2), proxy), 2 * repeats
-            )
+def evaluation(ground: Ground, stack: ExitStack) -> Callable[[], object]:
+    proxy, bench = ground.proxy(), stack.enter_context(Bench(ground.space, ground.bank))
+    for by in range(2):  # decodes what they need
+        bench.evaluate(ground.shifted(by), proxy)
+    turns = cycle(range(2))
+    return lambda: bench.evaluate(ground.shifted(next(turns)), proxy)
 
 
-def sensitivity_seconds(facts: int, layers: int, formats: int, repeats: int) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        ground = Ground(folder, build_model(layers // LAYERS_A_BLOCK), facts, formats)
-        return least_seconds(ground.sensitivity, repeats)
+def sensitivity(ground: Ground, stack: ExitStack) -> Callable[[], object]:
+    return ground.sensitivity
 
 
-MEASURES: dict[str, Callable[..., float]] = {
-    "evaluation": evaluation_seconds,
-    "sensitivity": sensitivity_seconds,
+MEASURES: dict[str, Callable[[Ground, ExitStack], Callable[[], object]]] = {
+    "evaluation": evaluation,
+    "sensitivity": sensitivity,
 }
 
 

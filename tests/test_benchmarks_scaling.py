@@ -9,7 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from scaling import Ground, build_model, exponents, memory_line
+import scaling
+from scaling import Ground, build_model, exponents, least_seconds, memory_line, rows_of
 
 
 def test_the_exponent_of_a_power_law_is_its_own_and_a_fixed_cost_hides_in_small_values() -> None:
@@ -43,3 +44,28 @@ def test_assignments_in_turn_hold_every_format_and_differ_in_every_group(tmp_pat
     assert all(one[name] != other[name] for name in ground.space.options)
     with pytest.raises(ValueError, match="search facts, 5000 are wanted"):
         Ground(str(tmp_path), ground.model, facts=5000, formats=2)
+
+
+def test_works_take_turns_and_the_least_of_each_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, lasts, order = 0.0, {"a": [5.0, 2.0, 3.0], "b": [1.0, 4.0, 7.0]}, []
+
+    def work(name: str) -> None:
+        nonlocal clock
+        clock += lasts[name][order.count(name)]
+        order.append(name)
+
+    monkeypatch.setattr(scaling.time, "process_time", lambda: clock)
+    works = [lambda name=name: work(name) for name in lasts]
+    assert least_seconds(works, 3) == [2.0, 1.0]
+    assert order == ["a", "b"] * 3
+
+
+@pytest.mark.parametrize("measured", scaling.MEASURES)
+def test_each_value_gets_a_row(measured: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "VALUES", {"facts": (2, 4)})
+    monkeypatch.setattr(scaling, "MIDDLE", {"facts": 2, "layers": 7, "formats": 2})
+    rows = rows_of(measured, "facts", 1)
+    assert [(row["measured"], row["varied"], row["value"]) for row in rows] == [
+        (measured, "facts", 2), (measured, "facts", 4),
+    ]  # fmt: skip
+    assert all(row["seconds"] > 0 for row in rows)
