@@ -1,4 +1,4 @@
-"""Quantizers that note what they are asked for, and what lies in a bank's folder."""
+"""Banks that are built, quantizers that note what they are asked for, and what lies in a folder."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mpsearch.bank import Bank
+from mpsearch.evaluate import all_layers
 from mpsearch.formats import FORMATS, Format
+from mpsearch.models import Model
 from mpsearch.quantizers import InputStatistics
 from mpsearch.quantizers.rounding import Rounding
+from mpsearch.space import ResolvedSpace
 
 INT2, INT4 = FORMATS["int2-g64"], FORMATS["int4-g64"]
 Stored = dict[str, dict[str, Tensor]]
@@ -46,6 +50,12 @@ class Calibrated(Counting):
     ) -> Stored:
         self.seen.append(statistics)
         return super().quantize(weight, formats, statistics)
+
+
+def built(model: Model, quantizer: Rounding, space: ResolvedSpace, root: Path) -> Bank:
+    bank = Bank(model, quantizer, root=root)
+    bank.build(all_layers(space))
+    return bank
 
 
 def files(folder: Path) -> dict[str, tuple[int, int, int]]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from banks import built
 from conftest import FAMILIES, tiny_family
-from test_sensitivity import Key, built
+from test_sensitivity_exact import Key
 from torch import Tensor
 
 from mpsearch.bank import Bank

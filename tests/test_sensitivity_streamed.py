@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_sensitivity import built
+from banks import built
 from test_sensitivity_families import FEW
 from test_skeleton import CPU, loaded
 from test_walk import empty, folder_of
