@@ -50,7 +50,7 @@ def helping(count: int, work: Callable[[], None]) -> Iterator[None]:
 
     def help_out() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller is told, and ends us
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by this, without unwinding
         torch.set_num_threads(1)
         with suppress(Exception):  # the caller meets the same error
             work()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def write_beside(
     if module.generation_config is not None:
         module.generation_config.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
-    for path in (path for pattern in LICENCES for path in model.folder.glob(pattern)):
+    for path in chain.from_iterable(map(model.folder.glob, LICENCES)):
         if path.is_dir():
             shutil.copytree(path, folder / path.name)
         else:
