@@ -20,6 +20,7 @@ from mpsearch.text import Text
 
 log = logging.getLogger(__name__)
 
+_LEAST_A_RELATION = 6  # asked of the reference: at five, one of two answers can still beat chance
 MOST_FACTS = {"sensitivity": 150, "search": 500, "validation": 160, "test": 320}
 
 
@@ -107,21 +108,28 @@ def known_facts(
 
     Raises:
         CheckError: it knows no relation.
-        UsageError: no fact falls into the search partition.
+        UsageError: no fact falls into the search partition, or too few do.
     """
     return _passing(_ask_gate(model, facts, most), most)
 
 
 def _ask_gate(model: Model, facts: FactSet, most: int) -> RecallProxy:
-    candidates = balanced(facts.part("search"), most * 3 // 2)
-    if not candidates:
+    every = facts.part("search")
+    if not every:
         raise UsageError(f"facts '{facts.source}': none is in the search partition; add facts")
+    relations = {fact.relation for fact in every}
+    candidates = balanced(every, max(most * 3 // 2, _LEAST_A_RELATION * len(relations)))
     return RecallProxy(model, facts, candidates, contrast=True)
 
 
 def _passing(proxy: RecallProxy, most: int) -> tuple[tuple[RelationRecall, ...], list[Fact]]:
     gate = proxy.by_relation()
     known = {row.relation for row in gate if row.known}
+    if not any(row.tells for row in gate):
+        raise UsageError(
+            f"{len(proxy.facts)} facts of {len(gate)} relations are in the search partition, too "
+            "few of each to tell knowledge from luck; add facts"
+        )
     if not known:
         raise CheckError(
             "the reference answers no relation better than chance, so there is no knowledge to "

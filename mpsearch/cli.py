@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     budget.add_argument("--budget", metavar="SIZE", help="of stored weights, such as 104MiB")
     fit_commands.add_device_flags(search, budget)
     search.add_argument("-o", "--out", required=True, metavar="RUN", help="the run folder")
-    search.add_argument("--trials", type=int, default=150, help="proposals (150)")
+    search.add_argument("--trials", type=int, help="proposals (150, or as many as --time allows)")
     search.add_argument(
         "--search-facts", type=int, default=500, help="facts that score a candidate (500)"
     )
@@ -170,9 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         help="proposals scored together, which share a walk block by block (1, or 4 in a walk)",
     )  # fmt: skip
     search.add_argument("--resume", action="store_true", help="continue the run in RUN")
-    search.set_defaults(
-        defaults={"trials": 150, "search_facts": 500, "sampler": "level-switch", "seed": 0}
-    )
+    search.set_defaults(defaults={"search_facts": 500, "sampler": "level-switch", "seed": 0})
 
     layers = add("layers", commands.layers, "list the layers, their groups, and bytes by format")
     layers.add_argument("model")

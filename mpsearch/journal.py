@@ -37,14 +37,14 @@ def open_study(run: Run, space: ResolvedSpace) -> Study:
     for trial in trials:
         if counts(trial) and not space.allows(trial.params):
             raise RunError(_refusal(run, f"holds trial {trial.number} of another search space"))
-    waiting = [t.system_attrs.get("fixed_params") for t in trials if t.state == TrialState.WAITING]
+    enqueued = waiting(study, space)
     for trial in trials:
         if trial.state != TrialState.RUNNING:
             continue
         if not counts(trial):  # a killed process left it
             Trial(study, trial._trial_id).set_user_attr(KILLED, True)
             # As others of its batch may have been told. A kill in here may have left it waiting.
-            if space.allows(trial.params) and trial.params not in waiting:
+            if space.allows(trial.params) and assignment_of(trial, space) not in enqueued:
                 study.enqueue_trial(trial.params)
         study.tell(trial.number, state=TrialState.FAIL)
     return study
@@ -52,8 +52,8 @@ def open_study(run: Run, space: ResolvedSpace) -> Study:
 
 def _refusal(run: Run, fault: str) -> str:
     return (
-        f"'{run.journal}' {fault}; move it away and continue with --resume: what is evaluated is "
-        "not evaluated again"
+        f"'{run.journal}' {fault}; move it away and continue with --resume: whatever was scored on "
+        "all facts is kept"
     )
 
 
@@ -61,6 +61,17 @@ def tried(study: Study, space: ResolvedSpace) -> set[Assignment]:
     """What measured trials had, those that were stopped early or refused as they gave NaN too."""
     trials = study.get_trials(deepcopy=False)
     return {assignment_of(trial, space) for trial in trials if counts(trial)}
+
+
+def waiting(study: Study, space: ResolvedSpace) -> set[Assignment]:
+    """Whole assignments that are enqueued."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    every = (trial.system_attrs.get("fixed_params", {}) for trial in trials)
+    return {
+        Assignment.of({name: params[name] for name in space.options})
+        for params in every
+        if space.allows(params)
+    }
 
 
 def assignment_of(trial: FrozenTrial | Trial, space: ResolvedSpace) -> Assignment:

@@ -19,7 +19,8 @@ from mpsearch.scores import objective
 
 OBJECTIVE = "answer loss + 2 prompt KL"  # of the search; kept in a run, as older ones had another
 SIMPLE_KINDS = ("uniform", "greedy", "knapsack")
-NONE_SEARCHED = "No searched point fits; the simple allocations stand."
+NONE_SEARCHED = "No significant gain at this budget: the search found nothing worth validating."
+NONE_FITS = "No validated point fits the budget."
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,10 +236,11 @@ def _recommend_unrefined(
     best_simple = best_under(simple, coordinates, budget_bytes)
     searched = [point for point in points if point.kind == "search"]
     best_searched = best_under(searched, coordinates, budget_bytes)
-    if best_searched is None:
-        return best_simple, NONE_SEARCHED
     if best_simple is None:
-        return best_searched, "Only searched points fit."
+        return best_searched, "Only searched points fit." if best_searched else NONE_FITS
+    if best_searched is None:
+        stands = f" The {best_simple.kind} allocation {best_simple.id} is recommended."
+        return best_simple, NONE_SEARCHED + stands
     gain = paired_difference(
         best_simple.score.loss_per_fact, best_searched.score.loss_per_fact, relations
     )

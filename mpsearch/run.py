@@ -24,12 +24,21 @@ from typing import Any
 from mpsearch import space_json
 from mpsearch.assignment import Assignment
 from mpsearch.budget import terms_line
-from mpsearch.errors import ResourceError, RunError
+from mpsearch.errors import ResourceError, RunError, exhausted
 from mpsearch.estimates import Estimate, paired_difference, relation_mean
 from mpsearch.files import published, write_atomically
 from mpsearch.fluency import TextScores
 from mpsearch.front import pareto_front
-from mpsearch.points import NONE_SEARCHED, ParetoFront, Point, Score, coordinates, recommend, unmet
+from mpsearch.points import (
+    NONE_FITS,
+    NONE_SEARCHED,
+    ParetoFront,
+    Point,
+    Score,
+    coordinates,
+    recommend,
+    unmet,
+)
 from mpsearch.space import ResolvedSpace
 
 VERSION = 1
@@ -37,6 +46,7 @@ _NOT_YET = (
     "No searched point is among these yet: they are scored on validation facts when the search "
     "ends; continue it with --resume, and with --trials 0 it ends at once."
 )
+_UNASKED = ("objective", "shots")  # of a question, and no user's choice
 
 
 class Run:
@@ -59,8 +69,8 @@ class Run:
         Args:
             preparation: of the model, by which an export prepares it again.
         Raises:
-            RunError: something exists at that path.
-            ResourceError: it cannot be written.
+            RunError: something exists at that path, or no folder can be made there.
+            ResourceError: the disk is full.
         """
         if folder.exists():
             raise RunError(f"'{folder}' exists; continue it with --resume, or choose another -o")
@@ -73,7 +83,11 @@ class Run:
                 if preparation:
                     write_atomically(unfinished / "preparation.json", json.dumps(preparation))
         except OSError as error:
-            raise ResourceError(f"cannot create '{folder}': {error.strerror}") from None
+            if reason := exhausted(error):
+                raise ResourceError(f"cannot create '{folder}': {reason}") from None
+            raise RunError(
+                f"cannot create '{folder}': {error.strerror}; choose another -o"
+            ) from None
         return run
 
     @classmethod
@@ -108,8 +122,16 @@ class Run:
         """Raise `RunError`, naming what changed, unless the question is the one of this run."""
         asked = self.content["question"]
         changed = [key for key in question if question[key] != asked.get(key)]
+        if "fingerprint" not in changed:  # the same weights, however their path is spelled
+            changed = [key for key in changed if key != "model"]
         if changed:
             key = changed[0]
+            if key in _UNASKED:
+                raise RunError(
+                    f"'{self.folder}' was searched by another version of mpsearch (its {key} is "
+                    f"{_short(asked.get(key))}, this one's {_short(question[key])}); use that one, "
+                    "or choose another -o"
+                )
             raise RunError(
                 f"'{self.folder}' answers another question: {key} was {_short(asked.get(key))} and "
                 f"is now {_short(question[key])}; ask as before, or choose another -o"
@@ -356,7 +378,7 @@ class Run:
         if pick is None and self.max_text_kl_nats is not None:
             verdict = unmet(self._within_budget(), self.max_text_kl_nats)
         elif not self.finished and not any(point.kind == "search" for point in points):
-            verdict = verdict.replace(NONE_SEARCHED, _NOT_YET)
+            verdict = verdict.replace(NONE_SEARCHED, _NOT_YET).replace(NONE_FITS, _NOT_YET)
         return ParetoFront(points, pareto, pick, verdict)
 
     def _within_budget(self) -> list[Score]:

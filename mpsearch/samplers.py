@@ -28,8 +28,9 @@ from zlib import crc32
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
+from optuna.storages import InMemoryStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -70,7 +71,8 @@ class LevelSwitchSampler(BaseSampler):
     the trials measures where `due` says so, and hands over with `record`. What a trial had, however
     it ended, is not proposed again, unless its attribute `trials.KILLED` says that it was cut off.
     Enqueue whole assignments: the rest of a partly enqueued trial is chosen as if nothing were
-    fixed, so it may exceed the budget.
+    fixed, so it may exceed the budget. An objective suggests every group from its formats, smallest
+    first, as `trials.distributions` lists them.
 
     Args:
         space: groups, formats and sizes.
@@ -135,9 +137,38 @@ class LevelSwitchSampler(BaseSampler):
             )
         }
 
+    def _check(self, study: Study, others: Sequence[FrozenTrial]) -> None:
+        """Refuse studies in which no proposal could be kept, or none is measured as proposed."""
+        named = list(zip(self._moves.names, self._moves.formats, strict=True))
+        for trial in others:
+            if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+                continue
+            missing = [name for name in self._moves.names if name not in trial.params]
+            proposed = len(trial.system_attrs.get(_PROPOSAL, ())) == len(named)
+            if proposed and 0 < len(missing) < len(named):
+                raise UsageError(
+                    f"trial {trial.number} was measured without '{missing[0]}', so no budget was "
+                    "kept; suggest every group, and give that one a single format in the space"
+                )
+        if isinstance(study._storage, InMemoryStorage):
+            return
+        # Other storages compare with the first trial that has the name.
+        for name, formats in named:
+            first = next((t for t in others if name in t.distributions), None)
+            if first is None:
+                continue
+            chosen = first.distributions[name]
+            if chosen != CategoricalDistribution(formats):
+                raise UsageError(
+                    f"trial {first.number} chose '{name}' by {chosen}, and this space's formats "
+                    f"are {', '.join(formats)}; a stored study keeps one choice a name, so add "
+                    "only trials of this space, or use a new study"
+                )
+
     def _next(self, study: Study, trial: FrozenTrial) -> NDArray[Any]:
         """The levels that a trial gets."""
         others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        self._check(study, others)
         running = [t for t in others if t.state == TrialState.RUNNING]
         ended = [
             t

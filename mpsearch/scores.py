@@ -119,8 +119,16 @@ class RelationRecall:
     @property
     def known(self) -> bool:
         """Whether recall beats chance by two standard errors of guessing."""
-        error = sqrt(self.chance * (1 - self.chance) / self.facts)
-        return self.recall.mean > self.chance + 2 * error
+        return self.recall.mean > self._luck
+
+    @property
+    def tells(self) -> bool:
+        """Whether its facts are enough that right answers to all would not be luck."""
+        return self._luck < 1
+
+    @property
+    def _luck(self) -> float:
+        return self.chance + 2 * sqrt(self.chance * (1 - self.chance) / self.facts)
 
 
 @dataclass(frozen=True)

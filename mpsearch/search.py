@@ -10,6 +10,7 @@ facts is reported on held-out paragraphs.
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections import Counter
 from dataclasses import asdict, replace
@@ -29,7 +30,7 @@ from mpsearch.bank import Bank, Report, silent
 from mpsearch.budget import DeviceBudget
 from mpsearch.calibration import Calibration
 from mpsearch.device import require_disk
-from mpsearch.errors import CheckError, RunError
+from mpsearch.errors import CheckError, RunError, UsageError
 from mpsearch.evaluate import Bench, all_layers
 from mpsearch.facts import FactSet
 from mpsearch.footprint import JOBS
@@ -51,7 +52,7 @@ from mpsearch.space import ResolvedSpace, SearchSpace
 from mpsearch.study import FINALISTS, TRIAL_COST, SearchStudy, most_bytes, spread_bytes
 from mpsearch.text import Text
 from mpsearch.wanted import check_formats
-from mpsearch.wish import AT_ONCE, TRIALS, Wish, check_seed, check_wish
+from mpsearch.wish import AT_ONCE, Wish, check_seed, check_wish
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def search(
     *,
     budget: str | int,
     out: str | Path,
-    trials: int = TRIALS,
+    trials: int | None = None,
     seconds: float | None = None,
     seed: int = 0,
     sampler: str = "level-switch",
@@ -192,7 +193,12 @@ class _Search:
             run.save()
             needed(needs)
             self.report("asking the reference", 0, 1)
-            freeze_facts(run, self.model, self.facts, self.wish.search_facts)
+            try:
+                freeze_facts(run, self.model, self.facts, self.wish.search_facts)
+            except (CheckError, UsageError):
+                if not resume:  # it holds nothing yet, and the next attempt asks otherwise
+                    shutil.rmtree(out)
+                raise
             self.report("asking the reference", 1, 1)
             wanted = all_layers(self.space)
             files = [self.bank.path(layer.name, fmt) for layer, fmt in wanted if fmt.quantized]
@@ -206,7 +212,7 @@ class _Search:
                 work = SearchStudy(self.space, self.wish, run, scorer, self.report, at_once)
                 work.baselines(damage)
                 self._took(run, "baselines")
-                work.loop(damage)
+                work.loop(damage, self._foretold_trials)
                 self._took(run, "trials")
                 work.finalists()
                 self._took(run, "finalists")
@@ -219,6 +225,7 @@ class _Search:
     def _foretell(self, run: Run, bank_seconds: float | None) -> None:
         """Say how long the rest takes, and keep it beside what it will have taken."""
         self._since, run.content["took_seconds"] = time.monotonic(), {}
+        self._foretold_trials = 0
         if (pace := run.content.get("pace")) is None:  # a run of before it was measured
             return
         scored = Counter(
@@ -237,6 +244,7 @@ class _Search:
             None if self.wish.seconds is None else self.wish.seconds - run.proposing_seconds,
             (run.folder / "sensitivity.json").exists(),
         )
+        self._foretold_trials = found.trials
         run.content["forecast_seconds"] = found.by_stage
         run.save()
         self.estimated(found)
@@ -247,7 +255,7 @@ class _Search:
         sizes += 2 * [self.wish.budget_bytes] + spread_bytes(self.space)  # greedy and knapsack
         searched = sum(size <= most_bytes(self.wish) for size in sizes)
         cost = TRIAL_COST if self.wish.sampler == "level-switch" else 1.0
-        return Plan(len(sizes), searched, self.wish.trials, 2 * FINALISTS, cost)
+        return Plan(len(sizes), searched, self.wish.most_trials, 2 * FINALISTS, cost)
 
     def _took(self, run: Run, stage: str) -> None:
         since, self._since = self._since, time.monotonic()

@@ -19,7 +19,7 @@ from mpsearch.assignment import Assignment
 from mpsearch.bank import Report
 from mpsearch.errors import CheckError
 from mpsearch.front import pareto_front
-from mpsearch.journal import assignment_of, open_study, proposed, tried
+from mpsearch.journal import assignment_of, open_study, proposed, tried, waiting
 from mpsearch.points import Score
 from mpsearch.run import Run
 from mpsearch.samplers import LevelSwitchSampler, make_sampler
@@ -92,8 +92,19 @@ class SearchStudy:
         for assignment, kind, scored in self._scored("baselines", new, "search"):
             if isinstance(scored.score, Score):
                 self._add(assignment, kind, scored.score, scored.fact_tokens)
+        self._recover()
         for _ in self._scored("baselines on validation facts", distinct, "validation"):
             pass
+
+    def _recover(self) -> None:
+        """Tell the study of proposals that were scored and that it does not know, as its journal
+        was moved away.
+        """
+        known = tried(self.study, self.space) | waiting(self.study, self.space)
+        for score in self.run.scores():
+            proposal = score.partition == "search" and score.kind == "search"
+            if proposal and score.assignment not in known:
+                self._add(score.assignment, score.kind, score, 0)
 
     def _scored(
         self, stage: str, chosen: Sequence[tuple[Assignment, str]], partition: str
@@ -128,10 +139,16 @@ class SearchStudy:
 
     # ----------------------------------------------------------------- proposals
 
-    def loop(self, damage: dict[tuple[str, str], float]) -> None:
-        """Propose until the trials or the time are used up."""
-        wish = self.wish
+    def loop(self, damage: dict[tuple[str, str], float], foretold: int = 0) -> None:
+        """Propose until the trials or the time are used up.
+
+        Args:
+            foretold: how many trials are left by the forecast; said until they have a pace.
+        """
+        wish, most = self.wish, self.wish.most_trials
         done = proposed(self.study)
+        by_time = wish.seconds if wish.trials is None else None
+        expected = most if by_time is None else done + foretold
         # Optuna's own samplers are seeded anew, as they would repeat their first proposals; so
         # only ours goes on after a kill exactly as it would have without.
         ours = wish.sampler == "level-switch"
@@ -140,21 +157,23 @@ class SearchStudy:
             wish.sampler, self.space, damage, wish.budget_bytes, seed, wish.max_text_kl_nats
         )
         start = time.monotonic() - self.run.proposing_seconds
-        while done < wish.trials:
+        while done < most:
             if wish.seconds is not None and time.monotonic() - start >= wish.seconds:
                 break
             # Of a batch that a kill broke off, its rest.
             begun = done % self.at_once
-            count = self._untried(min(self.at_once - begun, wish.trials - done))
+            count = self._untried(min(self.at_once - begun, most - done))
             if not count:
                 log.warning("every assignment within the budget has been tried; the search ends")
                 break
-            self.report(f"search, best {self._best()}", done, wish.trials)
+            self.report(f"search, best {self._best()}", done, expected)
             if isinstance(sampler, LevelSwitchSampler) and not begun:
                 self._measure_slopes(sampler)
             self.propose(count)
             done += count
-            self.run.content["proposing_seconds"] = time.monotonic() - start
+            spent = self.run.content["proposing_seconds"] = time.monotonic() - start
+            if by_time is not None:
+                expected = max(done, round(done * by_time / spent))
             self.run.save()
         self.report(f"search, best {self._best()}", done, done)
         if isinstance(sampler, LevelSwitchSampler):
@@ -264,10 +283,11 @@ class SearchStudy:
         """Score the searched points worth it on validation facts: the best few within the budget,
         and the searched part of the front below it.
         """
+        trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         searched = {
-            s.assignment
-            for s in self.run.scores()
-            if s.partition == "search" and s.kind == "search"
+            assignment_of(trial, self.space)
+            for trial in trials
+            if trial.user_attrs.get("kind") == "search"
         }
         ranked = self._ranked()
         front = pareto_front(ranked, lambda entry: (entry[1], entry[0]))

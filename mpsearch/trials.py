@@ -81,7 +81,7 @@ def measured(moves: Moves, study: Study) -> list[Measured]:
         if not is_ours(moves, trial) or not (whole or stopped):
             continue
         loss = trial.values[0] if whole else trial.user_attrs[HOPELESS_LOSS]
-        if not isfinite(loss):
+        if not (isinstance(loss, int | float) and isfinite(loss)):
             continue
         levels = levels_of(moves, trial.params)
         over = trial.constraints.get(OVER_TEXT_KL, 0.0)
@@ -103,12 +103,17 @@ def parents_within(known: Sequence[Measured], limit: int) -> list[Measured]:
 
 
 def slopes_of(moves: Moves, study: Study) -> Slopes:
-    """What was kept of slopes; tables of another space are passed over."""
+    """What was kept of slopes; what another space or another version wrote is passed over."""
     found: Slopes = {}
     for name, content in study.user_attrs.items():
-        if name.startswith(SLOPES):
-            table = None if content["nats"] is None else np.array(content["nats"])
-            if table is None or table.shape == (len(moves.names), int(moves.top.max()) + 1):
-                number = int(name[len(SLOPES) :].partition(".")[0])
-                found.setdefault(number, []).append((int(content["after"]), table))
+        if not name.startswith(SLOPES):
+            continue
+        try:
+            number, after = int(name[len(SLOPES) :].partition(".")[0]), int(content["after"])
+            table = None if content["nats"] is None else np.array(content["nats"], dtype=float)
+        except (LookupError, TypeError, ValueError):
+            continue
+        shape = len(moves.names), int(moves.top.max()) + 1
+        if table is None or (table.shape == shape and np.isfinite(table).all()):
+            found.setdefault(number, []).append((after, table))
     return found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from operator import index
+from typing import Any
 
 from mpsearch.asked import MOST_FACTS
 from mpsearch.calibration import Calibration
@@ -18,6 +20,7 @@ from mpsearch.text import Text
 log = logging.getLogger(__name__)
 
 TRIALS = 150
+_NO_END = 10**9
 AT_ONCE = 4
 
 
@@ -27,7 +30,7 @@ class Wish:
 
     Attributes:
         budget: stored bytes allowed, as a number or as text such as `96 MiB`.
-        trials: proposals after the baselines.
+        trials: proposals after the baselines; None for `TRIALS`, or as many as `seconds` allow.
         seconds: stop proposing after this time, even if trials are left; what proposals took
             before a resume counts. None for no limit.
         quantizer: None for the target's default.
@@ -42,7 +45,7 @@ class Wish:
     """
 
     budget: str | int
-    trials: int = TRIALS
+    trials: int | None = None
     seconds: float | None = None
     seed: int = 0
     sampler: str = "level-switch"
@@ -53,9 +56,32 @@ class Wish:
     max_text_kl_nats: float | None = None
     at_once: int | None = None
 
+    def __post_init__(self) -> None:
+        # Whole numbers of numpy become Python's, which JSON holds.
+        for name in ("budget", "trials", "seed", "search_facts", "at_once"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                object.__setattr__(self, name, _whole(name, value))
+
     @property
     def budget_bytes(self) -> int:
         return parse_size(self.budget) if isinstance(self.budget, str) else self.budget
+
+    @property
+    def most_trials(self) -> int:
+        if self.trials is not None:
+            return self.trials
+        return TRIALS if self.seconds is None else _NO_END
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return index(value)
+    except TypeError:
+        size = ", or text such as '96 MiB'" if name == "budget" else ""
+        raise UsageError(
+            f"{name.replace('_', ' ')} {value!r}: a whole number is needed{size}"
+        ) from None
 
 
 def check_seed(seed: int) -> None:
@@ -71,10 +97,13 @@ def check_wish(space: ResolvedSpace, wish: Wish) -> None:
         InfeasibleError: a budget below the smallest assignment.
         UsageError: a number that makes no sense.
     """
-    if wish.trials < 0 or wish.search_facts < 2:
+    if wish.most_trials < 0 or wish.search_facts < 2:
         raise UsageError(
-            f"trials {wish.trials}, search facts {wish.search_facts}: at least 0 and 2 are needed"
+            f"trials {wish.most_trials}, search facts {wish.search_facts}: at least 0 and 2 are "
+            "needed"
         )
+    if wish.seconds is not None and not wish.seconds >= 0:
+        raise UsageError(f"seconds {wish.seconds}: at least 0 are needed, or None for no limit")
     check_seed(wish.seed)
     if wish.at_once is not None and wish.at_once < 1:
         raise UsageError(f"proposals scored at once {wish.at_once}: at least 1 is needed")

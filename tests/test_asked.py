@@ -11,7 +11,7 @@ from conftest import build_tokenizer, tiny_llama
 from test_recall import float32_model
 
 from mpsearch.asked import known_facts
-from mpsearch.errors import CheckError
+from mpsearch.errors import CheckError, UsageError
 from mpsearch.facts import FactSet
 from mpsearch.models import Model
 from mpsearch.recall import RecallProxy
@@ -91,3 +91,23 @@ def test_recall_by_relation_needs_distractors(tiny: Model, tiny_facts: FactSet) 
     proxy = RecallProxy(tiny, tiny_facts, tiny_facts.part("validation"), contrast=False)
     with pytest.raises(ValueError, match="distractors"):
         proxy.by_relation()
+
+
+def test_few_search_facts_are_taken_from_relations_of_which_enough_were_asked(
+    tiny: Model, tiny_facts: FactSet
+) -> None:
+    gate, facts = known_facts(tiny, tiny_facts, 2)
+    assert len(facts) == 2
+    assert [(row.relation, row.facts, row.known) for row in gate] == [
+        (name, 6, True) for name in ("color", "place", "shape")
+    ]
+
+
+def test_too_few_facts_to_tell_knowledge_from_luck_are_no_ignorance(
+    tiny: Model, tiny_facts: FactSet
+) -> None:
+    first, *more = tiny_facts.part("search", ["place"])
+    few = FactSet(tuple(f for f in tiny_facts.facts if f not in more and f.relation == "place"), "")
+    assert few.part("search") == (first,)
+    with pytest.raises(UsageError, match=r"1 facts of 1 relations .*too few of each.*add facts"):
+        known_facts(tiny, few, 500)

@@ -19,9 +19,11 @@ from mpsearch.facts import FactSet
 from mpsearch.journal import open_study, tried
 from mpsearch.layers import Layer
 from mpsearch.models import Model
+from mpsearch.points import NONE_SEARCHED
 from mpsearch.run import Run
 from mpsearch.search import search
 from mpsearch.space import ResolvedSpace, SearchSpace
+from mpsearch.study import SearchStudy
 from mpsearch.trials import KILLED, distributions
 
 Search = Callable[..., Run]
@@ -177,7 +179,10 @@ def test_a_budget_with_one_assignment_ends_at_once_and_says_so(
     front = run.front()
     assert front.pick is not None
     assert front.pick.assignment == tiny_space.smallest
-    assert "the simple allocations stand" in front.verdict
+    assert (
+        front.verdict
+        == f"{NONE_SEARCHED} The {front.pick.kind} allocation {front.pick.id} is recommended."
+    )
     assert run.points("test")
     lines = (run.folder / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
     keys = [(row["partition"], json.dumps(row["assignment"])) for row in map(json.loads, lines)]
@@ -214,3 +219,24 @@ def test_a_journal_that_was_moved_away_costs_no_evaluation(
     run.journal.rename(tmp_path / "away")
     assert ask(tiny_space, budget, resume=True, trials=3).finished
     assert (run.folder / "evaluations.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("gone", ["journal", "line"])
+def test_a_proposal_whose_record_is_gone_is_still_a_finalist(
+    gone: str, ask: Search, tiny_space: ResolvedSpace, budget: int, tmp_path: Path
+) -> None:
+    with interrupted_at(SearchStudy, "finalists", 1):
+        ask(tiny_space, budget, trials=4)
+    run = Run.open(tmp_path / "run")
+    if gone == "journal":
+        run.journal.unlink()
+    else:
+        path = run.folder / "evaluations.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        searched = [line for line in lines if json.loads(line)["kind"] == "search"]
+        path.write_text("".join(line for line in lines if line not in searched), encoding="utf-8")
+    front = ask(tiny_space, budget, resume=True, trials=0).front()
+    assert any(point.kind == "search" for point in front.points)
+    again = open_study(run, tiny_space).trials
+    ask(tiny_space, budget, resume=True, trials=0)
+    assert len(open_study(run, tiny_space).trials) == len(again)

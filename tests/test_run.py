@@ -158,6 +158,8 @@ def test_another_question_is_refused_and_named(run: Run) -> None:
     run.check_question(run.question)
     with pytest.raises(RunError, match="budget_bytes was 7000 and is now 8000"):
         run.check_question({**run.question, "budget_bytes": 8000})
+    with pytest.raises(RunError, match="was searched by another version of mpsearch"):
+        run.check_question({**run.question, "objective": "another"})
 
 
 # --------------------------------------------------------------------------------- damaged files
@@ -259,6 +261,8 @@ def test_create_refuses_whatever_is_there(run: Run, tmp_path: Path) -> None:
     for path in (run.folder, a_file):
         with pytest.raises(RunError, match="--resume"):
             Run.create(path, run.question, run.space)
+    with pytest.raises(RunError, match=r"cannot create .* choose another -o"):
+        Run.create(a_file / "run", run.question, run.space)
     assert a_file.read_text(encoding="utf-8") == "mine"
 
 

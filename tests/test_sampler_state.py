@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from threading import Barrier
 from time import sleep
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import TrialState
 from synthetic import (
@@ -28,7 +31,7 @@ from mpsearch.assignment import Assignment
 from mpsearch.errors import InfeasibleError, UsageError
 from mpsearch.samplers import LevelSwitchSampler
 from mpsearch.space import ResolvedSpace
-from mpsearch.trials import KILLED, distributions
+from mpsearch.trials import HOPELESS_LOSS, KILLED, SLOPES, distributions
 
 
 def test_the_same_study_gives_the_same_proposal_and_another_seed_another() -> None:
@@ -151,8 +154,7 @@ def test_threads_that_share_a_study_propose_one_after_another(
 def test_trials_of_another_space_in_the_study_are_passed_over() -> None:
     space, other = make_space(groups=3), make_space(groups=2)
     study = new_study(LevelSwitchSampler(space, make_damage(space), middle(space), seed=0))
-    trial = study.ask(distributions(other))
-    study.tell(trial, [0.0, 1.0])
+    study.add_trial(finished(other, other.largest, [0.0, 1.0]))
     _, assignment = ask(study, space)
     assert space.allows(assignment)
 
@@ -217,6 +219,64 @@ def test_a_budget_below_the_smallest_assignment_is_refused() -> None:
     LevelSwitchSampler(space, make_damage(space), floor, 0)
     with pytest.raises(InfeasibleError, match=f"smallest assignment takes {floor:,}"):
         LevelSwitchSampler(space, make_damage(space), floor - 1, 0)
+
+
+def test_an_objective_that_leaves_a_group_out_is_refused_at_the_next_proposal() -> None:
+    space = make_space(3)
+    study = new_study(LevelSwitchSampler(space, make_damage(space), middle(space), 0))
+    names = list(space.options)
+
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        for name in names[:-1]:
+            trial.suggest_categorical(name, distributions(space)[name].choices)
+        return 1.0, 1.0
+
+    said = f"trial 0 was measured without '{names[-1]}'.*suggest every group.*single format"
+    with pytest.raises(UsageError, match=said):
+        study.optimize(objective, n_trials=2)
+    assert len([t for t in study.trials if t.state == TrialState.COMPLETE]) == 1
+
+
+def test_a_stored_study_with_other_formats_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    space, few = make_space(), make_space(formats=("int2-g64", "int5-g64"))
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "journal.log")))
+    sampler = LevelSwitchSampler(space, make_damage(space), middle(space), 0)
+    study = optuna.create_study(storage=storage, directions=["minimize"] * 2, sampler=sampler)
+    study.add_trial(finished(space, space.largest, [1.0, 1.0]))
+    explore(study, space, true_loss(space, make_damage(space), 0), 2)
+    other = optuna.create_study(storage=storage, directions=["minimize"] * 2, sampler=sampler)
+    other.add_trial(finished(few, few.largest, [1.0, 1.0]))
+    with pytest.raises(UsageError, match=r"trial 0 chose .* add only trials of this space"):
+        other.ask(distributions(space))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"after": 6, "table": [[0.0]]},
+        [1.0],
+        {"after": 6, "nats": [[0.0], [0.0, 1.0]]},
+        {"after": "six", "nats": None},
+        None,
+    ],
+)
+def test_slopes_and_losses_that_another_version_wrote_are_passed_over(content: object) -> None:
+    space, damage = make_space(), make_damage(make_space())
+    study = new_study(LevelSwitchSampler(space, damage, middle(space), seed=0))
+    whole = new_study(LevelSwitchSampler(space, damage, middle(space), seed=0))
+    loss = true_loss(space, damage, 0)
+    for each in (study, whole):
+        explore(each, space, loss, 3)
+        for value in (None, "much"):
+            trial, _ = ask(each, space)
+            if each is study:
+                trial.set_user_attr(HOPELESS_LOSS, value)
+            each.tell(trial, state=TrialState.PRUNED)
+    study.set_user_attr(f"{SLOPES}0.0", content)
+    study.set_user_attr(f"{SLOPES}best", {"after": 1, "nats": None})
+    nan = np.full((len(space.groups), 4), np.nan).tolist()
+    study.set_user_attr(f"{SLOPES}1.0", {"after": 1, "nats": nan})
+    assert explore(study, space, loss, 4) == explore(whole, space, loss, 4)
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")

@@ -24,6 +24,7 @@ from searches import (
 
 import mpsearch.scorer
 import mpsearch.stages
+import mpsearch.wish
 from mpsearch.allocate import greedy, knapsack, uniform
 from mpsearch.assignment import Assignment
 from mpsearch.errors import CheckError
@@ -32,7 +33,7 @@ from mpsearch.facts import FactSet
 from mpsearch.forecast import Forecast
 from mpsearch.measures import Sensitivity
 from mpsearch.models import Model
-from mpsearch.points import SIMPLE_KINDS
+from mpsearch.points import NONE_SEARCHED, SIMPLE_KINDS
 from mpsearch.recall import RecallProxy
 from mpsearch.run import Run
 from mpsearch.slopes import measure_slopes
@@ -175,7 +176,10 @@ def test_with_no_trials_the_simple_allocations_stand(ask: Search, tmp_path: Path
     front = run.front()
     assert front.pick is not None
     assert front.pick.kind in SIMPLE_KINDS
-    assert "the simple allocations stand" in front.verdict
+    assert (
+        front.verdict
+        == f"{NONE_SEARCHED} The {front.pick.kind} allocation {front.pick.id} is recommended."
+    )
     assert not any(point.kind == "search" for point in front.points)
 
 
@@ -193,6 +197,21 @@ def test_a_time_limit_ends_the_proposals_and_not_the_report(ask: Search, tmp_pat
     assert run.finished
     assert len(proposals(run)) < 50
     assert run.points("test")
+
+
+def test_a_limit_of_time_alone_takes_the_place_of_a_number_of_trials(
+    ask: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mpsearch.wish, "TRIALS", 1)
+    assert len(proposals(ask(tmp_path / "by count", trials=None))) == 1
+    said: list[tuple[str, int, int]] = []
+    run = ask(
+        tmp_path / "by time", trials=None, seconds=2.0, report=lambda *told: said.append(told)
+    )
+    assert len(proposals(run)) > 1
+    expected = [total for stage, _, total in said if stage.startswith("search")]
+    assert expected[-1] == len(proposals(run))
+    assert max(expected) < 10**6
 
 
 @pytest.mark.parametrize("sampler", ["nsga2", "tpe"])
@@ -223,7 +242,7 @@ def test_candidates_that_cannot_win_are_stopped_after_a_part_of_the_relations(
         assert trial.user_attrs[HOPELESS_LOSS] == min(fitting) + 0.25
         assert 0 < trial.user_attrs["fact_tokens"] < max(t.user_attrs["fact_tokens"] for t in told)
     assert {s.kind for s in run.scores() if s.partition == "search"} == {*SIMPLE_KINDS}
-    assert "simple allocations stand" in run.front().verdict
+    assert run.front().verdict.startswith(NONE_SEARCHED)
     forecasts: list[Forecast] = []
     ask(tmp_path / "run", resume=True, estimated=forecasts.append)
     assert {(found.trials, found.finalists, found.test) for found in forecasts} == {(0, 0.0, 0.0)}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_family
@@ -65,6 +66,19 @@ def test_more_trials_are_no_other_question(ask: Search, tmp_path: Path, searched
     assert result(ask(tmp_path / "run", resume=True))["search"] == result(searched)["search"]
 
 
+def test_the_same_weights_at_another_path_are_no_other_question(
+    searched: Run, ask: Search, tiny: Model
+) -> None:
+    expected = result(searched)
+    moved = Model(**{**vars(tiny), "name": f"{tiny.name}/"})
+    assert result(ask(searched.folder, resume=True, model=moved)) == expected
+
+
+def test_numbers_of_numpy_are_numbers(ask: Search, budget: int, tmp_path: Path) -> None:
+    run = ask(tmp_path / "run", budget=np.int64(budget), seed=np.int64(3), trials=np.int32(1))
+    assert Run.open(run.folder).question["seed"] == 3
+
+
 def test_an_existing_folder_is_refused_unless_resumed(searched: Run, ask: Search) -> None:
     with pytest.raises(RunError, match="--resume"):
         ask(searched.folder)
@@ -95,6 +109,10 @@ def test_a_second_search_in_the_folder_is_refused_while_one_runs(
         ({"quantizer": "roundin"}, UsageError, "rounding"),
         ({"seed": -1}, UsageError, "seed -1"),
         ({"budget": "12"}, UsageError, "has no unit"),
+        ({"budget": 51200.0}, UsageError, r"budget 51200.0: a whole number .* '96 MiB'"),
+        ({"seed": 1.5}, UsageError, "seed 1.5: a whole number"),
+        ({"seconds": -1.0}, UsageError, "seconds -1.0"),
+        ({"seconds": float("nan")}, UsageError, "seconds nan"),
     ],
 )
 def test_an_impossible_wish_is_refused_before_anything_is_written(
@@ -209,6 +227,7 @@ def test_a_reference_that_knows_nothing_is_a_failed_check(
     )
     with pytest.raises(CheckError, match="no relation better than chance"):
         ask(tmp_path / "run", facts=FactSet(shuffled, "shuffled answers"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_be_exported_is_said_before_the_search(
