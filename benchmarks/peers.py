@@ -6,6 +6,7 @@ Rivals:
 
 - uniform: the largest uniform format that fits;
 - greedy: gives up bytes where the squared relative weight error grows least for each;
+- greedy-fisher: the same on the KL-Fisher table;
 - knapsack: exact, on the KL-Fisher table; inverted: the same with the groups' rows exchanged, the
   most sensitive for the least; random: random groups raised until nothing fits;
 - auto-round, modelopt: the packages' own choices (`rival_environment.py`);
@@ -61,7 +62,7 @@ from mpsearch.quantizers import get_quantizer
 
 MODEL = "builtin:smollm2-135m"
 SPACE = Path(__file__).parents[1] / "search_spaces" / "compressed_tensors.yaml"
-CHEAP = ("uniform", "greedy", "knapsack", "random", "inverted")
+CHEAP = ("uniform", "greedy", "greedy-fisher", "knapsack", "random", "inverted")
 ORDER = (
     CHEAP,
     PACKAGES,

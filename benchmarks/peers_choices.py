@@ -180,7 +180,7 @@ class Peers:
         name, _, warm = rival.partition("-")
         if name in ("evopress", "nsga2", "tpe"):
             return self._search(name, size, seed, bool(warm))
-        return Choice(self._simple(name, size, seed))
+        return Choice(self._simple(rival, size, seed))
 
     def _simple(self, name: str, size: str, seed: int) -> Assignment:
         """The allocations that ask no fact."""
@@ -193,6 +193,8 @@ class Peers:
         if name == "greedy":
             squared = {key: error**2 for key, error in table.weight_error.items()}
             return greedy(self.space, squared, budget_bytes)
+        if name == "greedy-fisher":
+            return greedy(self.space, table.fisher_nats, budget_bytes)
         damage = table.fisher_nats if name == "knapsack" else inverted(table.fisher_nats)
         return knapsack(self.space, damage, [budget_bytes])[0]
 

@@ -27,7 +27,7 @@ from mpsearch.significance import holm
 
 OURS = "mpsearch"
 UNSEEDED = ("uniform", "greedy")
-PREDICTORS = ("greedy", "knapsack", "auto-round", "modelopt")
+PREDICTORS = ("greedy", "greedy-fisher", "knapsack", "auto-round", "modelopt")
 EVOLUTION = "evopress-warm"
 SEEDS = 3
 LEAST_PERCENT = 35.0  # below uniform and below the best predictor-only rival, at the tight sizes

@@ -1,8 +1,9 @@
 """How time and memory grow: with facts, with layers, with formats, with the size of the model.
 
 Protocol: Llama-like models built from a config, random weights, float32, banks by rounding. One
-thing is varied at a time, the others stay at their middle value. An evaluation is `Bench.evaluate`
-of two assignments in turn that hold every format and differ in every group; a sensitivity is the
+thing is varied at a time, the others stay at their middle value. An evaluation is swapping and
+scoring two assignments in turn that hold every format and differ in every group, nothing reused, so
+that every block runs; a sensitivity is the
 table that a search measures, with its decoding. All values of what is varied are measured in turn,
 `--repeats` times, so that a slow minute of the machine is no single value's; the least counts, in
 seconds of the processor, which other programs change less than the clock. The exponent is the slope
@@ -255,10 +256,15 @@ def least_seconds(works: Sequence[Callable[[], object]], repeats: int) -> list[f
 
 def evaluation(ground: Ground, stack: ExitStack) -> Callable[[], object]:
     proxy, bench = ground.proxy(), stack.enter_context(Bench(ground.space, ground.bank))
-    for by in range(2):  # decodes what they need
-        bench.evaluate(ground.shifted(by), proxy)
     turns = cycle(range(2))
-    return lambda: bench.evaluate(ground.shifted(next(turns)), proxy)
+
+    def evaluate() -> None:
+        bench.put(ground.shifted(next(turns)))
+        proxy.score()  # not told what is held, so it starts at the first block
+
+    for _ in range(2):  # decodes what they need
+        evaluate()
+    return evaluate
 
 
 def sensitivity(ground: Ground, stack: ExitStack) -> Callable[[], object]:

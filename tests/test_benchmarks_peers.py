@@ -17,10 +17,11 @@ from peers_choices import MIDWAY, Peers, budgets, inverted
 from peers_facts import SearchFacts, untouched
 from peers_findings import OURS
 
-from mpsearch.allocate import uniform
+from mpsearch.allocate import greedy, uniform
 from mpsearch.estimates import relation_mean
 from mpsearch.evaluate import Bench
 from mpsearch.facts import Fact, FactSet
+from mpsearch.measures import Sensitivity
 from mpsearch.models import Model
 from mpsearch.recall import RecallProxy
 from mpsearch.run import Run
@@ -164,3 +165,19 @@ def test_a_missing_environment_leaves_the_packages_out(
     assert compared.choice("auto-round", MIDWAY, 0) is None
     assert compared.choice("modelopt", MIDWAY, 0) is None
     assert capsys.readouterr().err.count("are left out") == 1
+
+
+def test_the_two_greedy_rivals_read_different_columns_of_the_seeds_table(
+    tiny_bench: Bench, tiny_facts: FactSet, tmp_path: Path
+) -> None:
+    facts = tiny_facts.part("search")[:8]
+    compared = Peers(tiny_bench, tiny_facts, tiny_facts, peers.Asked(facts, facts, 8), 1, tmp_path)
+    chosen = {name: compared.choice(name, MIDWAY, 0) for name in ("greedy", "greedy-fisher")}
+    table = Sensitivity.load(tmp_path / "sensitivity-0.json")
+    squared = {key: error**2 for key, error in table.weight_error.items()}
+    for name, damage in (("greedy", squared), ("greedy-fisher", table.fisher_nats)):
+        choice = chosen[name]
+        assert choice is not None
+        expected = greedy(tiny_bench.space, damage, compared.budgets[MIDWAY])
+        assert choice.assignment == expected
+    assert len({choice.assignment for choice in chosen.values() if choice}) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,17 @@ def test_each_value_gets_a_row(measured: str, monkeypatch: pytest.MonkeyPatch) -
         (measured, "facts", 2), (measured, "facts", 4),
     ]  # fmt: skip
     assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_an_evaluation_runs_every_block_in_every_turn(tmp_path: Path) -> None:
+    ground = Ground(str(tmp_path), build_model(2, hidden=64), facts=5, formats=2)
+    ran: list[str] = []
+    for name, module in ground.model.module.named_modules():
+        if name.endswith("down_proj"):
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    with ExitStack() as stack:
+        evaluate = scaling.evaluation(ground, stack)
+        for _ in range(3):
+            ran.clear()
+            evaluate()
+            assert len(set(ran)) == 2
