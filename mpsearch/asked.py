@@ -20,7 +20,7 @@ from mpsearch.text import Text
 
 log = logging.getLogger(__name__)
 
-_LEAST_A_RELATION = 6  # asked of the reference: at five, one of two answers can still beat chance
+_LEAST_A_RELATION = 6  # asked of the reference; of four with two answers even all right is luck
 MOST_FACTS = {"sensitivity": 150, "search": 500, "validation": 160, "test": 320}
 
 
