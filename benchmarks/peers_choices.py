@@ -27,7 +27,7 @@ from mpsearch.errors import MpsearchError, RunError
 from mpsearch.estimates import relation_mean
 from mpsearch.evaluate import Bench
 from mpsearch.facts import FactSet
-from mpsearch.journal import open_study
+from mpsearch.journal import assignment_of, open_study
 from mpsearch.run import Run
 from mpsearch.space import ResolvedSpace
 from mpsearch.study import FINALISTS
@@ -327,7 +327,7 @@ def fact_tokens(
         total += sum(held["fact_tokens"] for held in slopes if held["after"] == finished)
         total += trial.user_attrs["fact_tokens"]
         finished += 1
-        assignment = Assignment.of({name: trial.params[name] for name in space.options})
+        assignment = assignment_of(trial.params, space)
         loss = trial.values[0] if trial.values else inf
         spent.append((total, loss, space.stored_bytes(assignment)))
     asked = asked_facts(run, facts, "validation")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -44,7 +46,7 @@ def open_study(run: Run, space: ResolvedSpace) -> Study:
         if not counts(trial):  # a killed process left it
             Trial(study, trial._trial_id).set_user_attr(KILLED, True)
             # As others of its batch may have been told. A kill in here may have left it waiting.
-            if space.allows(trial.params) and assignment_of(trial, space) not in enqueued:
+            if space.allows(trial.params) and assignment_of(trial.params, space) not in enqueued:
                 study.enqueue_trial(trial.params)
         study.tell(trial.number, state=TrialState.FAIL)
     return study
@@ -60,23 +62,18 @@ def _refusal(run: Run, fault: str) -> str:
 def tried(study: Study, space: ResolvedSpace) -> set[Assignment]:
     """What measured trials had, those that were stopped early or refused as they gave NaN too."""
     trials = study.get_trials(deepcopy=False)
-    return {assignment_of(trial, space) for trial in trials if counts(trial)}
+    return {assignment_of(trial.params, space) for trial in trials if counts(trial)}
 
 
 def waiting(study: Study, space: ResolvedSpace) -> set[Assignment]:
     """Whole assignments that are enqueued."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     every = (trial.system_attrs.get("fixed_params", {}) for trial in trials)
-    return {
-        Assignment.of({name: params[name] for name in space.options})
-        for params in every
-        if space.allows(params)
-    }
+    return {assignment_of(params, space) for params in every if space.allows(params)}
 
 
-def assignment_of(trial: FrozenTrial | Trial, space: ResolvedSpace) -> Assignment:
+def assignment_of(params: Mapping[str, str], space: ResolvedSpace) -> Assignment:
     """A trial's parameters in the order of the space's groups, whatever their own is."""
-    params = trial.params  # a copy at each access
     return Assignment.of({name: params[name] for name in space.options})
 
 

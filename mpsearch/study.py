@@ -190,7 +190,7 @@ class SearchStudy:
     def _measure_slopes(self, sampler: LevelSwitchSampler) -> None:
         if (trial := sampler.due(self.study, self.scorer.slope_parts)) is None:
             return
-        assignment, before = assignment_of(trial, self.space), self.scorer.fact_tokens
+        assignment, before = assignment_of(trial.params, self.space), self.scorer.fact_tokens
         part = self._place(trial) + sampler.times_measured(self.study, trial.number)
         try:
             slopes = self.scorer.slopes(assignment, part)
@@ -207,7 +207,7 @@ class SearchStudy:
     def propose(self, count: int = 1) -> None:
         """So many trials, each the sampler's proposal, scored together on search facts."""
         trials = [self.study.ask(distributions(self.space)) for _ in range(count)]
-        assignments = [assignment_of(trial, self.space) for trial in trials]
+        assignments = [assignment_of(trial.params, self.space) for trial in trials]
         for trial, assignment in zip(trials, assignments, strict=True):
             trial.set_user_attr("kind", "search")
             trial.set_constraint("over_budget_bytes", self._over_budget(assignment))
@@ -245,7 +245,7 @@ class SearchStudy:
         if self.wish.sampler != "level-switch":
             return None
         size = self.space.stored_bytes(assignment)
-        best = next((a for _, stored_bytes, a in self._ranked() if stored_bytes <= size), None)
+        best = next((a for _, stored_bytes, a, _ in self._ranked() if stored_bytes <= size), None)
         return None if best is None else self.scorer.score(best, "search", "search")
 
     def _over_budget(self, assignment: Assignment) -> float:
@@ -263,15 +263,19 @@ class SearchStudy:
         stored_bytes = self.space.stored_bytes(score.assignment)
         return [self.scorer.objective(score), float(stored_bytes)]
 
-    def _ranked(self) -> list[tuple[float, float, Assignment]]:
-        """Search-fact (objective, bytes, assignment) of all complete trials that break no limit."""
+    def _ranked(self) -> list[tuple[float, float, Assignment, str]]:
+        """Search-fact (objective, bytes, assignment, kind) of complete trials that break no limit.
+
+        Each assignment once, as the kind of its first trial.
+        """
         budget = self.wish.budget_bytes
-        ranked = [
-            (trial.values[0], trial.values[1], assignment_of(trial, self.space))
-            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            if trial.values[1] <= budget and trial.constraints.get(OVER_TEXT_KL, 0.0) <= 0
-        ]
-        return sorted(ranked, key=lambda entry: entry[:2])
+        found: dict[Assignment, tuple[float, float, Assignment, str]] = {}
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            if trial.values[1] <= budget and trial.constraints.get(OVER_TEXT_KL, 0.0) <= 0:
+                assignment = assignment_of(trial.params, self.space)
+                kind = trial.user_attrs.get("kind", "")
+                found.setdefault(assignment, (*trial.values, assignment, kind))
+        return sorted(found.values(), key=lambda entry: entry[:2])
 
     def _best(self) -> str:
         ranked = self._ranked()
@@ -283,16 +287,10 @@ class SearchStudy:
         """Score the searched points worth it on validation facts: the best few within the budget,
         and the searched part of the front below it.
         """
-        trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        searched = {
-            assignment_of(trial, self.space)
-            for trial in trials
-            if trial.user_attrs.get("kind") == "search"
-        }
         ranked = self._ranked()
         front = pareto_front(ranked, lambda entry: (entry[1], entry[0]))
-        best = list(dict.fromkeys(a for _, _, a in ranked if a in searched))[:FINALISTS]
-        others = [a for _, _, a in front if a in searched and a not in best]
+        best = [a for _, _, a, kind in ranked if kind == "search"][:FINALISTS]
+        others = [a for _, _, a, kind in front if kind == "search" and a not in best]
         chosen = best + _spread_out(others, FINALISTS)
         finalists = [(assignment, "search") for assignment in chosen]
         for _ in self._scored("finalists on validation facts", finalists, "validation"):

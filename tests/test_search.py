@@ -251,10 +251,33 @@ def test_candidates_that_cannot_win_are_stopped_after_a_part_of_the_relations(
 def test_finalists_are_different_though_a_sampler_repeats_itself(
     searched: Run, ask: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ranked = SearchStudy._ranked
-    monkeypatch.setattr(SearchStudy, "_ranked", lambda self: sorted(2 * ranked(self)))
+    finalists = SearchStudy.finalists
+
+    def repeated(work: SearchStudy) -> None:
+        every = work.study.get_trials
+        monkeypatch.setattr(work.study, "get_trials", lambda **asked: 2 * every(**asked))
+        finalists(work)
+
+    monkeypatch.setattr(SearchStudy, "finalists", repeated)
     run = ask(tmp_path / "run")
     assert result(run)["points"] == result(searched)["points"]
+
+
+def test_a_proposal_that_repeats_a_simple_allocation_takes_no_finalists_place(
+    ask: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = SearchStudy.loop
+
+    def repeating(work: SearchStudy, *given: Any) -> None:
+        fitting = [t for t in work.study.trials if t.values[1] <= work.wish.budget_bytes]
+        work.study.enqueue_trial(fitting[0].params)
+        loop(work, *given)
+
+    monkeypatch.setattr(SearchStudy, "loop", repeating)
+    said: list[tuple[str, int, int]] = []
+    run = ask(tmp_path / "run", trials=1, sampler="tpe", report=lambda *told: said.append(told))
+    assert len(proposals(run)) == 1
+    assert ("finalists on validation facts", 0, 0) in said
 
 
 def test_what_another_process_left_in_the_run_is_kept(
