@@ -3,10 +3,10 @@
 Protocol: Llama-like models built from a config, random weights, float32, banks by rounding. One
 thing is varied at a time, the others stay at their middle value. An evaluation is swapping and
 scoring two assignments in turn that hold every format and differ in every group, nothing reused, so
-that every block runs; a sensitivity is the
-table that a search measures, with its decoding. All values of what is varied are measured in turn,
-`--repeats` times, so that a slow minute of the machine is no single value's; the least counts, in
-seconds of the processor, which other programs change less than the clock. The exponent is the slope
+that every block runs; a sensitivity is the table that a search measures, with its decoding. All
+values of what is varied are measured in turn, `--repeats` times, so that a slow minute of the
+machine is no single value's; the least counts, in seconds of the processor, which other programs
+change less than the clock. The exponent is the slope
 of log seconds over log value: 1 is linear. What does not grow makes it smaller, so the exponent of
 the larger half of the values is given, too. Memory is the peak of a process of its own that loads a
 model, measures its sensitivity and evaluates, without the caches that else take an eighth each of

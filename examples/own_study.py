@@ -20,8 +20,8 @@ from mpsearch.text import Text
 quiet_libraries()
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 defaults = ("builtin:smollm2-135m", "103MiB", "20")
-name, budget, trials = (*sys.argv[1:], *defaults[len(sys.argv) - 1 :])
-model, budget_bytes = mps.load_model(name), parse_size(budget)
+name, budget, count = (*sys.argv[1:], *defaults[len(sys.argv) - 1 :])
+model, budget_bytes, trials = mps.load_model(name), parse_size(budget), int(count)
 space = mps.SearchSpace.default().resolve(model)
 bank = mps.Bank(model, get_quantizer("rounding", space.target.name))
 
@@ -49,10 +49,10 @@ with Progress() as report:
                 }
             )
             bench.put(assignment)
-            report("trials", trial.number, int(trials))
+            report("trials", trial.number, trials)
             return guard.score(bench.held).kl.mean, space.stored_bytes(assignment)
 
-        study.optimize(objective, n_trials=int(trials))
+        study.optimize(objective, n_trials=trials)
 
 first, best = study.trials[0], min(study.trials, key=lambda trial: trial.values[0])
 print(f"knapsack: {first.values[0]:.3f} nats a token in {first.values[1]:,.0f} bytes")

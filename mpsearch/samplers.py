@@ -28,7 +28,7 @@ from zlib import crc32
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
 from optuna.study import Study, StudyDirection
@@ -139,13 +139,13 @@ class LevelSwitchSampler(BaseSampler):
 
     def _check(self, study: Study, others: Sequence[FrozenTrial]) -> None:
         """Refuse studies in which no proposal could be kept, or none is measured as proposed."""
-        named = list(zip(self._moves.names, self._moves.formats, strict=True))
+        names = self._moves.names
         for trial in others:
             if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
                 continue
-            missing = [name for name in self._moves.names if name not in trial.params]
-            proposed = len(trial.system_attrs.get(_PROPOSAL, ())) == len(named)
-            if proposed and 0 < len(missing) < len(named):
+            missing = [name for name in names if name not in trial.params]
+            proposed = len(trial.system_attrs.get(_PROPOSAL, ())) == len(names)
+            if proposed and 0 < len(missing) < len(names):
                 raise UsageError(
                     f"trial {trial.number} was measured without '{missing[0]}', so no budget was "
                     "kept; suggest every group, and give that one a single format in the space"
@@ -153,16 +153,13 @@ class LevelSwitchSampler(BaseSampler):
         if isinstance(study._storage, InMemoryStorage):
             return
         # Other storages compare with the first trial that has the name.
-        for name, formats in named:
+        for name, ours in distributions(self._space).items():
             first = next((t for t in others if name in t.distributions), None)
-            if first is None:
-                continue
-            chosen = first.distributions[name]
-            if chosen != CategoricalDistribution(formats):
+            if first is not None and (theirs := first.distributions[name]) != ours:
                 raise UsageError(
-                    f"trial {first.number} chose '{name}' by {chosen}, and this space's formats "
-                    f"are {', '.join(formats)}; a stored study keeps one choice a name, so add "
-                    "only trials of this space, or use a new study"
+                    f"trial {first.number} chose '{name}' by {theirs}, and this space has {ours}; "
+                    "a stored study keeps one choice a name, so add only trials of this space, or "
+                    "use a new study"
                 )
 
     def _next(self, study: Study, trial: FrozenTrial) -> NDArray[Any]:

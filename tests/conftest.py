@@ -190,6 +190,15 @@ def tiny(tiny_folder: Path) -> Model:
     return load_whole(str(tiny_folder))
 
 
+@pytest.fixture(scope="module")
+def taught(tiny_folder: Path, tiny: Model) -> Model:
+    """The taught model in float32: in bf16 small differences drown in rounding."""
+    module = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    return from_module(
+        "float32", tiny_folder, module, tiny.tokenizer, torch.device("cpu"), torch.float32
+    )
+
+
 @pytest.fixture(scope="session")
 def untaught() -> Model:
     """Random weights in float32, so that packed and plain passes may be compared closely."""

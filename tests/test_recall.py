@@ -34,13 +34,6 @@ def float32_model(module: object, tokenizer: object) -> Model:
     return from_module("float32", Path(), module, tokenizer, torch.device("cpu"), torch.float32)
 
 
-@pytest.fixture(scope="module")
-def taught(tiny_folder: Path, tiny: Model) -> Model:
-    """The taught model in float32, so that packed and plain passes may be compared closely."""
-    module = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    return float32_model(module, tiny.tokenizer)
-
-
 @pytest.fixture
 def damaged(taught: Model) -> Iterator[Model]:
     """The same with noise on two layers, taken back afterwards."""

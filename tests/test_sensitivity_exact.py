@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from banks import built
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from mpsearch.assignment import Assignment
 from mpsearch.bank import Bank
@@ -20,7 +18,7 @@ from mpsearch.facts import Fact, FactSet
 from mpsearch.formats import Format
 from mpsearch.forward import Pass
 from mpsearch.measures import Sensitivity
-from mpsearch.models import Model, from_module
+from mpsearch.models import Model
 from mpsearch.quantizers.rounding import Rounding
 from mpsearch.recall import SHOTS, RecallProxy, ask
 from mpsearch.sensitivity import measure_sensitivity
@@ -38,16 +36,9 @@ def facts(tiny_facts: FactSet) -> tuple[Fact, ...]:
 
 @pytest.fixture(scope="module")
 def float32_bank(
-    tiny_folder: Path,
-    tiny: Model,
-    tiny_space: ResolvedSpace,
-    tmp_path_factory: pytest.TempPathFactory,
+    taught: Model, tiny_space: ResolvedSpace, tmp_path_factory: pytest.TempPathFactory
 ) -> Bank:
-    """Of the taught model in float32: in bf16 small damage drowns in rounding."""
-    module = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    cpu = torch.device("cpu")
-    model = from_module("float32", tiny_folder, module, tiny.tokenizer, cpu, torch.float32)
-    return built(model, Rounding(), tiny_space, tmp_path_factory.mktemp("bank"))
+    return built(taught, Rounding(), tiny_space, tmp_path_factory.mktemp("bank"))
 
 
 @pytest.fixture(scope="module")

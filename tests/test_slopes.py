@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from banks import built
 from conftest import FAMILIES, tiny_family
 from test_skeleton import CPU, loaded
 from test_walk import empty, folder_of
-from transformers import AutoModelForCausalLM
 
 from mpsearch.allocate import uniform
 from mpsearch.assignment import Assignment
@@ -21,7 +21,7 @@ from mpsearch.evaluate import Bench, all_layers
 from mpsearch.facts import FactSet
 from mpsearch.formats import FORMATS, Format
 from mpsearch.layers import LayerGroup
-from mpsearch.models import Model, from_module
+from mpsearch.models import Model
 from mpsearch.quantizers.rounding import Rounding
 from mpsearch.recall import RecallProxy
 from mpsearch.scores import objective
@@ -34,17 +34,9 @@ STEP = 0.02
 
 @pytest.fixture(scope="module")
 def bench(
-    tiny_folder: Path,
-    tiny: Model,
-    tiny_space: ResolvedSpace,
-    tmp_path_factory: pytest.TempPathFactory,
+    taught: Model, tiny_space: ResolvedSpace, tmp_path_factory: pytest.TempPathFactory
 ) -> Bench:
-    """Of the taught model in float32, for steps that are small."""
-    module = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    cpu = torch.device("cpu")
-    model = from_module("float32", tiny_folder, module, tiny.tokenizer, cpu, torch.float32)
-    bank = Bank(model, Rounding(), root=tmp_path_factory.mktemp("bank"))
-    bank.build(all_layers(tiny_space))
+    bank = built(taught, Rounding(), tiny_space, tmp_path_factory.mktemp("bank"))
     return Bench(tiny_space, bank)
 
 
@@ -100,8 +92,7 @@ def test_slopes_of_every_family_embeddings_and_experts_included(
         "embedding: [fp8, bf16]\n",
         "test",
     ).resolve(model := tiny_family(family, **everywhere))
-    bank = Bank(model, Rounding(), root=tmp_path)
-    bank.build(all_layers(space))
+    bank = built(model, Rounding(), space, tmp_path)
     bench = Bench(space, bank)
     proxy = RecallProxy(
         model, tiny_facts, tiny_facts.part("search")[:12], contrast=False, prompts=True
@@ -178,8 +169,7 @@ def both_ways(
     folder, found = folder_of(root, name), []
     for model in (loaded(folder, dtype), load_skeleton(str(folder), device=CPU, dtype=dtype)):
         space = SearchSpace.parse(text, "test").resolve(model)
-        bank = Bank(model, Rounding(), root=root / "bank")
-        bank.build(all_layers(space))
+        bank = built(model, Rounding(), space, root / "bank")
         asked = facts.part("search")[: 12 * parts]
         proxies = [
             RecallProxy(
